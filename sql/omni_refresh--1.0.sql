@@ -1,0 +1,160 @@
+/* sql/omni_refresh--1.0.sql */
+
+\echo Use "CREATE EXTENSION omni_refresh" to load this file. \quit
+
+/*
+ * Where Omni is, and with which key: options of SQL/MED objects
+ */
+CREATE FUNCTION omni_refresh_validator(options text[], catalog oid)
+	RETURNS void
+	AS 'MODULE_PATHNAME', 'omni_refresh_validator'
+	LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_validator(text[], oid) IS
+	'checks the options of foreign servers and user mappings of the foreign-data wrapper omni_refresh';
+
+CREATE FOREIGN DATA WRAPPER omni_refresh
+	NO HANDLER
+	VALIDATOR omni_refresh_validator;
+COMMENT ON FOREIGN DATA WRAPPER omni_refresh IS
+	'Omni instances (servers: base_url, ...) and their API keys (user mappings: api_key or api_key_file)';
+
+/*
+ * The jobs
+ */
+CREATE TABLE omni_refresh_job (
+	id				bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+	status			text NOT NULL
+					CONSTRAINT omni_refresh_job_status_check
+					CHECK (status IN ('pending', 'sending', 'running', 'completed', 'failed',
+									  'accepted', 'canceled', 'merged', 'unknown')),
+	job_id			uuid,
+	model_id		uuid NOT NULL,
+	branch_id		uuid,
+	kind			text NOT NULL
+					CONSTRAINT omni_refresh_job_kind_check
+					CHECK (kind IN ('schema', 'cache')),
+	hard			bool,
+	schemas			text[],
+	tables			text[],
+	policy			text,
+	reset_at		timestamptz,
+	server			name NOT NULL,
+	origin			text NOT NULL
+					CONSTRAINT omni_refresh_job_origin_check
+					CHECK (origin IN ('call', 'on_commit', 'ddl', 'retry')),
+	requested_by	name NOT NULL,
+	requested_by_oid oid NOT NULL,
+	requested_at	timestamptz NOT NULL,
+	run_at			timestamptz NOT NULL,
+	sent_at			timestamptz,
+	finished_at		timestamptz,
+	attempts		int NOT NULL DEFAULT 0,
+	merged_into		bigint,
+	database		oid NOT NULL,
+	error			text
+);
+COMMENT ON TABLE omni_refresh_job IS 'requests to Omni, one row each';
+COMMENT ON COLUMN omni_refresh_job.id IS 'the number of this job in this database';
+COMMENT ON COLUMN omni_refresh_job.status IS
+	'pending, sending, running; or an end: completed, failed, accepted, canceled, merged, unknown';
+COMMENT ON COLUMN omni_refresh_job.job_id IS 'Omni''s own id of the job, once Omni has accepted it';
+COMMENT ON COLUMN omni_refresh_job.model_id IS 'the model to refresh';
+COMMENT ON COLUMN omni_refresh_job.branch_id IS 'the branch of the model, where the connection is refreshed by branch';
+COMMENT ON COLUMN omni_refresh_job.kind IS 'schema: a refresh of the schema model; cache: a reset of a cache policy';
+COMMENT ON COLUMN omni_refresh_job.hard IS 'whether Omni is to remove what the database no longer has, too';
+COMMENT ON COLUMN omni_refresh_job.schemas IS 'refresh these schemas only';
+COMMENT ON COLUMN omni_refresh_job.tables IS 'refresh these tables only';
+COMMENT ON COLUMN omni_refresh_job.policy IS 'the cache policy to reset';
+COMMENT ON COLUMN omni_refresh_job.reset_at IS 'the time the cache policy is reset to';
+COMMENT ON COLUMN omni_refresh_job.server IS 'the foreign server that names the Omni instance';
+COMMENT ON COLUMN omni_refresh_job.origin IS 'what asked for the job: call, on_commit, ddl or retry';
+COMMENT ON COLUMN omni_refresh_job.requested_by IS 'the role that asked, whose API key is used';
+COMMENT ON COLUMN omni_refresh_job.requested_by_oid IS 'the OID of that role; a later namesake is another role';
+COMMENT ON COLUMN omni_refresh_job.requested_at IS 'when it was asked for';
+COMMENT ON COLUMN omni_refresh_job.run_at IS 'not to be sent before this time';
+COMMENT ON COLUMN omni_refresh_job.sent_at IS 'when the last attempt began';
+COMMENT ON COLUMN omni_refresh_job.finished_at IS 'when the job reached its end';
+COMMENT ON COLUMN omni_refresh_job.attempts IS 'how often it was sent, raised before each sending';
+COMMENT ON COLUMN omni_refresh_job.merged_into IS 'the job that carries this one out';
+COMMENT ON COLUMN omni_refresh_job.database IS 'the OID of the database it was asked for in; copies elsewhere are never sent';
+COMMENT ON COLUMN omni_refresh_job.error IS 'the last error: SQLSTATE, message, detail and hint';
+
+/* what is unfinished is found without reading what is */
+CREATE INDEX omni_refresh_job_unfinished_idx ON omni_refresh_job (run_at, id)
+	WHERE status IN ('pending', 'sending', 'running');
+COMMENT ON INDEX omni_refresh_job_unfinished_idx IS 'the jobs that are not at an end';
+
+/*
+ * The event log
+ */
+CREATE TABLE omni_refresh_event (
+	id				bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+	job				bigint NOT NULL
+					CONSTRAINT omni_refresh_event_job_fkey
+					REFERENCES omni_refresh_job (id) ON DELETE CASCADE,
+	requested_by	name NOT NULL,
+	occurred_at		timestamptz NOT NULL,
+	event			text NOT NULL
+					CONSTRAINT omni_refresh_event_event_check
+					CHECK (event IN ('requested', 'sending', 'accepted', 'attempt_failed', 'refused',
+									 'rate_limited', 'merged', 'released', 'canceled', 'recovered',
+									 'completed', 'failed', 'unknown')),
+	attempt			int,
+	http_status		int,
+	duration		interval,
+	detail			text
+);
+COMMENT ON TABLE omni_refresh_event IS 'the event log: one row for each thing that happened to a job';
+COMMENT ON COLUMN omni_refresh_event.id IS 'the number of this event in this database';
+COMMENT ON COLUMN omni_refresh_event.job IS 'the job it happened to';
+COMMENT ON COLUMN omni_refresh_event.requested_by IS 'the role that asked for the job';
+COMMENT ON COLUMN omni_refresh_event.occurred_at IS 'when it happened, by the clock';
+COMMENT ON COLUMN omni_refresh_event.event IS
+	'requested, sending, accepted, attempt_failed, refused, rate_limited, merged, released, canceled, recovered, completed, failed or unknown';
+COMMENT ON COLUMN omni_refresh_event.attempt IS 'the number of the attempt it belongs to';
+COMMENT ON COLUMN omni_refresh_event.http_status IS 'the HTTP status that Omni answered with';
+COMMENT ON COLUMN omni_refresh_event.duration IS 'how long the attempt took';
+COMMENT ON COLUMN omni_refresh_event.detail IS 'what there is to say about it';
+
+CREATE INDEX omni_refresh_event_job_idx ON omni_refresh_event (job);
+COMMENT ON INDEX omni_refresh_event_job_idx IS 'the events of a job';
+
+/*
+ * Everyone sees the jobs of the roles whose privileges they have, monitors see
+ * all.  The array is made once a statement, and a dropped role is no error.
+ */
+ALTER TABLE omni_refresh_job ENABLE ROW LEVEL SECURITY;
+ALTER TABLE omni_refresh_event ENABLE ROW LEVEL SECURITY;
+
+CREATE POLICY omni_refresh_job_own ON omni_refresh_job FOR SELECT
+	USING (requested_by = ANY (ARRAY(SELECT rolname FROM pg_catalog.pg_roles
+									 WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+CREATE POLICY omni_refresh_job_monitor ON omni_refresh_job FOR SELECT
+	TO pg_monitor USING (true);
+CREATE POLICY omni_refresh_event_own ON omni_refresh_event FOR SELECT
+	USING (requested_by = ANY (ARRAY(SELECT rolname FROM pg_catalog.pg_roles
+									 WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+CREATE POLICY omni_refresh_event_monitor ON omni_refresh_event FOR SELECT
+	TO pg_monitor USING (true);
+COMMENT ON POLICY omni_refresh_job_own ON omni_refresh_job IS 'the jobs of the roles whose privileges one has';
+COMMENT ON POLICY omni_refresh_job_monitor ON omni_refresh_job IS 'monitors see every job';
+COMMENT ON POLICY omni_refresh_event_own ON omni_refresh_event IS 'the events of the jobs that one sees';
+COMMENT ON POLICY omni_refresh_event_monitor ON omni_refresh_event IS 'monitors see every event';
+
+GRANT SELECT ON omni_refresh_job, omni_refresh_event TO PUBLIC;
+
+/*
+ * The functions.  Who may use which key is a matter of foreign servers and user
+ * mappings, so that EXECUTE stays with PUBLIC.
+ */
+CREATE FUNCTION omni_refresh(
+	model uuid,
+	branch uuid DEFAULT NULL,
+	hard bool DEFAULT NULL,
+	schemas text[] DEFAULT NULL,
+	tables text[] DEFAULT NULL)
+	RETURNS omni_refresh_job
+	AS 'MODULE_PATHNAME', 'omni_refresh'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh(uuid, uuid, bool, text[], text[]) IS
+	'asks Omni to refresh a model now, waits for its answer and returns the job';

@@ -1,0 +1,538 @@
+/*-------------------------------------------------------------------------
+ *
+ * api.c
+ *		Omni's REST API: what a request looks like and what an answer means.
+ *
+ * There is no I/O here.  Facts about the API are from docs.omni.co and from the
+ * OpenAPI file of Omni's own command-line client; where the two differ, both are
+ * accepted.
+ *
+ * An answer comes from outside and may be anything.  Whatever it is, it is no
+ * reason to raise an error: it makes an outcome.  What is quoted from it never
+ * holds the API key, even if the other side sends it back.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "utils/builtins.h"
+#include "utils/jsonb.h"
+
+#include "compat.h"
+#include "omni_refresh.h"
+
+/* Omni's answers are two or three levels deep */
+#define MAX_NESTING			32
+
+static char *list_text(ArrayType *list);
+static void add_parameter(CURLU *url, const char *name, const char *value);
+static void read_failure(const OmniJob *job, const char *key,
+						 const OmniAnswer *answer, OmniOutcome *outcome);
+static void read_refusal(const OmniJob *job, const char *key,
+						 const OmniAnswer *answer, OmniOutcome *outcome);
+static void read_acceptance(const OmniJob *job, const char *key,
+							const OmniAnswer *answer, OmniOutcome *outcome);
+static void set_malformed(const OmniJob *job, OmniOutcome *outcome, const char *what);
+static Jsonb *parse_json(const OmniAnswer *answer, char **why);
+static char *to_server(const OmniAnswer *answer, char **why);
+static char *ascii_only(const char *text);
+static bool nests_too_deep(const char *json);
+static char *member_text(Jsonb *object, const char *name);
+static bool looks_like_uuid(const char *text);
+static char *error_text(const OmniAnswer *answer, const char *key);
+static char *plain_text(const OmniAnswer *answer);
+static char *redact(const char *text, const char *key);
+
+/*
+ * The URL of a request to refresh a model; palloc'd.
+ */
+char *
+omni_api_refresh_url(const char *base_url, const OmniJob *job)
+{
+	const OmniRequest *request = &job->request;
+	char	   *model = DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(&request->model)));
+	char	   *path = psprintf("/api/v1/models/%s/refresh", model);
+	char	   *text = NULL;
+	char	   *volatile result = NULL;
+	CURLU	   *url = curl_url();
+
+	if (url == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory")));
+	PG_TRY();
+	{
+		if (curl_url_set(url, CURLUPART_URL, base_url, 0) != CURLUE_OK ||
+			curl_url_set(url, CURLUPART_PATH, path, 0) != CURLUE_OK)
+			elog(ERROR, "libcurl could not make a URL of \"%s\"", base_url);
+
+		if (request->has_branch)
+			add_parameter(url, "branch_id",
+						  DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(&request->branch))));
+		if (request->hard_named)
+			add_parameter(url, "hard_refresh", request->hard ? "true" : "false");
+		if (job->schemas != NULL)
+			add_parameter(url, "schemas", list_text(job->schemas));
+		if (job->tables != NULL)
+			add_parameter(url, "tables", list_text(job->tables));
+
+		if (curl_url_get(url, CURLUPART_URL, &text, 0) != CURLUE_OK)
+			elog(ERROR, "libcurl could not make a URL");
+		result = pstrdup(text);
+	}
+	PG_FINALLY();
+	{
+		curl_free(text);
+		curl_url_cleanup(url);
+	}
+	PG_END_TRY();
+
+	return result;
+}
+
+/* The elements of a list as Omni wants them: separated by commas, in UTF-8. */
+static char *
+list_text(ArrayType *list)
+{
+	StringInfoData names;
+	Datum	   *elements;
+	int			count;
+
+	deconstruct_array(list, TEXTOID, -1, false, TYPALIGN_INT, &elements, NULL, &count);
+	initStringInfo(&names);
+	for (int i = 0; i < count; i++)
+		appendStringInfo(&names, "%s%s", i == 0 ? "" : ",", TextDatumGetCString(elements[i]));
+	return pg_server_to_any(names.data, names.len, PG_UTF8);
+}
+
+static void
+add_parameter(CURLU *url, const char *name, const char *value)
+{
+	char	   *parameter = psprintf("%s=%s", name, value);
+
+	if (curl_url_set(url, CURLUPART_QUERY, parameter,
+					 CURLU_APPENDQUERY | CURLU_URLENCODE) != CURLUE_OK)
+		elog(ERROR, "libcurl could not encode the parameter \"%s\"", name);
+}
+
+/*
+ * What the answer to a request to refresh a model means for its job.  Needs a
+ * transaction.  Strings in *outcome are constants.
+ */
+void
+omni_api_refresh_outcome(const OmniJob *job, const char *key,
+						 const OmniAnswer *answer, OmniOutcome *outcome)
+{
+	memset(outcome, 0, sizeof(*outcome));
+	outcome->http_status = answer->status;
+	outcome->elapsed = answer->elapsed;
+	outcome->retry_after = answer->retry_after;
+
+	if (answer->failed)
+		read_failure(job, key, answer, outcome);
+	else if (answer->status == 200)
+		read_acceptance(job, key, answer, outcome);
+	else
+		read_refusal(job, key, answer, outcome);
+}
+
+/* There was no answer, or only a part of it. */
+static void
+read_failure(const OmniJob *job, const char *key,
+			 const OmniAnswer *answer, OmniOutcome *outcome)
+{
+	static const struct
+	{
+		const char *what;
+		const char *hint;
+	}			phases[] = {
+		[OMNI_PHASE_NAME] = {
+			"looking up the host's name",
+			"Check the host in the option \"base_url\" and the name service of the database server's host."
+		},
+		[OMNI_PHASE_CONNECT] = {
+			"connecting",
+			"Check that the database server's host may connect to this address: firewalls, routes, or the option \"proxy\"."
+		},
+		[OMNI_PHASE_TLS] = {
+			"setting up TLS",
+			"Check that \"base_url\" names the host its certificate is for; a private certificate authority is named in the option \"ca_file\"."
+		},
+		[OMNI_PHASE_WAIT] = {
+			"waiting for the answer",
+			"Omni may have got the request: look there before you send it again. The option \"timeout\" says how long to wait."
+		},
+		[OMNI_PHASE_READ] = {
+			"reading the answer",
+			"Omni has got the request: look there before you send it again. The option \"timeout\" says how long to wait."
+		},
+	};
+
+	if (answer->too_large)
+	{
+		set_malformed(job, outcome, "The answer is longer than 1 MB.");
+		return;
+	}
+
+	outcome->status = answer->sent ? "unknown" : "failed";
+	outcome->attempt_event = "attempt_failed";
+	outcome->retryable = answer->retryable;
+	omni_error_set(&outcome->error,
+				   answer->phase >= OMNI_PHASE_WAIT ? ERRCODE_CONNECTION_FAILURE :
+				   ERRCODE_SQLCLIENT_UNABLE_TO_ESTABLISH_SQLCONNECTION,
+				   "%s server \"%s\" after " INT64_FORMAT " ms of %s",
+				   answer->timed_out ? "timed out on" : "could not reach",
+				   NameStr(job->request.server), answer->elapsed / 1000,
+				   phases[answer->phase].what);
+	omni_error_detail(&outcome->error, "%s", redact(answer->reason, key));
+	omni_error_hint(&outcome->error, "%s", phases[answer->phase].hint);
+}
+
+/* Omni, or something in between, has answered anything but yes. */
+static void
+read_refusal(const OmniJob *job, const char *key,
+			 const OmniAnswer *answer, OmniOutcome *outcome)
+{
+	static const struct
+	{
+		int			status;
+		int			sqlstate;
+		const char *hint;
+	}			refusals[] = {
+		{400, ERRCODE_INVALID_PARAMETER_VALUE,
+		"Check the arguments; branch is required when the connection's setting \"Branch-based schema refresh\" is on, and must be left out when it is off."},
+		{401, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
+		"Check the API key in the user mapping: it may have been revoked, or belong to another instance."},
+		{403, ERRCODE_INSUFFICIENT_PRIVILEGE,
+		"Modelers may refresh only on connections with exactly one shared model; Connection Admins on every connection they administer."},
+		{404, ERRCODE_UNDEFINED_OBJECT,
+		"Check the model's uuid, and that the server's \"base_url\" is the instance that has it."},
+		{429, ERRCODE_INSUFFICIENT_RESOURCES,
+		"Omni limits the requests of a key, by default to 60 a minute; others may be using the same key."},
+		{503, ERRCODE_CONNECTION_FAILURE,
+		"Omni is under maintenance or overloaded; try again later."},
+	};
+	char	   *text = error_text(answer, key);
+
+	outcome->status = "failed";
+	outcome->attempt_event = "refused";
+
+	if (answer->status >= 300 && answer->status < 400)
+	{
+		set_malformed(job, outcome, answer->redirect_url != NULL ?
+					  psprintf("The server redirects to %s.", redact(answer->redirect_url, key)) :
+					  psprintf("HTTP status %d.", answer->status));
+		omni_error_hint(&outcome->error, "Redirects are not followed, since the API key is for one host only; set \"base_url\" to the login host of the instance.");
+		return;
+	}
+
+	omni_error_set(&outcome->error,
+				   answer->status >= 500 ? ERRCODE_CONNECTION_FAILURE :
+				   answer->status >= 400 ? ERRCODE_EXTERNAL_ROUTINE_EXCEPTION :
+				   ERRCODE_PROTOCOL_VIOLATION,
+				   "server \"%s\" refused the refresh: HTTP status %d",
+				   NameStr(job->request.server), answer->status);
+	if (answer->status >= 500)
+		omni_error_hint(&outcome->error, "The trouble is on Omni's side, or in a proxy in between; try again later.");
+	for (int i = 0; i < lengthof(refusals); i++)
+	{
+		if (refusals[i].status == answer->status)
+		{
+			outcome->error.sqlstate = refusals[i].sqlstate;
+			omni_error_hint(&outcome->error, "%s", refusals[i].hint);
+		}
+	}
+	if (text != NULL)
+		omni_error_detail(&outcome->error, "%s", text);
+
+	if (answer->status == 429)
+		outcome->attempt_event = "rate_limited";
+	else if (answer->status >= 500)
+		outcome->attempt_event = "attempt_failed";
+	outcome->retryable = answer->status == 429 || answer->status >= 500;
+}
+
+/* Omni has accepted the request, if the answer is one of Omni's. */
+static void
+read_acceptance(const OmniJob *job, const char *key,
+				const OmniAnswer *answer, OmniOutcome *outcome)
+{
+	char	   *why = NULL;
+	Jsonb	   *json = parse_json(answer, &why);
+	char	   *status;
+	char	   *job_id;
+
+	if (json == NULL)
+	{
+		set_malformed(job, outcome, redact(psprintf("The answer is not JSON: %s.", why), key));
+		return;
+	}
+	status = member_text(json, "status");
+	job_id = member_text(json, "jobId");
+	if (status == NULL || (job_id != NULL && !looks_like_uuid(job_id)))
+	{
+		set_malformed(job, outcome, "The answer is JSON, but not of the shape that Omni's has.");
+		return;
+	}
+
+	if (job_id != NULL)
+	{
+		outcome->job_id = *DatumGetUUIDP(DirectFunctionCall1(uuid_in, CStringGetDatum(job_id)));
+		outcome->has_job_id = true;
+	}
+	if (pg_strcasecmp(status, "completed") == 0)
+		outcome->status = "completed";
+	else if (pg_strcasecmp(status, "failed") == 0)
+	{
+		outcome->status = "failed";
+		omni_error_set(&outcome->error, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
+					   "Omni could not refresh the model on server \"%s\"",
+					   NameStr(job->request.server));
+		omni_error_detail(&outcome->error, "Omni accepted the request and reported the status \"failed\", without a reason.");
+		omni_error_hint(&outcome->error, "Look at the connection in Omni: it may not reach the database, or lack privileges there.");
+	}
+	else
+		outcome->status = "accepted";
+}
+
+/* The answer is not one that Omni gives; trying again would not help. */
+static void
+set_malformed(const OmniJob *job, OmniOutcome *outcome, const char *what)
+{
+	outcome->status = "failed";
+	outcome->attempt_event = "attempt_failed";
+	omni_error_set(&outcome->error, ERRCODE_PROTOCOL_VIOLATION,
+				   "server \"%s\" did not answer as Omni does",
+				   NameStr(job->request.server));
+	omni_error_detail(&outcome->error, "%s", what);
+	omni_error_hint(&outcome->error, "Check that the server's \"base_url\" is the login host of an Omni instance, and what proxies are in between.");
+}
+
+/*
+ * Parses the body of an answer.  Returns NULL and says why if it is not JSON, or
+ * JSON that no instance of Omni would send.
+ */
+static Jsonb *
+parse_json(const OmniAnswer *answer, char **why)
+{
+	MemoryContext context = CurrentMemoryContext;
+	char	   *text = to_server(answer, why);
+	Jsonb	   *volatile json = NULL;
+
+	if (text == NULL)
+		return NULL;
+	if (nests_too_deep(text))
+	{
+		*why = psprintf("it is nested more than %d levels deep", MAX_NESTING);
+		return NULL;
+	}
+
+	/*
+	 * The parser touches nothing outside of its memory, so that catching its
+	 * errors needs no subtransaction; any other error is not ours to catch.
+	 */
+	PG_TRY();
+	{
+		json = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text)));
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(context);
+		error = CopyErrorData();
+		if (ERRCODE_TO_CATEGORY(error->sqlerrcode) != ERRCODE_DATA_EXCEPTION &&
+			ERRCODE_TO_CATEGORY(error->sqlerrcode) != ERRCODE_PROGRAM_LIMIT_EXCEEDED)
+			PG_RE_THROW();
+		FlushErrorState();
+		*why = error->detail != NULL ? error->detail : error->message;
+		if (**why != '\0' && (*why)[strlen(*why) - 1] == '.')
+			(*why)[strlen(*why) - 1] = '\0';
+	}
+	PG_END_TRY();
+
+	return json;
+}
+
+/*
+ * The body as a string in the server's encoding, or NULL and why not.  JSON is
+ * UTF-8; what another encoding might lack becomes a question mark, since a
+ * refresh should not fail for the spelling of a name.
+ */
+static char *
+to_server(const OmniAnswer *answer, char **why)
+{
+	char	   *text;
+
+	if (answer->body == NULL || answer->length == 0)
+		*why = "it is empty";
+	else if (memchr(answer->body, '\0', answer->length) != NULL)
+		*why = "it has a NUL byte";
+	else if (pg_verify_mbstr(PG_UTF8, answer->body, answer->length, true) == false)
+		*why = "it is not valid UTF-8";
+	else
+	{
+		text = pnstrdup(answer->body, answer->length);
+		return GetDatabaseEncoding() == PG_UTF8 ? text : ascii_only(text);
+	}
+	return NULL;
+}
+
+/* A copy in which each byte and each \u escape outside of ASCII is a '?'. */
+static char *
+ascii_only(const char *text)
+{
+	char	   *copy = palloc(strlen(text) + 1);
+	char	   *out = copy;
+
+	while (*text != '\0')
+	{
+		if (text[0] == '\\' && text[1] == 'u' &&
+			strspn(text + 2, "0123456789abcdefABCDEF") >= 4 &&
+			!(text[2] == '0' && text[3] == '0' && text[4] <= '7'))
+		{
+			*out++ = '?';
+			text += 6;
+		}
+		else if (text[0] == '\\' && text[1] != '\0')
+		{
+			*out++ = *text++;
+			*out++ = *text++;
+		}
+		else
+		{
+			*out++ = IS_HIGHBIT_SET(*text) ? '?' : *text;
+			text++;
+		}
+	}
+	*out = '\0';
+	return copy;
+}
+
+/* The parser is recursive: what nests deeper than Omni's answers is refused. */
+static bool
+nests_too_deep(const char *json)
+{
+	bool		in_string = false;
+	int			depth = 0;
+
+	for (; *json != '\0'; json++)
+	{
+		if (*json == '"')
+			in_string = !in_string;
+		else if (in_string)
+		{
+			if (*json == '\\' && json[1] != '\0')
+				json++;
+		}
+		else if (*json == '{' || *json == '[')
+		{
+			if (++depth > MAX_NESTING)
+				return true;
+		}
+		else if (*json == '}' || *json == ']')
+			depth--;
+	}
+	return false;
+}
+
+/* The text of a string in a JSON object; NULL when there is none. */
+static char *
+member_text(Jsonb *object, const char *name)
+{
+	JsonbValue	value;
+
+	if (!JB_ROOT_IS_OBJECT(object) ||
+		getKeyJsonValueFromContainer(&object->root, name, strlen(name), &value) == NULL ||
+		value.type != jbvString)
+		return NULL;
+	return pnstrdup(value.val.string.val, value.val.string.len);
+}
+
+/* Whether uuid_in() takes it, in the one spelling that APIs use. */
+static bool
+looks_like_uuid(const char *text)
+{
+	for (int i = 0; i < 36; i++)
+	{
+		if (i == 8 || i == 13 || i == 18 || i == 23 ?
+			text[i] != '-' : !isxdigit((unsigned char) text[i]))
+			return false;
+	}
+	return text[36] == '\0';
+}
+
+/*
+ * What an error answer says, as a detail: the human-readable text from whichever
+ * of Omni's shapes it has, {"detail"} or {"error", "message"}, else the body as
+ * it is.  NULL when there is nothing to read.
+ */
+static char *
+error_text(const OmniAnswer *answer, const char *key)
+{
+	char	   *why;
+	Jsonb	   *json = parse_json(answer, &why);
+	char	   *text = NULL;
+
+	if (json != NULL)
+	{
+		char	   *error = member_text(json, "error");
+
+		text = member_text(json, "detail");
+		if (text == NULL)
+			text = member_text(json, "message");
+		if (text != NULL && error != NULL)
+			text = psprintf("%s: %s", error, text);
+		else if (text == NULL)
+			text = error;
+	}
+	if (text != NULL)
+		return psprintf("Omni says: %s", redact(text, key));
+
+	text = plain_text(answer);
+	return text != NULL ? psprintf("The answer reads: %s", redact(text, key)) : NULL;
+}
+
+/* A body that is not JSON, on one line and in plain ASCII; NULL if empty. */
+static char *
+plain_text(const OmniAnswer *answer)
+{
+	StringInfoData text;
+
+	if (answer->body == NULL)
+		return NULL;
+	initStringInfo(&text);
+	for (size_t i = 0; i < answer->length; i++)
+	{
+		char		c = answer->body[i];
+
+		if (c > ' ' && c <= '~')
+			appendStringInfoChar(&text, c);
+		else if (IS_HIGHBIT_SET(c))
+			appendStringInfoChar(&text, '?');
+		else if (text.len > 0 && text.data[text.len - 1] != ' ')
+			appendStringInfoChar(&text, ' ');
+	}
+	return text.len > 0 ? text.data : NULL;
+}
+
+/* A copy of a remote text in which the key does not occur. */
+static char *
+redact(const char *text, const char *key)
+{
+	StringInfoData result;
+	const char *found;
+
+	initStringInfo(&result);
+	while ((found = strstr(text, key)) != NULL)
+	{
+		appendBinaryStringInfo(&result, text, found - text);
+		appendStringInfoString(&result, "[API key]");
+		text = found + strlen(key);
+	}
+	appendStringInfoString(&result, text);
+	return result.data;
+}

@@ -1,0 +1,144 @@
+/*-------------------------------------------------------------------------
+ *
+ * compat.h
+ *		Every difference between PostgreSQL 14 to 19 and between the versions
+ *		of libcurl that matters to us, so that no other file tests a version.
+ *
+ * Code is written in the newest release's terms; what older releases lack is
+ * defined here, in the order of the releases that brought it, so that dropping
+ * a release means deleting its block.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef OMNI_COMPAT_H
+#define OMNI_COMPAT_H
+
+#include <curl/curl.h>
+
+#include "storage/dsm.h"
+#include "storage/lwlock.h"
+#include "storage/shmem.h"
+#include "utils/guc.h"
+#include "utils/resowner.h"
+#include "utils/wait_event.h"
+
+#if PG_VERSION_NUM < 140000
+#error "omni_refresh needs PostgreSQL 14 or newer"
+#endif
+
+#if LIBCURL_VERSION_NUM < 0x074c01
+#error "omni_refresh needs libcurl 7.76.1 or newer"
+#endif
+
+/* 15 added the reservation of a prefix of settings */
+#if PG_VERSION_NUM < 150000
+#define MarkGUCPrefixReserved(prefix) EmitWarningsOnPlaceholders(prefix)
+#endif
+
+/* 16 replaced the functions that check privileges on one kind of object */
+#if PG_VERSION_NUM < 160000
+#define object_aclcheck(classid, objectid, roleid, mode) \
+	((void) (classid), pg_foreign_server_aclcheck(objectid, roleid, mode))
+#endif
+
+/* 17 added named wait events for extensions */
+#if PG_VERSION_NUM < 170000
+#define WaitEventExtensionNew(name) ((uint32) PG_WAIT_EXTENSION)
+#endif
+
+/* 17 gave sets of wait events an owner; no owner: they live with the process */
+#if PG_VERSION_NUM < 170000
+#define CreateWaitEventSet(resowner, nevents) \
+	CreateWaitEventSet(((void) (resowner), TopMemoryContext), nevents)
+#endif
+
+/* 18 lets a library tell its version, and renamed a keyword */
+#if PG_VERSION_NUM < 180000
+#define PG_MODULE_MAGIC_EXT(...) PG_MODULE_MAGIC
+#define pg_noreturn pg_attribute_noreturn()
+#endif
+
+/* 19 names a tranche when its id is taken; before, each process did */
+static inline int
+LWLockNewTrancheId_compat(const char *name)
+{
+#if PG_VERSION_NUM < 190000
+	return LWLockNewTrancheId();
+#else
+	return LWLockNewTrancheId(name);
+#endif
+}
+
+static inline void
+LWLockRegisterTranche_compat(int tranche_id, const char *name)
+{
+#if PG_VERSION_NUM < 190000
+	LWLockRegisterTranche(tranche_id, name);
+#endif
+}
+
+/*
+ * The address of a named piece of shared memory, made and initialized by the
+ * first process that asks.  17 added a registry for that; before it, an
+ * ordinary backend may take a little of what the server keeps spare, as
+ * pg_prewarm did.  May raise an error.
+ */
+#if PG_VERSION_NUM >= 170000
+#include "storage/dsm_registry.h"
+#endif
+
+#if PG_VERSION_NUM >= 190000
+#define OMNI_SHARED_INIT_ARGS void *memory, void *arg
+#else
+#define OMNI_SHARED_INIT_ARGS void *memory
+#endif
+
+static inline void *
+shared_memory_compat(const char *name, Size size,
+					 void (*init) (OMNI_SHARED_INIT_ARGS))
+{
+	bool		found;
+
+#if PG_VERSION_NUM < 170000
+	void	   *shared;
+
+	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
+	shared = ShmemInitStruct(name, size, &found);
+	if (!found)
+		init(shared);
+	LWLockRelease(AddinShmemInitLock);
+	return shared;
+#elif PG_VERSION_NUM < 190000
+	return GetNamedDSMSegment(name, size, init, &found);
+#else
+	return GetNamedDSMSegment(name, size, init, &found, NULL);
+#endif
+}
+
+/* libcurl 7.85 names protocols by a string */
+static inline CURLcode
+curl_allow_protocols_compat(CURL *easy)
+{
+#if LIBCURL_VERSION_NUM < 0x075500
+	return curl_easy_setopt(easy, CURLOPT_PROTOCOLS,
+							(long) (CURLPROTO_HTTP | CURLPROTO_HTTPS));
+#else
+	return curl_easy_setopt(easy, CURLOPT_PROTOCOLS_STR, "http,https");
+#endif
+}
+
+/*
+ * libcurl 7.87 can leave a resolver's thread behind instead of joining it; in
+ * older ones a hanging name look-up keeps the worker until it ends.
+ */
+static inline CURLcode
+curl_quick_exit_compat(CURL *easy)
+{
+#if LIBCURL_VERSION_NUM < 0x075700
+	return CURLE_OK;
+#else
+	return curl_easy_setopt(easy, CURLOPT_QUICK_EXIT, 1L);
+#endif
+}
+
+#endif							/* OMNI_COMPAT_H */

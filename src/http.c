@@ -1,0 +1,467 @@
+/*-------------------------------------------------------------------------
+ *
+ * http.c
+ *		HTTP for the worker: any number of transfers at once over libcurl's multi
+ *		interface, and the one wait of the worker's loop.
+ *
+ * libcurl tells us by callbacks which sockets it wants watched and when it wants
+ * to be called again; omni_http_wait() watches those together with the latch.
+ * Nothing that could raise an error runs inside a callback, since the jump would
+ * cross libcurl's frames: callbacks only note things down, with malloc.
+ *
+ * A transfer belongs to the memory context it is started in: when that is reset
+ * or deleted, be it because of an error, the transfer ends and libcurl's part of
+ * it is freed.  Connections stay open and are used again by later transfers to
+ * the same host, whoever asked for them: what authorizes a request is a header
+ * of its own.
+ *
+ * This file knows nothing of Omni or of tables.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <signal.h>
+
+#include "miscadmin.h"
+#include "storage/latch.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+#include "utils/wait_event.h"
+
+#include "compat.h"
+#include "omni_refresh.h"
+
+/* An answer of Omni's is a few hundred bytes, a page of models some 100 kB */
+#define MAX_ANSWER			(1024 * 1024)
+
+/* How many idle connections are kept: some instances, a few requests each */
+#define MAX_CONNECTIONS		32
+
+/* The public part first, so that a pointer to one is a pointer to the other */
+typedef struct Transfer
+{
+	OmniTransfer public;
+	CURL	   *easy;
+	struct curl_slist *headers;
+	char	   *body;			/* malloc'd */
+	size_t		capacity;		/* of body, in bytes */
+	char		error[CURL_ERROR_SIZE];
+	MemoryContextCallback release;
+} Transfer;
+
+typedef struct Watch
+{
+	curl_socket_t socket;
+	int			events;			/* WL_SOCKET_READABLE, WL_SOCKET_WRITEABLE */
+} Watch;
+
+static CURLM *multi = NULL;
+static TimestampTz timer = DT_NOEND;	/* when libcurl wants to be called */
+static Watch *watches = NULL;	/* malloc'd */
+static int	nwatches = 0;
+static int	watches_capacity = 0;
+static bool watches_changed = false;
+static WaitEventSet *wait_set = NULL;	/* the latch and the watches */
+
+static void start_libcurl(void);
+static void add_header(Transfer *transfer, const char *header);
+static void release_transfer(void *arg);
+static int	note_socket(CURL *easy, curl_socket_t socket, int what, void *arg,
+						void *socket_arg);
+static int	note_timer(CURLM *unused, long timeout, void *arg);
+static size_t keep_body(char *data, size_t size, size_t count, void *arg);
+static void drive(curl_socket_t socket, int mask);
+static void collect_done(void);
+static void fill_answer(Transfer *transfer, CURLcode code);
+static OmniPhase phase_reached(CURL *easy, CURLcode code);
+static void make_wait_set(void);
+
+#define CHECK_MULTI(call) \
+	do { \
+		CURLMcode	code_ = (call); \
+		if (code_ != CURLM_OK) \
+			elog(ERROR, "libcurl: %s", curl_multi_strerror(code_)); \
+	} while (0)
+
+#define CHECK_EASY(call) \
+	do { \
+		CURLcode	code_ = (call); \
+		if (code_ != CURLE_OK) \
+			elog(ERROR, "libcurl: %s", curl_easy_strerror(code_)); \
+	} while (0)
+
+#define SETOPT(option, value) \
+	CHECK_EASY(curl_easy_setopt(transfer->easy, option, value))
+
+/*
+ * Starts a request.  The strings in *request need not live longer than the
+ * call.  The transfer is palloc'd; it is done some omni_http_wait() later.
+ */
+OmniTransfer *
+omni_http_start(const OmniHttpRequest *request)
+{
+	Transfer   *transfer;
+	char	   *authorization;
+
+	start_libcurl();
+
+	transfer = palloc0(sizeof(Transfer));
+	transfer->release.func = release_transfer;
+	transfer->release.arg = transfer;
+	MemoryContextRegisterResetCallback(CurrentMemoryContext, &transfer->release);
+
+	transfer->easy = curl_easy_init();
+	if (transfer->easy == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory")));
+
+	SETOPT(CURLOPT_PRIVATE, transfer);
+	SETOPT(CURLOPT_ERRORBUFFER, transfer->error);
+	SETOPT(CURLOPT_WRITEFUNCTION, keep_body);
+	SETOPT(CURLOPT_WRITEDATA, transfer);
+
+	/* What is asked for */
+	SETOPT(CURLOPT_URL, request->url);
+	SETOPT(CURLOPT_CUSTOMREQUEST, request->method);
+	if (strcmp(request->method, "POST") == 0)
+	{
+		SETOPT(CURLOPT_POSTFIELDSIZE, 0L);
+		SETOPT(CURLOPT_POSTFIELDS, "");
+	}
+	authorization = psprintf("Authorization: Bearer %s", request->bearer);
+	add_header(transfer, authorization);
+	explicit_bzero(authorization, strlen(authorization));
+	add_header(transfer, "Accept: application/json");
+	add_header(transfer, "Content-Type:");	/* none: there is no body */
+	SETOPT(CURLOPT_HTTPHEADER, transfer->headers);
+	SETOPT(CURLOPT_USERAGENT, "omni_refresh/" OMNI_REFRESH_VERSION
+		   " (PostgreSQL " PG_VERSION "; libcurl " LIBCURL_VERSION ")");
+
+	/* How long */
+	SETOPT(CURLOPT_CONNECTTIMEOUT_MS, (long) request->connect_timeout);
+	SETOPT(CURLOPT_TIMEOUT_MS, (long) request->timeout);
+	SETOPT(CURLOPT_TCP_KEEPALIVE, 1L);
+
+	/* To nobody else: no redirects, no proxy that nobody asked for */
+	CHECK_EASY(curl_allow_protocols_compat(transfer->easy));
+	SETOPT(CURLOPT_FOLLOWLOCATION, 0L);
+	SETOPT(CURLOPT_PROXY, request->proxy != NULL ? request->proxy : "");
+	SETOPT(CURLOPT_NOPROXY, "");
+	SETOPT(CURLOPT_HEADEROPT, (long) CURLHEADER_SEPARATE);
+	SETOPT(CURLOPT_SUPPRESS_CONNECT_HEADERS, 1L);
+
+	/*
+	 * TLS is verified, always.  A directory of certificates, Debian's default
+	 * beside the file, would keep libcurl from caching what it read.
+	 */
+	SETOPT(CURLOPT_SSLVERSION, (long) CURL_SSLVERSION_TLSv1_2);
+	SETOPT(CURLOPT_SSL_VERIFYPEER, 1L);
+	SETOPT(CURLOPT_SSL_VERIFYHOST, 2L);
+	SETOPT(CURLOPT_CAPATH, NULL);
+	if (request->ca_file != NULL)
+		SETOPT(CURLOPT_CAINFO, request->ca_file);
+
+	/* A hanging look-up must keep neither signals nor our exit waiting */
+	SETOPT(CURLOPT_NOSIGNAL, 1L);
+	CHECK_EASY(curl_quick_exit_compat(transfer->easy));
+
+	CHECK_MULTI(curl_multi_add_handle(multi, transfer->easy));
+	return &transfer->public;
+}
+
+/*
+ * Waits until the latch is set (and resets it), until timeout milliseconds have
+ * passed (-1 means no limit), or until something happened to a transfer, and
+ * lets libcurl go on meanwhile.  The caller then looks for transfers that are
+ * done.  Interrupts are the caller's business, too.
+ */
+void
+omni_http_wait(long timeout, uint32 wait_event)
+{
+	WaitEvent	events[16];
+	int			nevents;
+
+	if (timer != DT_NOEND)
+	{
+		long		until_timer = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), timer);
+
+		if (timeout < 0 || until_timer < timeout)
+			timeout = until_timer;
+	}
+
+	if (wait_set == NULL || watches_changed)
+		make_wait_set();
+	nevents = WaitEventSetWait(wait_set, timeout, events, lengthof(events), wait_event);
+
+	for (int i = 0; i < nevents; i++)
+	{
+		int			mask = 0;
+
+		if (events[i].events & WL_LATCH_SET)
+		{
+			ResetLatch(MyLatch);
+			continue;
+		}
+		if (events[i].events & WL_SOCKET_READABLE)
+			mask |= CURL_CSELECT_IN;
+		if (events[i].events & WL_SOCKET_WRITEABLE)
+			mask |= CURL_CSELECT_OUT;
+		drive(events[i].fd, mask);
+	}
+
+	if (timer != DT_NOEND && timer <= GetCurrentTimestamp())
+	{
+		timer = DT_NOEND;
+		drive(CURL_SOCKET_TIMEOUT, 0);
+	}
+	if (multi != NULL)
+		collect_done();
+}
+
+/*
+ * libcurl is set up at first use, in the worker: its state and its threads are
+ * not meant to cross a fork.  It is never torn down: exit does that.
+ */
+static void
+start_libcurl(void)
+{
+	if (multi != NULL)
+		return;
+
+	CHECK_EASY(curl_global_init(CURL_GLOBAL_DEFAULT));
+	multi = curl_multi_init();
+	if (multi == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory")));
+	CHECK_MULTI(curl_multi_setopt(multi, CURLMOPT_SOCKETFUNCTION, note_socket));
+	CHECK_MULTI(curl_multi_setopt(multi, CURLMOPT_TIMERFUNCTION, note_timer));
+	CHECK_MULTI(curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, (long) MAX_CONNECTIONS));
+}
+
+static void
+add_header(Transfer *transfer, const char *header)
+{
+	struct curl_slist *longer = curl_slist_append(transfer->headers, header);
+
+	if (longer == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory")));
+	transfer->headers = longer;
+}
+
+/* Runs when the context of a transfer goes: raises nothing. */
+static void
+release_transfer(void *arg)
+{
+	Transfer   *transfer = arg;
+
+	if (transfer->easy != NULL)
+	{
+		curl_multi_remove_handle(multi, transfer->easy);
+		curl_easy_cleanup(transfer->easy);
+	}
+	for (struct curl_slist *header = transfer->headers; header != NULL; header = header->next)
+		explicit_bzero(header->data, strlen(header->data));
+	curl_slist_free_all(transfer->headers);
+	free(transfer->body);
+}
+
+/* Called by libcurl: a socket is to be watched, or no longer. */
+static int
+note_socket(CURL *easy, curl_socket_t socket, int what, void *arg, void *socket_arg)
+{
+	int			i = 0;
+
+	while (i < nwatches && watches[i].socket != socket)
+		i++;
+
+	watches_changed = true;
+	if (what == CURL_POLL_REMOVE)
+	{
+		if (i < nwatches)
+			watches[i] = watches[--nwatches];
+		return 0;
+	}
+
+	if (i == watches_capacity)
+	{
+		int			capacity = 2 * watches_capacity + 8;
+		Watch	   *larger = realloc(watches, capacity * sizeof(Watch));
+
+		if (larger == NULL)
+			return -1;
+		watches = larger;
+		watches_capacity = capacity;
+	}
+	if (i == nwatches)
+		nwatches++;
+	watches[i].socket = socket;
+	watches[i].events = ((what & CURL_POLL_IN) ? WL_SOCKET_READABLE : 0) |
+		((what & CURL_POLL_OUT) ? WL_SOCKET_WRITEABLE : 0);
+	return 0;
+}
+
+/* Called by libcurl: when it wants to be called, in ms, -1 for never. */
+static int
+note_timer(CURLM *unused, long timeout, void *arg)
+{
+	timer = timeout < 0 ? DT_NOEND :
+		TimestampTzPlusMilliseconds(GetCurrentTimestamp(), timeout);
+	return 0;
+}
+
+/* Called by libcurl: a piece of the answer's body.  Less than all: give up. */
+static size_t
+keep_body(char *data, size_t size, size_t count, void *arg)
+{
+	Transfer   *transfer = arg;
+	OmniAnswer *answer = &transfer->public.answer;
+	size_t		n = size * count;
+
+	if (n > MAX_ANSWER - answer->length)
+	{
+		answer->too_large = true;
+		return 0;
+	}
+	if (answer->length + n > transfer->capacity)
+	{
+		size_t		capacity = Max(2 * transfer->capacity, answer->length + n);
+		char	   *larger = realloc(transfer->body, capacity);
+
+		if (larger == NULL)
+			return 0;
+		transfer->body = larger;
+		transfer->capacity = capacity;
+	}
+	memcpy(transfer->body + answer->length, data, n);
+	answer->length += n;
+	return n;
+}
+
+/*
+ * Lets libcurl go on with one socket, or with what is due.  It may start a
+ * thread that looks up a name: that one must never handle our signals.
+ */
+static void
+drive(curl_socket_t socket, int mask)
+{
+	sigset_t	all;
+	sigset_t	old;
+	int			running;
+
+	sigfillset(&all);
+	sigprocmask(SIG_SETMASK, &all, &old);
+	(void) curl_multi_socket_action(multi, socket, mask, &running);
+	sigprocmask(SIG_SETMASK, &old, NULL);
+}
+
+static void
+collect_done(void)
+{
+	CURLMsg    *message;
+	int			left;
+
+	while ((message = curl_multi_info_read(multi, &left)) != NULL)
+	{
+		Transfer   *transfer;
+		CURLcode	code = message->data.result;
+
+		curl_easy_getinfo(message->easy_handle, CURLINFO_PRIVATE, (char **) &transfer);
+		fill_answer(transfer, code);
+		curl_multi_remove_handle(multi, transfer->easy);
+		transfer->public.done = true;
+	}
+}
+
+/* Tells what became of a transfer that has ended. */
+static void
+fill_answer(Transfer *transfer, CURLcode code)
+{
+	OmniAnswer *answer = &transfer->public.answer;
+	CURL	   *easy = transfer->easy;
+	long		status = 0;
+	long		request_size = 0;
+	curl_off_t	number = 0;
+
+	curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
+	answer->status = (int) status;
+	curl_easy_getinfo(easy, CURLINFO_REQUEST_SIZE, &request_size);
+	answer->sent = request_size > 0;
+	curl_easy_getinfo(easy, CURLINFO_TOTAL_TIME_T, &number);
+	answer->elapsed = number;
+	curl_easy_getinfo(easy, CURLINFO_RETRY_AFTER, &number);
+	answer->retry_after = (int) Min(number, PG_INT32_MAX);
+	curl_easy_getinfo(easy, CURLINFO_REDIRECT_URL, &answer->redirect_url);
+	answer->body = transfer->body;
+
+	if (code != CURLE_OK)
+	{
+		answer->failed = true;
+		answer->phase = phase_reached(easy, code);
+		answer->timed_out = code == CURLE_OPERATION_TIMEDOUT;
+		answer->retryable = !answer->too_large &&
+			code != CURLE_PEER_FAILED_VERIFICATION &&
+			code != CURLE_SSL_CACERT_BADFILE;
+		answer->reason = transfer->error[0] != '\0' ?
+			transfer->error : curl_easy_strerror(code);
+	}
+}
+
+/*
+ * Where a failed transfer stood.  libcurl notes the time at which each phase
+ * ended, and leaves it 0 when it did not; a connection that was there already
+ * went through none of the first three.
+ */
+static OmniPhase
+phase_reached(CURL *easy, CURLcode code)
+{
+	long		status = 0;
+	long		connects = 0;
+	curl_off_t	name = 0;
+	curl_off_t	connect = 0;
+	curl_off_t	pretransfer = 0;
+
+	curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
+	curl_easy_getinfo(easy, CURLINFO_NUM_CONNECTS, &connects);
+	curl_easy_getinfo(easy, CURLINFO_NAMELOOKUP_TIME_T, &name);
+	curl_easy_getinfo(easy, CURLINFO_CONNECT_TIME_T, &connect);
+	curl_easy_getinfo(easy, CURLINFO_PRETRANSFER_TIME_T, &pretransfer);
+
+	if (status != 0)
+		return OMNI_PHASE_READ;
+	if (code == CURLE_COULDNT_RESOLVE_HOST || code == CURLE_COULDNT_RESOLVE_PROXY)
+		return OMNI_PHASE_NAME;
+	if (code == CURLE_PEER_FAILED_VERIFICATION || code == CURLE_SSL_CACERT_BADFILE ||
+		code == CURLE_SSL_CONNECT_ERROR)
+		return OMNI_PHASE_TLS;
+	if (pretransfer != 0)
+		return OMNI_PHASE_WAIT;
+	if (connect != 0)
+		return OMNI_PHASE_TLS;
+	if (name != 0)
+		return OMNI_PHASE_CONNECT;
+	return OMNI_PHASE_NAME;
+}
+
+/* Makes wait_set anew, since events cannot be taken out of a set. */
+static void
+make_wait_set(void)
+{
+	if (wait_set != NULL)
+		FreeWaitEventSet(wait_set);
+	wait_set = NULL;			/* in case that the next line raises an error */
+	wait_set = CreateWaitEventSet(NULL, nwatches + 2);
+
+	AddWaitEventToSet(wait_set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
+	AddWaitEventToSet(wait_set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
+	for (int i = 0; i < nwatches; i++)
+	{
+		if (watches[i].events != 0)
+			AddWaitEventToSet(wait_set, watches[i].events, watches[i].socket, NULL, NULL);
+	}
+	watches_changed = false;
+}

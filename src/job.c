@@ -1,0 +1,442 @@
+/*-------------------------------------------------------------------------
+ *
+ * job.c
+ *		The tables omni_refresh_job and omni_refresh_event.
+ *
+ * They are reached through SPI, by statements that name the tables as the
+ * catalogs say at that moment, each run as the owner of its table with no more
+ * rights than that: who owns a table may give it triggers.  Only the worker
+ * writes; all of these functions need a transaction with an active snapshot and
+ * SPI connected, and raise what the statements raise.
+ *
+ * The events of a job tell its life: each attempt has "sending" and, if it
+ * failed, what became of it; the last event of a finished job bears the name of
+ * its status.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/genam.h"
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "catalog/indexing.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_class.h"
+#include "catalog/pg_extension.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "funcapi.h"
+#include "miscadmin.h"
+#include "storage/lmgr.h"
+#include "utils/builtins.h"
+#include "utils/fmgroids.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/syscache.h"
+#include "utils/timestamp.h"
+#include "utils/typcache.h"
+
+#include "compat.h"
+#include "omni_refresh.h"
+
+typedef struct Table
+{
+	const char *name;
+	Oid			oid;			/* the following are set by omni_tables_find() */
+	Oid			owner;
+	char		qualified[2 * (2 * NAMEDATALEN + 3)];	/* quoted */
+} Table;
+
+static Table job_table = {.name = "omni_refresh_job"};
+static Table event_table = {.name = "omni_refresh_event"};
+
+/* A statement about a table, whose name stands for the %s in it */
+typedef struct Statement
+{
+	Table	   *table;
+	const char *text;
+	int			nargs;
+	Oid			argtypes[16];
+	SPIPlanPtr	plan;			/* for planned_for, or NULL */
+	char		planned_for[2 * (2 * NAMEDATALEN + 3)];
+} Statement;
+
+static Statement insert_job = {
+	.table = &job_table,
+	.text = "INSERT INTO %s (status, model_id, branch_id, kind, hard, schemas, tables, server,"
+	" origin, requested_by, requested_by_oid, requested_at, run_at, sent_at, attempts, database)"
+	" VALUES ($1, $2, $3, 'schema', $4, $5, $6, $7, 'call', $8, $9, $10, $10, $11, $12, $13)"
+	" RETURNING id",
+	.nargs = 13,
+	.argtypes = {TEXTOID, UUIDOID, UUIDOID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, NAMEOID,
+		NAMEOID, OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID, OIDOID
+	}
+};
+
+static Statement update_job = {
+	.table = &job_table,
+	.text = "UPDATE %s SET status = $2, job_id = coalesce($3, job_id), finished_at = $4, error = $5"
+	" WHERE id = $1",
+	.nargs = 5,
+	.argtypes = {INT8OID, TEXTOID, UUIDOID, TIMESTAMPTZOID, TEXTOID}
+};
+
+static Statement settle_jobs = {
+	.table = &job_table,
+	.text = "UPDATE %s SET status = CASE status WHEN 'sending' THEN 'unknown' ELSE 'canceled' END,"
+	" finished_at = clock_timestamp(), error = $2"
+	" WHERE status IN ('pending', 'sending') AND origin = 'call' AND database = $1"
+	" RETURNING id, requested_by, status, attempts",
+	.nargs = 2,
+	.argtypes = {OIDOID, TEXTOID}
+};
+
+static Statement insert_event = {
+	.table = &event_table,
+	.text = "INSERT INTO %s (job, requested_by, occurred_at, event, attempt, http_status, duration, detail)"
+	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+	.nargs = 8,
+	.argtypes = {INT8OID, NAMEOID, TIMESTAMPTZOID, TEXTOID, INT4OID, INT4OID, INTERVALOID, TEXTOID}
+};
+
+/* run in backends: the caller's search_path must not matter */
+static Statement select_job = {
+	.table = &job_table,
+	.text = "SELECT job FROM %s AS job WHERE job.id OPERATOR(pg_catalog.=) $1",
+	.nargs = 1,
+	.argtypes = {INT8OID}
+};
+
+static uint64 run(Statement *statement, Datum *values, const char *nulls, bool read);
+static bool find_table(Table *table, Oid schema);
+static void insert(OmniJob *job, const char *status, TimestampTz sent_at);
+static void add_event(int64 job, const NameData *requested_by, TimestampTz occurred_at,
+					  const char *event, int attempt, int http_status,
+					  int64 duration, const char *detail);
+
+/*
+ * Looks where the extension and its tables are at this moment.  Returns false
+ * if there is no such extension.
+ */
+bool
+omni_tables_find(void)
+{
+	Oid			schema = InvalidOid;
+	Relation	extensions = table_open(ExtensionRelationId, AccessShareLock);
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple	tuple;
+
+	ScanKeyInit(&key, Anum_pg_extension_extname, BTEqualStrategyNumber, F_NAMEEQ,
+				CStringGetDatum(OMNI_EXTENSION));
+	scan = systable_beginscan(extensions, ExtensionNameIndexId, true, NULL, 1, &key);
+	tuple = systable_getnext(scan);
+	if (HeapTupleIsValid(tuple))
+		schema = ((Form_pg_extension) GETSTRUCT(tuple))->extnamespace;
+	systable_endscan(scan);
+	table_close(extensions, AccessShareLock);
+
+	return OidIsValid(schema) && find_table(&job_table, schema) && find_table(&event_table, schema);
+}
+
+static bool
+find_table(Table *table, Oid schema)
+{
+	HeapTuple	tuple;
+
+	table->oid = get_relname_relid(table->name, schema);
+	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(table->oid));
+	if (!HeapTupleIsValid(tuple))
+		return false;
+	table->owner = ((Form_pg_class) GETSTRUCT(tuple))->relowner;
+	ReleaseSysCache(tuple);
+	strlcpy(table->qualified,
+			quote_qualified_identifier(get_namespace_name(schema), table->name),
+			sizeof(table->qualified));
+	return true;
+}
+
+/*
+ * Locks the tables for writing, for the rest of the transaction, if nobody holds
+ * a lock against that: it never waits.  After omni_tables_find().
+ */
+bool
+omni_tables_lock(void)
+{
+	return ConditionalLockRelationOid(job_table.oid, RowExclusiveLock) &&
+		ConditionalLockRelationOid(event_table.oid, RowExclusiveLock);
+}
+
+/*
+ * Runs a statement as the owner of its table and returns how many rows it had.
+ * nulls is as in SPI_execute_plan().  Reading is done under the latest snapshot,
+ * whatever the transaction's isolation level.
+ */
+static uint64
+run(Statement *statement, Datum *values, const char *nulls, bool read)
+{
+	Oid			user;
+	int			security_context;
+	int			result;
+
+	if (statement->plan == NULL ||
+		strcmp(statement->planned_for, statement->table->qualified) != 0)
+	{
+		SPIPlanPtr	plan = SPI_prepare(psprintf(statement->text, statement->table->qualified),
+									   statement->nargs, statement->argtypes);
+
+		if (plan == NULL)
+			elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
+		SPI_keepplan(plan);
+		if (statement->plan != NULL)
+			SPI_freeplan(statement->plan);
+		statement->plan = plan;
+		strlcpy(statement->planned_for, statement->table->qualified,
+				sizeof(statement->planned_for));
+	}
+
+	GetUserIdAndSecContext(&user, &security_context);
+	SetUserIdAndSecContext(statement->table->owner,
+						   security_context | SECURITY_RESTRICTED_OPERATION);
+	result = SPI_execute_snapshot(statement->plan, values, nulls,
+								  read ? GetLatestSnapshot() : InvalidSnapshot,
+								  InvalidSnapshot, read, true, 0);
+	SetUserIdAndSecContext(user, security_context);
+	if (result < 0)
+		elog(ERROR, "SPI_execute_snapshot failed: %s", SPI_result_code_string(result));
+	return SPI_processed;
+}
+
+/*
+ * Writes down that a job is about to be sent to a URL, which holds no secret.
+ * The request may be sent once this is committed.
+ */
+void
+omni_job_begin(OmniJob *job, const char *url)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	job->attempts++;
+	insert(job, "sending", now);
+	add_event(job->id, &job->request.requested_by, now, "sending", job->attempts, 0, -1,
+			  psprintf("POST %s", url));
+}
+
+/* Writes down a job that is not sent at all. */
+void
+omni_job_refuse(OmniJob *job, const OmniOutcome *outcome)
+{
+	insert(job, "pending", 0);
+	omni_job_record(job, outcome);
+}
+
+/* Sets job->id. */
+static void
+insert(OmniJob *job, const char *status, TimestampTz sent_at)
+{
+	OmniRequest *request = &job->request;
+	bool		isnull;
+	Datum		values[13] = {
+		CStringGetTextDatum(status),
+		UUIDPGetDatum(&request->model),
+		UUIDPGetDatum(&request->branch),
+		BoolGetDatum(request->hard),
+		PointerGetDatum(job->schemas),
+		PointerGetDatum(job->tables),
+		NameGetDatum(&request->server),
+		NameGetDatum(&request->requested_by),
+		ObjectIdGetDatum(request->role),
+		TimestampTzGetDatum(request->requested_at),
+		TimestampTzGetDatum(sent_at),
+		Int32GetDatum(job->attempts),
+		ObjectIdGetDatum(MyDatabaseId)
+	};
+	char		nulls[14] = "             ";
+
+	if (!request->has_branch)
+		nulls[2] = 'n';
+	if (job->schemas == NULL)
+		nulls[4] = 'n';
+	if (job->tables == NULL)
+		nulls[5] = 'n';
+	if (sent_at == 0)
+		nulls[10] = 'n';
+
+	if (run(&insert_job, values, nulls, false) != 1)
+		elog(ERROR, "a trigger kept a job from being written");
+	job->id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
+	add_event(job->id, &request->requested_by, request->requested_at, "requested", 0, 0, -1, NULL);
+}
+
+/* Writes down what became of an attempt, and of the job with it. */
+void
+omni_job_record(OmniJob *job, const OmniOutcome *outcome)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	const NameData *requested_by = &job->request.requested_by;
+	char	   *error = outcome->error.sqlstate != 0 ? omni_error_text(&outcome->error) : NULL;
+	Datum		values[5] = {
+		Int64GetDatum(job->id),
+		CStringGetTextDatum(outcome->status),
+		UUIDPGetDatum(&outcome->job_id),
+		TimestampTzGetDatum(now),
+		PointerGetDatum(NULL)
+	};
+	char		nulls[6] = "     ";
+
+	if (!outcome->has_job_id)
+		nulls[2] = 'n';
+	if (error != NULL)
+		values[4] = CStringGetTextDatum(error);
+	else
+		nulls[4] = 'n';
+
+	if (run(&update_job, values, nulls, false) == 0)
+		return;					/* someone has deleted it: no events either */
+
+	if (outcome->attempt_event != NULL)
+	{
+		add_event(job->id, requested_by, now, outcome->attempt_event, job->attempts,
+				  outcome->http_status, outcome->elapsed, error);
+		add_event(job->id, requested_by, now, outcome->status, job->attempts, 0, -1, NULL);
+	}
+	else
+		add_event(job->id, requested_by, now, outcome->status, job->attempts,
+				  outcome->http_status, outcome->elapsed, error);
+}
+
+/*
+ * Settles the jobs that an earlier worker has left behind.  Nobody waits for a
+ * synchronous one any more: it is not sent again.
+ */
+void
+omni_job_settle(void)
+{
+	OmniError	error;
+	char	   *explanation;
+	Datum		values[2];
+	SPITupleTable *rows;
+	uint64		count;
+
+	omni_error_set(&error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
+				   "the background worker or the server ended before the answer came");
+	omni_error_hint(&error, "If the job was being sent, look in Omni before you send it again.");
+	explanation = omni_error_text(&error);
+	values[0] = ObjectIdGetDatum(MyDatabaseId);
+	values[1] = CStringGetTextDatum(explanation);
+	count = run(&settle_jobs, values, NULL, false);
+	rows = SPI_tuptable;
+
+	for (uint64 i = 0; i < count; i++)
+	{
+		bool		isnull;
+		HeapTuple	row = rows->vals[i];
+
+		add_event(DatumGetInt64(SPI_getbinval(row, rows->tupdesc, 1, &isnull)),
+				  DatumGetName(SPI_getbinval(row, rows->tupdesc, 2, &isnull)),
+				  GetCurrentTimestamp(),
+				  TextDatumGetCString(SPI_getbinval(row, rows->tupdesc, 3, &isnull)),
+				  DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 4, &isnull)),
+				  0, -1, explanation);
+	}
+}
+
+/*
+ * Adds a line to the event log.  An attempt or http_status of 0, a negative
+ * duration (in microseconds), and a NULL detail become NULLs.
+ */
+static void
+add_event(int64 job, const NameData *requested_by, TimestampTz occurred_at,
+		  const char *event, int attempt, int http_status,
+		  int64 duration, const char *detail)
+{
+	Interval	interval = {.time = duration};
+	Datum		values[8] = {
+		Int64GetDatum(job),
+		NameGetDatum(requested_by),
+		TimestampTzGetDatum(occurred_at),
+		CStringGetTextDatum(event),
+		Int32GetDatum(attempt),
+		Int32GetDatum(http_status),
+		IntervalPGetDatum(&interval),
+		PointerGetDatum(NULL)
+	};
+	char		nulls[9] = "        ";
+
+	if (attempt == 0)
+		nulls[4] = 'n';
+	if (http_status == 0)
+		nulls[5] = 'n';
+	if (duration < 0)
+		nulls[6] = 'n';
+	if (detail != NULL)
+		values[7] = CStringGetTextDatum(detail);
+	else
+		nulls[7] = 'n';
+	(void) run(&insert_event, values, nulls, false);
+}
+
+/*
+ * A job as a row, for a function that returns one.  In a backend; after
+ * omni_tables_find().  The result is in the caller's memory, that is, in the one
+ * that was current before SPI_connect().
+ */
+Datum
+omni_job_read(int64 id)
+{
+	Datum		values[1] = {Int64GetDatum(id)};
+	Datum		row;
+	bool		isnull;
+
+	if (run(&select_job, values, NULL, true) != 1)
+		ereport(ERROR,
+				(errcode(ERRCODE_NO_DATA_FOUND),
+				 errmsg("job " INT64_FORMAT " was deleted while it was waited for", id)));
+	row = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull);
+	return SPI_datumTransfer(row, false, -1);
+}
+
+/*
+ * A job that is in no table, as a row: one that was not even written down.  In a
+ * backend; after omni_tables_find().  The result is palloc'd.
+ */
+Datum
+omni_job_form(const OmniRequest *request, ArrayType *schemas, ArrayType *tables,
+			  const char *status, const char *error)
+{
+	TupleDesc	rowtype = lookup_rowtype_tupdesc_copy(get_rel_type_id(job_table.oid), -1);
+	Datum	   *values = palloc0(rowtype->natts * sizeof(Datum));
+	bool	   *nulls = palloc(rowtype->natts * sizeof(bool));
+
+#define SET(column, value, isnull) \
+	do { \
+		int			i_ = SPI_fnumber(rowtype, column) - 1; \
+		if (!(isnull)) \
+			values[i_] = (value); \
+		nulls[i_] = (isnull); \
+	} while (0)
+
+	memset(nulls, true, rowtype->natts);
+	SET("status", CStringGetTextDatum(status), false);
+	SET("model_id", UUIDPGetDatum(&request->model), false);
+	SET("branch_id", UUIDPGetDatum(&request->branch), !request->has_branch);
+	SET("kind", CStringGetTextDatum("schema"), false);
+	SET("hard", BoolGetDatum(request->hard), false);
+	SET("schemas", PointerGetDatum(schemas), schemas == NULL);
+	SET("tables", PointerGetDatum(tables), tables == NULL);
+	SET("server", NameGetDatum(&request->server), false);
+	SET("origin", CStringGetTextDatum("call"), false);
+	SET("requested_by", NameGetDatum(&request->requested_by), false);
+	SET("requested_by_oid", ObjectIdGetDatum(request->role), false);
+	SET("requested_at", TimestampTzGetDatum(request->requested_at), false);
+	SET("run_at", TimestampTzGetDatum(request->requested_at), false);
+	SET("finished_at", TimestampTzGetDatum(GetCurrentTimestamp()), false);
+	SET("attempts", Int32GetDatum(0), false);
+	SET("database", ObjectIdGetDatum(MyDatabaseId), false);
+	SET("error", error == NULL ? (Datum) 0 : CStringGetTextDatum(error), error == NULL);
+#undef SET
+
+	return HeapTupleGetDatum(heap_form_tuple(rowtype, values, nulls));
+}

@@ -1,0 +1,226 @@
+/*-------------------------------------------------------------------------
+ *
+ * omni_refresh.h
+ *		What the files of the extension share, by the file that defines it.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef OMNI_REFRESH_H
+#define OMNI_REFRESH_H
+
+#include "datatype/timestamp.h"
+#include "fmgr.h"
+#include "port/atomics.h"
+#include "storage/dsm.h"
+#include "utils/array.h"
+#include "utils/uuid.h"
+
+/* Defined by the Makefile from the control file */
+#ifndef OMNI_REFRESH_VERSION
+#error "OMNI_REFRESH_VERSION is not defined"
+#endif
+
+#define OMNI_EXTENSION "omni_refresh"	/* also the name of the FDW */
+
+/*
+ * An error in ereport's terms, as plain data: it is made in the worker, crosses
+ * shared memory, and is raised in the caller.  Longer texts are clipped; a
+ * remote text is redacted before it gets here.
+ */
+typedef struct OmniError
+{
+	int			sqlstate;		/* 0 means no error */
+	char		message[512];
+	char		detail[1024];	/* may be empty */
+	char		hint[512];		/* may be empty */
+} OmniError;
+
+/* What a job asks for, as plain data, but for its two lists */
+typedef struct OmniRequest
+{
+	pg_uuid_t	model;
+	pg_uuid_t	branch;			/* if has_branch */
+	bool		has_branch;
+	bool		hard;			/* what is in effect */
+	bool		hard_named;		/* say so in the request */
+	NameData	server;
+	NameData	requested_by;	/* role whose key is used ... */
+	Oid			role;			/* ... and its OID */
+	TimestampTz requested_at;
+} OmniRequest;
+
+/* Where and how to reach Omni: the options of a server and a user mapping */
+typedef struct OmniTarget
+{
+	char	   *base_url;
+	char	   *ca_file;		/* NULL: the system's */
+	char	   *proxy;			/* NULL: none */
+	int			connect_timeout;	/* ms */
+	int			timeout;		/* ms, of one attempt */
+	int			rate_limit;		/* requests a minute, 0 means no limit */
+	char	   *key_file;		/* NULL: key is set */
+	char	   *key;
+} OmniTarget;
+
+/* How far an attempt came, in the order of events */
+typedef enum OmniPhase
+{
+	OMNI_PHASE_NAME,
+	OMNI_PHASE_CONNECT,
+	OMNI_PHASE_TLS,
+	OMNI_PHASE_WAIT,			/* for the first byte of the answer */
+	OMNI_PHASE_READ
+} OmniPhase;
+
+/* What became of one HTTP request; strings live as long as the transfer */
+typedef struct OmniAnswer
+{
+	bool		failed;			/* no complete answer: see the next fields */
+	OmniPhase	phase;			/* where it failed */
+	bool		timed_out;
+	bool		retryable;		/* the same request might fare better later */
+	bool		too_large;		/* the answer was longer than we accept */
+	const char *reason;			/* libcurl's words */
+
+	bool		sent;			/* some of the request left this host */
+	int			status;			/* HTTP status, 0 when there was none */
+	const char *body;			/* not NUL-terminated; NULL when empty */
+	size_t		length;			/* bytes in body */
+	const char *redirect_url;	/* of a 3xx, or NULL */
+	int			retry_after;	/* seconds, 0 when not given */
+	int64		elapsed;		/* microseconds */
+} OmniAnswer;
+
+/* One HTTP request on its way */
+typedef struct OmniTransfer
+{
+	bool		done;			/* then answer is valid */
+	OmniAnswer	answer;
+} OmniTransfer;
+
+typedef struct OmniHttpRequest
+{
+	const char *method;
+	const char *url;
+	const char *bearer;
+	const char *ca_file;		/* NULL: the system's */
+	const char *proxy;			/* NULL: none */
+	int			connect_timeout;	/* ms */
+	int			timeout;		/* ms */
+} OmniHttpRequest;
+
+/* What an attempt means for its job */
+typedef struct OmniOutcome
+{
+	const char *status;			/* the job's status from now on */
+	const char *attempt_event;	/* of a failed attempt, else NULL */
+	bool		retryable;
+	int			retry_after;	/* seconds, 0 when not given */
+	bool		has_job_id;
+	pg_uuid_t	job_id;			/* Omni's */
+	int			http_status;	/* 0 when there was none */
+	int64		elapsed;		/* microseconds */
+	OmniError	error;
+} OmniOutcome;
+
+/* A job in the worker's hands; see worker.c for its life */
+typedef struct OmniJob
+{
+	MemoryContext context;		/* holds this and all it points to */
+	int64		id;				/* 0 as long as there is no row */
+	OmniRequest request;
+	ArrayType  *schemas;		/* text[], or NULL */
+	ArrayType  *tables;			/* text[], or NULL */
+	int			attempts;
+} OmniJob;
+
+/* How far the hand-over of a call has come */
+typedef enum OmniCallState
+{
+	OMNI_CALL_WAITING,			/* nobody has taken it yet */
+	OMNI_CALL_TAKEN,			/* the worker has it */
+	OMNI_CALL_DONE,				/* the results are in */
+	OMNI_CALL_LOST				/* the worker ended before that */
+} OmniCallState;
+
+/*
+ * A call on its way from a backend to the worker and back: the head of a DSM
+ * segment that the backend made.  The backend writes all but the results before
+ * it hands the segment over; the worker writes the results before it sets the
+ * state to OMNI_CALL_DONE.
+ */
+typedef struct OmniCall
+{
+	pg_atomic_uint32 state;		/* OmniCallState */
+	pg_atomic_uint32 forsaken;	/* set when the caller has left */
+	int			caller;			/* index of its PGPROC */
+	TimestampTz deadline;		/* end of call_timeout */
+	OmniRequest request;
+	Size		schemas;		/* offset of a flat text[] in the segment, 0 if
+								 * NULL */
+	Size		tables;			/* likewise */
+
+	/* results */
+	int64		job_id;			/* 0 when there is no row */
+	OmniError	error;
+} OmniCall;
+
+/* in omni_refresh.c */
+extern char *omni_server;
+extern int	omni_on_failure;
+extern int	omni_call_timeout;
+extern bool omni_enabled;
+extern int	omni_idle_timeout;
+
+#define OMNI_ON_FAILURE_ERROR	0
+#define OMNI_ON_FAILURE_WARNING 1
+
+extern void omni_error_set(OmniError *error, int sqlstate,
+						   const char *format,...) pg_attribute_printf(3, 4);
+extern void omni_error_detail(OmniError *error,
+							  const char *format,...) pg_attribute_printf(2, 3);
+extern void omni_error_hint(OmniError *error,
+							const char *format,...) pg_attribute_printf(2, 3);
+extern void omni_error_catch(OmniError *error, MemoryContext context);
+extern void omni_error_report(const OmniError *error, int elevel);
+extern char *omni_error_text(const OmniError *error);
+
+/* in option.c */
+extern bool omni_target_find(const char *servername, Oid role,
+							 OmniTarget *target, OmniError *error);
+extern bool omni_target_read_key(OmniTarget *target, OmniError *error);
+
+/* in rendezvous.c */
+extern OmniCall *omni_call_create(const OmniRequest *request,
+								  ArrayType *schemas, ArrayType *tables,
+								  dsm_segment **segment);
+extern void omni_call_run(dsm_segment *segment);
+extern void omni_worker_attach(void);
+extern bool omni_worker_leave_if_idle(void);
+extern dsm_segment *omni_worker_next_call(void);
+extern void omni_call_finish(OmniCall *call, int64 job_id,
+							 const OmniError *error);
+
+/* in job.c */
+extern bool omni_tables_find(void);
+extern bool omni_tables_lock(void);
+extern void omni_job_begin(OmniJob *job, const char *url);
+extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
+extern void omni_job_record(OmniJob *job, const OmniOutcome *outcome);
+extern void omni_job_settle(void);
+extern Datum omni_job_read(int64 id);
+extern Datum omni_job_form(const OmniRequest *request, ArrayType *schemas,
+						   ArrayType *tables, const char *status,
+						   const char *error);
+
+/* in api.c */
+extern char *omni_api_refresh_url(const char *base_url, const OmniJob *job);
+extern void omni_api_refresh_outcome(const OmniJob *job, const char *key,
+									 const OmniAnswer *answer,
+									 OmniOutcome *outcome);
+
+/* in http.c */
+extern OmniTransfer *omni_http_start(const OmniHttpRequest *request);
+extern void omni_http_wait(long timeout, uint32 wait_event);
+
+#endif							/* OMNI_REFRESH_H */

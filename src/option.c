@@ -1,0 +1,569 @@
+/*-------------------------------------------------------------------------
+ *
+ * option.c
+ *		The options of foreign servers and user mappings: what they may be, and
+ *		who may use which server with which key.
+ *
+ * The one permission model is SQL/MED's: a role that has USAGE on a server and
+ * a user mapping for it (its own or PUBLIC's) may make calls with the key of
+ * that mapping.  Backends ask before they hand a call over, in the view of
+ * their own transaction, and never see the key; the worker asks again, in the
+ * committed view, when it sends.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "access/htup_details.h"
+#include "access/reloptions.h"
+#include "access/xact.h"
+#include "catalog/pg_foreign_server.h"
+#include "catalog/pg_user_mapping.h"
+#include "commands/defrem.h"
+#include "foreign/foreign.h"
+#include "miscadmin.h"
+#include "storage/fd.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/syscache.h"
+#include "utils/varlena.h"
+
+#include "compat.h"
+#include "omni_refresh.h"
+
+#define MAX_KEY_FILE_SIZE	4096	/* bytes; a key has less than 100 */
+#define MAX_RATE_LIMIT		1000000 /* a minute; Omni gives 60, on request 500 */
+#define MAX_TIMEOUT			3600	/* seconds; more would only hide trouble */
+
+typedef struct Option
+{
+	const char *name;
+	Oid			catalog;		/* of the objects that have it */
+	bool		superuser_only; /* to be set */
+	void		(*check) (const char *name, const char *value);
+} Option;
+
+static void check_base_url(const char *name, const char *value);
+static void check_duration(const char *name, const char *value);
+static void check_rate_limit(const char *name, const char *value);
+static void check_proxy(const char *name, const char *value);
+static void check_path(const char *name, const char *value);
+static void check_key(const char *name, const char *value);
+
+static const Option options[] = {
+	{"base_url", ForeignServerRelationId, false, check_base_url},
+	{"connect_timeout", ForeignServerRelationId, false, check_duration},
+	{"timeout", ForeignServerRelationId, false, check_duration},
+	{"rate_limit", ForeignServerRelationId, false, check_rate_limit},
+	{"proxy", ForeignServerRelationId, true, check_proxy},
+	{"ca_file", ForeignServerRelationId, true, check_path},
+	{"api_key", UserMappingRelationId, false, check_key},
+	{"api_key_file", UserMappingRelationId, true, check_path},
+};
+
+static const Option *find_option(const char *name, Oid catalog);
+pg_noreturn static void unrecognized_option(const char *name, Oid catalog);
+static int	parse_duration(const char *value);
+static bool find_server(const char *servername, Oid role, OmniTarget *target,
+						Oid *serverid, OmniError *error);
+static bool find_mapping(const char *servername, Oid serverid, Oid role,
+						 OmniTarget *target, OmniError *error);
+static bool is_key(const char *key);
+
+PG_FUNCTION_INFO_V1(omni_refresh_validator);
+
+/*
+ * Validates the options of an object of the given catalog.  Raises an error for
+ * the first option that is not in order.
+ */
+Datum
+omni_refresh_validator(PG_FUNCTION_ARGS)
+{
+	List	   *list = untransformRelOptions(PG_GETARG_DATUM(0));
+	Oid			catalog = PG_GETARG_OID(1);
+	bool		has_base_url = false;
+	bool		has_key = false;
+	ListCell   *cell;
+
+	foreach(cell, list)
+	{
+		DefElem    *def = lfirst_node(DefElem, cell);
+		const Option *option = find_option(def->defname, catalog);
+		char	   *value;
+
+		if (option == NULL)
+			unrecognized_option(def->defname, catalog);
+
+		if (option->superuser_only && !superuser())
+			ereport(ERROR,
+					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+					 errmsg("permission denied for option \"%s\"", option->name),
+					 errdetail("Only a superuser may set this option, or change other options of an object that has it."),
+					 errhint("Ask a superuser to make the change.")));
+
+		value = defGetString(def);
+		option->check(option->name, value);
+
+		if (option->catalog == UserMappingRelationId)
+		{
+			if (has_key)
+				ereport(ERROR,
+						(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+						 errmsg("options \"api_key\" and \"api_key_file\" cannot be given together"),
+						 errhint("Drop one of them: OPTIONS (DROP api_key, ADD api_key_file '...').")));
+			has_key = true;
+		}
+		if (strcmp(option->name, "base_url") == 0)
+			has_base_url = true;
+	}
+
+	if (catalog == ForeignServerRelationId && !has_base_url)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_OPTION_NAME_NOT_FOUND),
+				 errmsg("option \"base_url\" is required"),
+				 errhint("Give the address you log in to Omni with: OPTIONS (base_url 'https://acme.omniapp.co').")));
+
+	PG_RETURN_VOID();
+}
+
+static const Option *
+find_option(const char *name, Oid catalog)
+{
+	for (int i = 0; i < lengthof(options); i++)
+	{
+		if (options[i].catalog == catalog && strcmp(options[i].name, name) == 0)
+			return &options[i];
+	}
+	return NULL;
+}
+
+/* Raises an error that suggests the nearest valid name. */
+static void
+unrecognized_option(const char *name, Oid catalog)
+{
+	const Option *nearest = NULL;
+	int			least = Max((int) strlen(name) / 2, 3);
+
+	/* varstr_levenshtein() refuses longer texts */
+	for (int i = 0; i < lengthof(options) && strlen(name) < NAMEDATALEN; i++)
+	{
+		int			distance;
+
+		if (options[i].catalog != catalog)
+			continue;
+		distance = varstr_levenshtein(name, strlen(name), options[i].name,
+									  strlen(options[i].name), 1, 1, 1, true);
+		if (distance <= least)
+		{
+			least = distance;
+			nearest = &options[i];
+		}
+	}
+
+	ereport(ERROR,
+			(errcode(ERRCODE_FDW_INVALID_OPTION_NAME),
+			 errmsg("unrecognized option \"%s\"", name),
+			 nearest != NULL ?
+			 errhint("Perhaps you meant the option \"%s\".", nearest->name) :
+			 catalog == ForeignServerRelationId ?
+			 errhint("Options of a server are base_url, connect_timeout, timeout, rate_limit, proxy and ca_file.") :
+			 catalog == UserMappingRelationId ?
+			 errhint("Options of a user mapping are api_key and api_key_file.") :
+			 errhint("There are no options in this context.")));
+}
+
+/*
+ * Takes a URL apart; raises an error when libcurl cannot, or when it names a
+ * user.  The caller frees the result with curl_url_cleanup() and must not raise
+ * an error before.
+ */
+static CURLU *
+parse_url(const char *name, const char *value)
+{
+	CURLU	   *url;
+	CURLUcode	code;
+
+	for (const char *c = value; *c != '\0'; c++)
+	{
+		if (*c <= ' ' || *c > '~')
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("invalid value for option \"%s\"", name),
+					 errdetail("A URL consists of printable ASCII characters without spaces.")));
+	}
+
+	url = curl_url();
+	if (url == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory")));
+	code = curl_url_set(url, CURLUPART_URL, value,
+						CURLU_DISALLOW_USER | CURLU_NON_SUPPORT_SCHEME);
+	if (code != CURLUE_OK)
+	{
+		curl_url_cleanup(url);
+		if (code == CURLUE_USER_NOT_ALLOWED)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("invalid value for option \"%s\"", name),
+					 errdetail("The URL must not name a user or a password.")));
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid value for option \"%s\": \"%s\"", name, value),
+				 errdetail("This is not a URL."),
+				 errhint("Give it in full, as in \"https://acme.omniapp.co\".")));
+	}
+	return url;
+}
+
+/* A palloc'd copy of a part of a URL, empty when the part is not there. */
+static char *
+url_part(CURLU *url, CURLUPart part)
+{
+	char	   *text = NULL;
+	char	   *copy;
+
+	if (curl_url_get(url, part, &text, 0) != CURLUE_OK)
+		return pstrdup("");
+	copy = pstrdup(text);
+	curl_free(text);
+	return copy;
+}
+
+static bool
+is_loopback(const char *host)
+{
+	struct in_addr address;
+
+	if (inet_pton(AF_INET, host, &address) == 1)
+		return (ntohl(address.s_addr) >> 24) == 127;
+	return strcmp(host, "[::1]") == 0 || pg_strcasecmp(host, "localhost") == 0;
+}
+
+/*
+ * The base URL is the login host's, with or without "/api": what documents and
+ * browsers show.  Plain http would send the key in the clear, and is for tests
+ * on this host only.
+ */
+static void
+check_base_url(const char *name, const char *value)
+{
+	CURLU	   *url = parse_url(name, value);
+	char	   *scheme = url_part(url, CURLUPART_SCHEME);
+	char	   *host = url_part(url, CURLUPART_HOST);
+	char	   *path = url_part(url, CURLUPART_PATH);
+	const char *detail = NULL;
+	bool		plain;
+
+	curl_url_cleanup(url);
+
+	plain = strcmp(scheme, "http") == 0 && is_loopback(host);
+	if (!plain && strcmp(scheme, "https") != 0)
+		detail = "The scheme must be https, or http for a loopback address.";
+	else if (strpbrk(value, "?#") != NULL)
+		detail = "The URL must not have a query or a fragment.";
+	else if (strcmp(path, "") != 0 && strcmp(path, "/") != 0 &&
+			 strcmp(path, "/api") != 0 && strcmp(path, "/api/") != 0)
+		detail = "The path must be empty or \"/api\".";
+
+	if (detail != NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid value for option \"%s\": \"%s\"", name, value),
+				 errdetail("%s", detail),
+				 errhint("Give the address you log in to Omni with, as in \"https://acme.omniapp.co\".")));
+
+	if (plain && !superuser())
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied for a base URL without TLS"),
+				 errdetail("Only a superuser may set one, or change other options of a server that has one."),
+				 errhint("Use https.")));
+}
+
+static void
+check_proxy(const char *name, const char *value)
+{
+	curl_url_cleanup(parse_url(name, value));
+}
+
+/* Seconds, or with a unit; in ms, or 0 when it is not a duration in range. */
+static int
+parse_duration(const char *value)
+{
+	double		seconds;
+
+	if (!parse_real(value, &seconds, GUC_UNIT_S, NULL) ||
+		!(seconds >= 0.001 && seconds <= MAX_TIMEOUT))
+		return 0;
+	return (int) (seconds * 1000);
+}
+
+static void
+check_duration(const char *name, const char *value)
+{
+	if (parse_duration(value) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid value for option \"%s\": \"%s\"", name, value),
+				 errhint("Give a duration between \"1 ms\" and \"1 h\"; without a unit, it is in seconds.")));
+}
+
+static void
+check_rate_limit(const char *name, const char *value)
+{
+	int			limit;
+
+	if (!parse_int(value, &limit, 0, NULL) || limit < 0 || limit > MAX_RATE_LIMIT)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid value for option \"%s\": \"%s\"", name, value),
+				 errhint("Give a number of requests a minute between 0 and %d; 0 means no limit.",
+						 MAX_RATE_LIMIT)));
+}
+
+static void
+check_path(const char *name, const char *value)
+{
+	if (!is_absolute_path(value))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid value for option \"%s\": \"%s\"", name, value),
+				 errhint("Give an absolute path on the database server's host.")));
+}
+
+/* The value is never shown, not even where it cannot be a key. */
+static void
+check_key(const char *name, const char *value)
+{
+	if (!is_key(value))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid value for option \"%s\"", name),
+				 errdetail("An API key consists of printable ASCII characters without spaces.")));
+}
+
+/* A key goes into an HTTP header: nothing in it may end the line. */
+static bool
+is_key(const char *key)
+{
+	if (*key == '\0')
+		return false;
+	for (; *key != '\0'; key++)
+	{
+		if (*key <= ' ' || *key > '~')
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Finds out whether a role may use a server, and how to reach it.  Returns false
+ * and says why in *error if it may not.  Needs a transaction; the strings in
+ * *target are palloc'd.
+ */
+bool
+omni_target_find(const char *servername, Oid role, OmniTarget *target, OmniError *error)
+{
+	Oid			serverid;
+
+	memset(target, 0, sizeof(*target));
+	return find_server(servername, role, target, &serverid, error) &&
+		find_mapping(servername, serverid, role, target, error);
+}
+
+/* Says that what this transaction did to an object must be committed first. */
+static bool
+not_committed(OmniError *error, const char *what, const char *servername)
+{
+	omni_error_set(error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+				   "%s \"%s\" was changed by this transaction", what, servername);
+	omni_error_detail(error, "The request is sent by a background worker, which sees only what is committed.");
+	omni_error_hint(error, "Commit first.");
+	return false;
+}
+
+static bool
+find_server(const char *servername, Oid role, OmniTarget *target,
+			Oid *serverid, OmniError *error)
+{
+	ForeignServer *server = GetForeignServerByName(servername, true);
+	HeapTuple	tuple;
+	bool		own;
+	ListCell   *cell;
+
+	if (server == NULL)
+	{
+		omni_error_set(error, ERRCODE_UNDEFINED_OBJECT,
+					   "server \"%s\" does not exist", servername);
+		omni_error_hint(error, "Create it with CREATE SERVER %s FOREIGN DATA WRAPPER " OMNI_EXTENSION
+						" OPTIONS (base_url 'https://acme.omniapp.co'), or name another one in the setting \"omni_refresh.server\".",
+						quote_identifier(servername));
+		return false;
+	}
+	if (strcmp(GetForeignDataWrapper(server->fdwid)->fdwname, OMNI_EXTENSION) != 0)
+	{
+		omni_error_set(error, ERRCODE_WRONG_OBJECT_TYPE,
+					   "server \"%s\" does not belong to the foreign-data wrapper \"%s\"",
+					   servername, OMNI_EXTENSION);
+		omni_error_hint(error, "Name a server of that wrapper in the setting \"omni_refresh.server\".");
+		return false;
+	}
+	if (object_aclcheck(ForeignServerRelationId, server->serverid, role, ACL_USAGE) != ACLCHECK_OK)
+	{
+		omni_error_set(error, ERRCODE_INSUFFICIENT_PRIVILEGE,
+					   "permission denied for foreign server %s", servername);
+		omni_error_hint(error, "The server's owner can grant it: GRANT USAGE ON FOREIGN SERVER %s TO %s.",
+						quote_identifier(servername),
+						quote_identifier(GetUserNameFromId(role, false)));
+		return false;
+	}
+
+	tuple = SearchSysCache1(FOREIGNSERVEROID, ObjectIdGetDatum(server->serverid));
+	if (!HeapTupleIsValid(tuple))
+		elog(ERROR, "cache lookup failed for foreign server %u", server->serverid);
+	own = TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetXmin(tuple->t_data));
+	ReleaseSysCache(tuple);
+	if (own)
+		return not_committed(error, "server", servername);
+
+	target->connect_timeout = 10000;
+	target->timeout = 30000;
+	target->rate_limit = 60;
+	foreach(cell, server->options)
+	{
+		DefElem    *def = lfirst_node(DefElem, cell);
+		char	   *value = defGetString(def);
+
+		if (strcmp(def->defname, "base_url") == 0)
+			target->base_url = value;
+		else if (strcmp(def->defname, "ca_file") == 0)
+			target->ca_file = value;
+		else if (strcmp(def->defname, "proxy") == 0)
+			target->proxy = value;
+		else if (strcmp(def->defname, "connect_timeout") == 0)
+			target->connect_timeout = parse_duration(value);
+		else if (strcmp(def->defname, "timeout") == 0)
+			target->timeout = parse_duration(value);
+		else if (strcmp(def->defname, "rate_limit") == 0)
+			(void) parse_int(value, &target->rate_limit, 0, NULL);
+	}
+	*serverid = server->serverid;
+	return true;
+}
+
+static bool
+find_mapping(const char *servername, Oid serverid, Oid role,
+			 OmniTarget *target, OmniError *error)
+{
+	char	   *rolename = GetUserNameFromId(role, false);
+	HeapTuple	tuple;
+	bool		own;
+	Datum		datum;
+	bool		isnull;
+	ListCell   *cell;
+
+	tuple = SearchSysCache2(USERMAPPINGUSERSERVER, ObjectIdGetDatum(role),
+							ObjectIdGetDatum(serverid));
+	if (!HeapTupleIsValid(tuple))	/* PUBLIC's */
+		tuple = SearchSysCache2(USERMAPPINGUSERSERVER, ObjectIdGetDatum(InvalidOid),
+								ObjectIdGetDatum(serverid));
+	if (!HeapTupleIsValid(tuple))
+	{
+		omni_error_set(error, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
+					   "user mapping for \"%s\" on server \"%s\" does not exist",
+					   rolename, servername);
+		omni_error_hint(error, "Create it with CREATE USER MAPPING FOR %s SERVER %s OPTIONS (api_key '...'), or api_key_file for a key that is kept in a file.",
+						quote_identifier(rolename), quote_identifier(servername));
+		return false;
+	}
+
+	own = TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetXmin(tuple->t_data));
+	datum = SysCacheGetAttr(USERMAPPINGUSERSERVER, tuple,
+							Anum_pg_user_mapping_umoptions, &isnull);
+	foreach(cell, isnull ? NIL : untransformRelOptions(datum))
+	{
+		DefElem    *def = lfirst_node(DefElem, cell);
+
+		if (strcmp(def->defname, "api_key") == 0)
+			target->key = defGetString(def);
+		else if (strcmp(def->defname, "api_key_file") == 0)
+			target->key_file = defGetString(def);
+	}
+	ReleaseSysCache(tuple);
+
+	if (own)
+		return not_committed(error, "user mapping for server", servername);
+	if (target->key == NULL && target->key_file == NULL)
+	{
+		omni_error_set(error, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
+					   "user mapping for \"%s\" on server \"%s\" has no API key",
+					   rolename, servername);
+		omni_error_hint(error, "Set the option \"api_key\" or \"api_key_file\" of the user mapping.");
+		return false;
+	}
+	return true;
+}
+
+/*
+ * Sets target->key from its file, if it is kept in one; white space around it
+ * does not matter.  Returns false and says why in *error if that fails.  Neither
+ * a FIFO nor a device makes it wait.
+ */
+bool
+omni_target_read_key(OmniTarget *target, OmniError *error)
+{
+	const char *path = target->key_file;
+	char	   *key;
+	char	   *end;
+	struct stat st;
+	ssize_t		length = -1;
+	int			fd;
+
+	if (path == NULL)
+		return true;
+
+	key = palloc(MAX_KEY_FILE_SIZE + 1);
+	fd = OpenTransientFile(path, O_RDONLY | O_NONBLOCK | PG_BINARY);
+	if (fd >= 0 && fstat(fd, &st) == 0)
+	{
+		if (!S_ISREG(st.st_mode))
+			errno = EINVAL;
+		else if (st.st_size > MAX_KEY_FILE_SIZE)
+			errno = EFBIG;
+		else
+			length = read(fd, key, MAX_KEY_FILE_SIZE);
+	}
+	if (length < 0)
+	{
+		omni_error_set(error, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
+					   "could not read API key file \"%s\": %m", path);
+		omni_error_hint(error, "The file must be a regular one of at most %d bytes that the database server's operating system user may read.",
+						MAX_KEY_FILE_SIZE);
+	}
+	if (fd >= 0)
+		CloseTransientFile(fd);
+	if (length < 0)
+		return false;
+
+	end = key + length;
+	while (end > key && isspace((unsigned char) end[-1]))
+		end--;
+	while (key < end && isspace((unsigned char) *key))
+		key++;
+	*end = '\0';
+	if (!is_key(key) || key + strlen(key) != end)
+	{
+		omni_error_set(error, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
+					   "API key file \"%s\" does not hold an API key", path);
+		omni_error_detail(error, "An API key consists of printable ASCII characters without spaces.");
+		return false;
+	}
+	target->key = key;
+	return true;
+}

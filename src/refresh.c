@@ -1,0 +1,170 @@
+/*-------------------------------------------------------------------------
+ *
+ * refresh.c
+ *		The SQL-callable functions: arguments in, rows out.
+ *
+ * All that can be known to be wrong is said here, in the caller's own view,
+ * before anything is sent or written.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xlog.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "omni_refresh.h"
+
+static void fill_request(FunctionCallInfo fcinfo, OmniRequest *request,
+						 ArrayType **schemas, ArrayType **tables);
+static ArrayType *check_list(FunctionCallInfo fcinfo, int argno, const char *name);
+
+PG_FUNCTION_INFO_V1(omni_refresh);
+
+/*
+ * Asks for a refresh now, waits for Omni's answer and returns the job's row.
+ */
+Datum
+omni_refresh(PG_FUNCTION_ARGS)
+{
+	OmniRequest request;
+	ArrayType  *schemas;
+	ArrayType  *tables;
+	OmniTarget	target;
+	OmniError	error;
+	dsm_segment *segment;
+	OmniCall   *call;
+	Datum		row;
+
+	fill_request(fcinfo, &request, &schemas, &tables);
+	if (RecoveryInProgress())
+		ereport(ERROR,
+				(errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
+				 errmsg("cannot send requests to Omni during recovery"),
+				 errhint("Call the function on the primary.")));
+	if (!omni_tables_find())
+		elog(ERROR, "extension \"%s\" does not exist", OMNI_EXTENSION);
+	if (!omni_enabled)
+	{
+		ereport(NOTICE,
+				(errmsg("the request was canceled because \"omni_refresh.enabled\" is off")));
+		PG_RETURN_DATUM(omni_job_form(&request, schemas, tables, "canceled", NULL));
+	}
+	if (!omni_target_find(NameStr(request.server), request.role, &target, &error))
+		omni_error_report(&error, ERROR);
+
+	call = omni_call_create(&request, schemas, tables, &segment);
+	omni_call_run(segment);
+	if (call->error.sqlstate != 0)
+		omni_error_report(&call->error, ERROR);
+
+	SPI_connect();
+	row = omni_job_read(call->job_id);
+	SPI_finish();
+	dsm_detach(segment);
+	PG_RETURN_DATUM(row);
+}
+
+/*
+ * Checks the five arguments that all functions that ask for a refresh have, and
+ * makes a request of them.
+ */
+static void
+fill_request(FunctionCallInfo fcinfo, OmniRequest *request,
+			 ArrayType **schemas, ArrayType **tables)
+{
+	bool		selective;
+
+	memset(request, 0, sizeof(*request));
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("model must not be null"),
+				 errhint("Give the uuid of the model, as it stands in the address of its page in Omni.")));
+	request->model = *PG_GETARG_UUID_P(0);
+	request->has_branch = !PG_ARGISNULL(1);
+	if (request->has_branch)
+		request->branch = *PG_GETARG_UUID_P(1);
+	*schemas = check_list(fcinfo, 3, "schemas");
+	*tables = check_list(fcinfo, 4, "tables");
+
+	/* Omni's default is a hard refresh, which is always of the whole model */
+	selective = *schemas != NULL || *tables != NULL;
+	request->hard_named = selective || !PG_ARGISNULL(2);
+	request->hard = PG_ARGISNULL(2) ? !selective : PG_GETARG_BOOL(2);
+	if (request->hard && selective)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("a hard refresh cannot be limited to schemas or tables"),
+				 errdetail("Omni always refreshes the whole model then."),
+				 errhint("Leave out hard for a soft refresh of what is listed, or leave out schemas and tables.")));
+
+	namestrcpy(&request->server, omni_server);
+	request->role = GetUserId();
+	namestrcpy(&request->requested_by, GetUserNameFromId(request->role, false));
+	request->requested_at = GetCurrentTimestamp();
+}
+
+/*
+ * Checks a list of names, which go to Omni as they are, separated by commas.
+ * Returns it without its duplicates, or NULL if the argument is.
+ */
+static ArrayType *
+check_list(FunctionCallInfo fcinfo, int argno, const char *name)
+{
+	ArrayType  *list;
+	Datum	   *elements;
+	bool	   *nulls;
+	int			count;
+	int			kept = 0;
+
+	if (PG_ARGISNULL(argno))
+		return NULL;
+	list = PG_GETARG_ARRAYTYPE_P(argno);
+	if (ARR_NDIM(list) > 1)
+		ereport(ERROR,
+				(errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR),
+				 errmsg("%s must be a one-dimensional array", name)));
+	deconstruct_array(list, TEXTOID, -1, false, TYPALIGN_INT, &elements, &nulls, &count);
+	if (count == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("%s must not be an empty array", name),
+				 errhint("Leave it out, or give NULL, to refresh all of them.")));
+
+	for (int i = 0; i < count; i++)
+	{
+		char	   *element;
+		bool		duplicate = false;
+
+		if (nulls[i])
+			ereport(ERROR,
+					(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+					 errmsg("%s must not contain nulls", name),
+					 errdetail("Element %d is null.", i + 1)));
+		element = TextDatumGetCString(elements[i]);
+		if (element[strspn(element, " \t\r\n")] == '\0')
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("%s must not contain empty names", name),
+					 errdetail("Element %d is empty.", i + 1)));
+		if (strchr(element, ',') != NULL)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("%s must not contain names with a comma", name),
+					 errdetail("Element %d is \"%s\"; Omni takes the comma for a separator.", i + 1, element),
+					 errhint("Give each name as an element of its own; leave out the list to refresh a name with a comma.")));
+
+		for (int j = 0; j < kept && !duplicate; j++)
+			duplicate = strcmp(TextDatumGetCString(elements[j]), element) == 0;
+		if (!duplicate)
+			elements[kept++] = elements[i];
+	}
+	return construct_array(elements, kept, TEXTOID, -1, false, TYPALIGN_INT);
+}

@@ -1,0 +1,580 @@
+/*-------------------------------------------------------------------------
+ *
+ * rendezvous.c
+ *		Where backends and the worker of their database meet: shared memory, the
+ *		start and the end of the worker, the hand-over of calls.
+ *
+ * A call is a DSM segment that the backend makes (see OmniCall).  Its handle goes
+ * into the ring of the database's slot, the worker takes it from there, writes
+ * its results into the segment and sets the caller's latch.
+ *
+ * One lock covers all slots, and with it three decisions that must not cross:
+ * to put a call into a ring, to start a worker, and a worker's to leave.  A slot
+ * exists while a worker is being started (then some backend watches over the
+ * start: its starter) or is running; it ends with the worker, or with a start
+ * that failed.  Whoever ends it sets the latches of the callers in its ring, and
+ * they begin anew.  The lock is held for moments only, and nothing that raises
+ * an error happens under it but for want of memory.
+ *
+ * That there is one worker at most is not promised by the slot but by a lock of
+ * the heavyweight kind (see omni_worker_attach()), since two versions of this library
+ * may each have shared memory of their own.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "miscadmin.h"
+#include "postmaster/bgworker.h"
+#include "storage/condition_variable.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/lock.h"
+#include "storage/proc.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+#include "utils/wait_event.h"
+
+#include "compat.h"
+#include "omni_refresh.h"
+
+/* To be raised with each change of the structs below */
+#define SHARED_NAME			"omni_refresh layout 1"
+
+/* Together under 20 kB, which 16 and older have to spare */
+#define MAX_DATABASES		96
+#define RING_SIZE			16
+
+/* How long to try to get a background worker of the server's, in ms */
+#define START_PATIENCE		5000
+#define START_RETRY			20
+
+/* How many workers may die under one call before it gives up */
+#define MAX_STARTS			3
+
+typedef struct RingEntry
+{
+	dsm_handle	handle;
+	int			caller;			/* index of its PGPROC */
+} RingEntry;
+
+typedef enum SlotState
+{
+	SLOT_FREE,
+	SLOT_STARTING,
+	SLOT_RUNNING
+} SlotState;
+
+typedef struct Slot
+{
+	SlotState	state;
+	Oid			database;
+	int			owner;			/* PGPROC of the worker, or of its starter */
+	uint64		generation;		/* never the same again */
+	int			first;			/* oldest entry of the ring */
+	int			count;			/* entries in use */
+	RingEntry	ring[RING_SIZE];
+} Slot;
+
+typedef struct Shared
+{
+	LWLock		lock;			/* protects all of this */
+	int			tranche;
+	uint64		generation;		/* the last one given */
+	ConditionVariable room;		/* some ring was full and no longer is */
+	Slot		slots[MAX_DATABASES];
+} Shared;
+
+StaticAssertDecl(sizeof(Shared) < 20 * 1024, "too much shared memory");
+
+/* What a backend knows of the call it waits for */
+typedef struct Waiter
+{
+	dsm_segment *segment;
+	uint64		generation;		/* of the slot whose ring it is in, or was */
+	BackgroundWorkerHandle *start;	/* of the worker that it has started */
+	int			starts;
+} Waiter;
+
+typedef enum HandOver
+{
+	HANDED_OVER,
+	RING_FULL,
+	NO_WORKER,					/* max_worker_processes are in use */
+	NO_SLOT,					/* MAX_DATABASES are in use */
+	START_FAILED
+} HandOver;
+
+static Shared *shared = NULL;
+
+static void attach_shared(void);
+static void init_shared(OMNI_SHARED_INIT_ARGS);
+static Slot *find_slot(Oid database);
+static Slot *make_slot(Oid database, SlotState state);
+static void free_slot(Slot *slot);
+static int	my_proc(void);
+static void set_latch(int proc);
+static HandOver hand_over(Waiter *waiter);
+static bool start_worker(Waiter *waiter);
+pg_noreturn static void report_hand_over(HandOver result);
+static void wait_for_latch(long timeout);
+static void forsake_call(dsm_segment *segment, Datum arg);
+static void leave_slot(int code, Datum arg);
+static void lose_call(dsm_segment *segment, Datum arg);
+
+/*
+ * Makes a segment for a call.  It belongs to the current resource owner, and
+ * when it goes, the worker learns that the caller has left.
+ */
+OmniCall *
+omni_call_create(const OmniRequest *request, ArrayType *schemas, ArrayType *tables,
+				 dsm_segment **segment)
+{
+	Size		size = MAXALIGN(sizeof(OmniCall));
+	Size		schemas_at = 0;
+	Size		tables_at = 0;
+	OmniCall   *call;
+
+	if (schemas != NULL)
+	{
+		schemas_at = size;
+		size += MAXALIGN(VARSIZE(schemas));
+	}
+	if (tables != NULL)
+	{
+		tables_at = size;
+		size += MAXALIGN(VARSIZE(tables));
+	}
+
+	*segment = dsm_create(size, 0);
+	call = dsm_segment_address(*segment);
+	memset(call, 0, sizeof(OmniCall));
+	pg_atomic_init_u32(&call->state, OMNI_CALL_WAITING);
+	pg_atomic_init_u32(&call->forsaken, 0);
+	call->caller = my_proc();
+	call->deadline = TimestampTzPlusMilliseconds(request->requested_at, omni_call_timeout);
+	call->request = *request;
+	call->schemas = schemas_at;
+	call->tables = tables_at;
+	if (schemas != NULL)
+		memcpy((char *) call + schemas_at, schemas, VARSIZE(schemas));
+	if (tables != NULL)
+		memcpy((char *) call + tables_at, tables, VARSIZE(tables));
+	return call;
+}
+
+/*
+ * Hands a call over to the worker, which is started if need be, and waits for
+ * its results.  Raises an error when there is no worker to be had, or when the
+ * worker ends and nobody can know whether the request was sent; the errors of
+ * the call itself are among its results.  Can be interrupted.
+ */
+void
+omni_call_run(dsm_segment *segment)
+{
+	OmniCall   *call = dsm_segment_address(segment);
+	Waiter		waiter = {.segment = segment};
+	TimestampTz began = GetCurrentTimestamp();
+
+	attach_shared();
+	on_dsm_detach(segment, forsake_call, (Datum) 0);
+
+	for (;;)
+	{
+		OmniCallState state = pg_atomic_read_u32(&call->state);
+
+		pg_read_barrier();
+		if (state == OMNI_CALL_DONE)
+			break;
+		if (state == OMNI_CALL_LOST)
+		{
+			if (call->job_id != 0)
+				ereport(ERROR,
+						(errcode(ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN),
+						 errmsg("the background worker ended while job " INT64_FORMAT " was being sent",
+								call->job_id),
+						 errdetail("Whether Omni has got the request is not known."),
+						 errhint("Look in Omni before you send it again.  The server's log says why the worker ended.")));
+			pg_atomic_write_u32(&call->state, OMNI_CALL_WAITING);
+			waiter.generation = 0;
+			state = OMNI_CALL_WAITING;
+		}
+
+		if (state == OMNI_CALL_WAITING)
+		{
+			HandOver	result = hand_over(&waiter);
+
+			if (result == RING_FULL)
+			{
+				ConditionVariableSleep(&shared->room, WaitEventExtensionNew("OmniRefreshRing"));
+				continue;
+			}
+			if (result == NO_WORKER &&
+				!TimestampDifferenceExceeds(began, GetCurrentTimestamp(), START_PATIENCE))
+			{
+				wait_for_latch(START_RETRY);
+				continue;
+			}
+			if (result != HANDED_OVER)
+				report_hand_over(result);
+		}
+		wait_for_latch(-1);
+	}
+	ConditionVariableCancelSleep();
+}
+
+/* Says why there is no worker. */
+static void
+report_hand_over(HandOver result)
+{
+	if (result == NO_WORKER)
+		ereport(ERROR,
+				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+				 errmsg("no background worker is available"),
+				 errdetail("All of the server's max_worker_processes (%d) are in use.",
+						   max_worker_processes),
+				 errhint("Increase the setting \"max_worker_processes\"; omni_refresh needs one for each database that uses it at a time.")));
+	if (result == NO_SLOT)
+		ereport(ERROR,
+				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+				 errmsg("too many databases use omni_refresh at once"),
+				 errdetail("There may be %d at a time.", MAX_DATABASES),
+				 errhint("Try again when a worker has left; the setting \"omni_refresh.idle_timeout\" says when it does.")));
+	ereport(ERROR,
+			(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+			 errmsg("could not start the background worker of omni_refresh"),
+			 errhint("The server's log says why.")));
+}
+
+/* -1 means no time limit.  Resets the latch. */
+static void
+wait_for_latch(long timeout)
+{
+	static uint32 wait_event = 0;
+
+	if (wait_event == 0)
+		wait_event = WaitEventExtensionNew("OmniRefreshCall");
+	ConditionVariableCancelSleep();
+	(void) WaitLatch(MyLatch,
+					 WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | (timeout >= 0 ? WL_TIMEOUT : 0),
+					 timeout, wait_event);
+	ResetLatch(MyLatch);
+	CHECK_FOR_INTERRUPTS();
+}
+
+/*
+ * Sees to it that a call that nobody has taken yet is in the ring of a slot with
+ * a worker, running or on its way.  May be called any number of times.
+ */
+static HandOver
+hand_over(Waiter *waiter)
+{
+	OmniCall   *call = dsm_segment_address(waiter->segment);
+	HandOver	result = HANDED_OVER;
+	Slot	   *slot;
+	pid_t		pid;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(MyDatabaseId);
+
+	if (slot != NULL && slot->state == SLOT_STARTING && slot->owner == my_proc() &&
+		GetBackgroundWorkerPid(waiter->start, &pid) == BGWH_STOPPED)
+	{
+		free_slot(slot);
+		result = START_FAILED;
+	}
+	else if (slot == NULL)
+	{
+		if (waiter->starts == MAX_STARTS)
+			result = START_FAILED;
+		else if ((slot = make_slot(MyDatabaseId, SLOT_STARTING)) == NULL)
+			result = NO_SLOT;
+		else if (!start_worker(waiter))
+		{
+			free_slot(slot);
+			result = NO_WORKER;
+		}
+	}
+
+	if (result == HANDED_OVER && slot->generation != waiter->generation)
+	{
+		if (slot->count == RING_SIZE)
+			result = RING_FULL;
+		else
+		{
+			RingEntry  *entry = &slot->ring[(slot->first + slot->count++) % RING_SIZE];
+
+			entry->handle = dsm_segment_handle(waiter->segment);
+			entry->caller = call->caller;
+			waiter->generation = slot->generation;
+			if (slot->state == SLOT_RUNNING)
+				set_latch(slot->owner);
+		}
+	}
+	LWLockRelease(&shared->lock);
+	return result;
+}
+
+/*
+ * Asks the postmaster for a worker, which will tell us by our latch when it
+ * starts and when it ends.  Returns false if it has none to give.
+ */
+static bool
+start_worker(Waiter *waiter)
+{
+	BackgroundWorker worker = {0};
+
+	snprintf(worker.bgw_name, BGW_MAXLEN, "omni_refresh worker for database %u", MyDatabaseId);
+	strlcpy(worker.bgw_type, "omni_refresh worker", BGW_MAXLEN);
+	strlcpy(worker.bgw_library_name, OMNI_EXTENSION, BGW_MAXLEN);
+	strlcpy(worker.bgw_function_name, "omni_refresh_worker_main", BGW_MAXLEN);
+	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
+	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
+	worker.bgw_restart_time = BGW_NEVER_RESTART;
+	worker.bgw_main_arg = ObjectIdGetDatum(MyDatabaseId);
+	worker.bgw_notify_pid = MyProcPid;
+	if (!RegisterDynamicBackgroundWorker(&worker, &waiter->start))
+		return false;
+	waiter->starts++;
+	return true;
+}
+
+/*
+ * Runs in a backend when the segment of its call goes, also on ERROR and FATAL:
+ * tells the worker that nobody waits any more, and leaves no start unwatched.
+ */
+static void
+forsake_call(dsm_segment *segment, Datum arg)
+{
+	OmniCall   *call = dsm_segment_address(segment);
+	Slot	   *slot;
+
+	if (pg_atomic_read_u32(&call->state) == OMNI_CALL_DONE)
+		return;
+
+	pg_atomic_write_u32(&call->forsaken, 1);
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(MyDatabaseId);
+	if (slot != NULL && slot->state == SLOT_RUNNING)
+		set_latch(slot->owner);
+	else if (slot != NULL && slot->owner == my_proc())
+		free_slot(slot);
+	LWLockRelease(&shared->lock);
+}
+
+/*
+ * Makes this process the worker of its database.  Waits for up to lock_timeout
+ * for another one to leave, then raises an error.  Needs a transaction.
+ *
+ * The lock is held for the life of the process.  It is of the advisory kind,
+ * which survives aborted transactions, with a fourth field that the SQL
+ * functions for advisory locks cannot reach.
+ */
+void
+omni_worker_attach(void)
+{
+	LOCKTAG		tag;
+	Slot	   *slot;
+
+	attach_shared();
+	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, 0x6f6d6e69, 0x72667368, 0x4f52);	/* "omnirfsh" */
+	(void) LockAcquire(&tag, ExclusiveLock, true, false);
+	before_shmem_exit(leave_slot, (Datum) 0);
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(MyDatabaseId);
+	if (slot == NULL)
+		slot = make_slot(MyDatabaseId, SLOT_RUNNING);
+	if (slot != NULL)
+	{
+		slot->state = SLOT_RUNNING;
+		slot->owner = my_proc();
+	}
+	LWLockRelease(&shared->lock);
+
+	if (slot == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+				 errmsg("too many databases use omni_refresh at once")));
+}
+
+/* Ends the worker's part, unless there is something to do. */
+bool
+omni_worker_leave_if_idle(void)
+{
+	Slot	   *slot;
+	bool		idle;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(MyDatabaseId);
+	idle = slot == NULL || slot->count == 0;
+	if (idle && slot != NULL)
+	{
+		/* the next worker must not find the lock taken */
+		LockReleaseSession(USER_LOCKMETHOD);
+		free_slot(slot);
+	}
+	LWLockRelease(&shared->lock);
+	return idle;
+}
+
+/* Runs when the worker exits, however. */
+static void
+leave_slot(int code, Datum arg)
+{
+	Slot	   *slot;
+
+	/* what ShutdownPostgres() is about to do, so that the lock goes first */
+	AbortOutOfAnyTransaction();
+	LockReleaseAll(USER_LOCKMETHOD, true);
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(MyDatabaseId);
+	if (slot != NULL && slot->state == SLOT_RUNNING && slot->owner == my_proc())
+		free_slot(slot);
+	LWLockRelease(&shared->lock);
+}
+
+/*
+ * The next call that some backend waits for, or NULL.  The segment lives until
+ * it is detached; if that happens before omni_call_finish(), the caller learns
+ * that its call was lost.
+ */
+dsm_segment *
+omni_worker_next_call(void)
+{
+	for (;;)
+	{
+		dsm_handle	handle = DSM_HANDLE_INVALID;
+		bool		was_full = false;
+		dsm_segment *segment;
+		OmniCall   *call;
+		Slot	   *slot;
+
+		LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+		slot = find_slot(MyDatabaseId);
+		if (slot != NULL && slot->count > 0)
+		{
+			handle = slot->ring[slot->first].handle;
+			was_full = slot->count == RING_SIZE;
+			slot->first = (slot->first + 1) % RING_SIZE;
+			slot->count--;
+		}
+		LWLockRelease(&shared->lock);
+
+		if (handle == DSM_HANDLE_INVALID)
+			return NULL;
+		if (was_full)
+			ConditionVariableBroadcast(&shared->room);
+
+		segment = dsm_attach(handle);
+		if (segment == NULL)	/* the caller has left */
+			continue;
+		dsm_pin_mapping(segment);
+		on_dsm_detach(segment, lose_call, (Datum) 0);
+		call = dsm_segment_address(segment);
+		pg_atomic_write_u32(&call->state, OMNI_CALL_TAKEN);
+		return segment;
+	}
+}
+
+/* Tells the caller what became of its call. */
+void
+omni_call_finish(OmniCall *call, int64 job_id, const OmniError *error)
+{
+	call->job_id = job_id;
+	call->error = *error;
+	pg_write_barrier();
+	pg_atomic_write_u32(&call->state, OMNI_CALL_DONE);
+	set_latch(call->caller);
+}
+
+/* Runs in the worker when it lets go of a call. */
+static void
+lose_call(dsm_segment *segment, Datum arg)
+{
+	OmniCall   *call = dsm_segment_address(segment);
+
+	if (pg_atomic_read_u32(&call->state) == OMNI_CALL_DONE)
+		return;
+	pg_write_barrier();
+	pg_atomic_write_u32(&call->state, OMNI_CALL_LOST);
+	set_latch(call->caller);
+}
+
+static void
+attach_shared(void)
+{
+	if (shared != NULL)
+		return;
+	shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
+	LWLockRegisterTranche_compat(shared->tranche, OMNI_EXTENSION);
+}
+
+static void
+init_shared(OMNI_SHARED_INIT_ARGS)
+{
+	Shared	   *new = memory;
+
+	memset(new, 0, sizeof(Shared));
+	new->tranche = LWLockNewTrancheId_compat(OMNI_EXTENSION);
+	LWLockInitialize(&new->lock, new->tranche);
+	ConditionVariableInit(&new->room);
+}
+
+/* The next four are called with the lock held. */
+static Slot *
+find_slot(Oid database)
+{
+	for (int i = 0; i < MAX_DATABASES; i++)
+	{
+		if (shared->slots[i].state != SLOT_FREE && shared->slots[i].database == database)
+			return &shared->slots[i];
+	}
+	return NULL;
+}
+
+/* Returns NULL when there is none left. */
+static Slot *
+make_slot(Oid database, SlotState state)
+{
+	for (int i = 0; i < MAX_DATABASES; i++)
+	{
+		Slot	   *slot = &shared->slots[i];
+
+		if (slot->state == SLOT_FREE)
+		{
+			slot->state = state;
+			slot->database = database;
+			slot->owner = my_proc();
+			slot->generation = ++shared->generation;
+			slot->first = 0;
+			slot->count = 0;
+			return slot;
+		}
+	}
+	return NULL;
+}
+
+/* Those who wait in the ring begin anew. */
+static void
+free_slot(Slot *slot)
+{
+	for (int i = 0; i < slot->count; i++)
+		set_latch(slot->ring[(slot->first + i) % RING_SIZE].caller);
+	slot->state = SLOT_FREE;
+	ConditionVariableBroadcast(&shared->room);
+}
+
+static int
+my_proc(void)
+{
+	return MyProc - ProcGlobal->allProcs;
+}
+
+static void
+set_latch(int proc)
+{
+	SetLatch(&ProcGlobal->allProcs[proc].procLatch);
+}

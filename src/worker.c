@@ -1,0 +1,586 @@
+/*-------------------------------------------------------------------------
+ *
+ * worker.c
+ *		The background worker: one for each database that has something to do.
+ *
+ * The worker goes round one loop.  Each turn moves every job it has in hand one
+ * step further, then waits for the network, for a caller, or for a time:
+ *
+ *	NEW			taken from the ring; nothing is written
+ *	SENDING		its row says "sending", committed and flushed; from here on the
+ *				request may be, or have been, on its way
+ *	ANSWERED	there is an outcome, which is not written yet
+ *	then its row bears the outcome, its caller is told, and it is let go
+ *
+ * Each step is a transaction of its own, and none is open while the network is
+ * waited for.  An error ends the transaction, not the worker, and leaves the job
+ * at its step.  All jobs that are NEW in a turn share one transaction and so one
+ * flush of the WAL; outcomes are written as they come, one by one, so that no
+ * caller waits for another one's commit.
+ *
+ * Should the worker end, the rows say how far each job had come: omni_job_settle()
+ * settles them when the next worker starts.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "catalog/pg_database.h"
+#include "executor/spi.h"
+#include "lib/ilist.h"
+#include "libpq/pqsignal.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/ipc.h"
+#include "storage/lock.h"
+#include "tcop/tcopprot.h"
+#include "utils/memutils.h"
+#include "utils/snapmgr.h"
+#include "utils/timeout.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "omni_refresh.h"
+
+/* All in ms */
+#define STATEMENT_LIMIT		30000	/* no statement of ours takes this long */
+#define LOCK_PATIENCE		5000	/* how long new calls wait for our tables */
+#define RETRY_DELAY			100 /* before something local is tried again */
+#define LOOK_ROUND			1000	/* between looks whether others want the database */
+
+typedef enum Step
+{
+	NEW,
+	SENDING,
+	ANSWERED
+} Step;
+
+/* A job in hand */
+typedef struct Work
+{
+	dlist_node	node;
+	OmniJob		job;			/* job.context holds all of this */
+	Step		step;
+	TimestampTz taken_at;
+	dsm_segment *segment;		/* of the call, which holds the job's lists */
+	OmniCall   *call;
+	OmniTarget	target;
+	char	   *url;
+	OmniTransfer *transfer;		/* NULL before it is sent */
+	bool		settled;		/* outcome is set */
+	OmniOutcome outcome;
+	bool		complained;		/* that the outcome could not be written */
+} Work;
+
+typedef enum Transacted
+{
+	COMMITTED,
+	NOT_NOW,					/* somebody holds a lock on our tables */
+	FAILED
+} Transacted;
+
+static dlist_head works = DLIST_STATIC_INIT(works);
+static TimestampTz busy_at;		/* when there was something in hand */
+static uint32 wait_event;
+
+PGDLLEXPORT void omni_refresh_worker_main(Datum main_arg);
+
+static void override_settings(void);
+static Transacted transact(bool (*body) (void *), void *arg, bool flush, OmniError *error);
+static bool start_up(void *unused);
+static bool turn(void);
+static long move_on(void);
+static void take_calls(void);
+static bool begin_new(void);
+static bool begin(void *only);
+static void begin_one(Work *work);
+static void begun(Work *work);
+static void send_request(Work *work);
+static bool finish(Work *work);
+static bool record(void *arg);
+static void settle(Work *work, const char *status, const OmniError *error);
+static void tell(Work *work, int64 job_id, const OmniError *error);
+static bool is_forsaken(Work *work);
+static bool database_is_wanted(void);
+
+/*
+ * The entry point.  The argument is the OID of the database.
+ */
+void
+omni_refresh_worker_main(Datum main_arg)
+{
+	MemoryContext context = CurrentMemoryContext;
+	volatile bool leave = false;
+	OmniError	error;
+
+	pqsignal(SIGHUP, SignalHandlerForConfigReload);
+	pqsignal(SIGTERM, die);
+	BackgroundWorkerUnblockSignals();
+	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(main_arg), InvalidOid, 0);
+	override_settings();
+	wait_event = WaitEventExtensionNew("OmniRefreshWorker");
+
+	StartTransactionCommand();
+	omni_worker_attach();
+	CommitTransactionCommand();
+	if (transact(start_up, NULL, false, &error) != COMMITTED)
+		omni_error_report(&error, FATAL);
+
+	busy_at = GetCurrentTimestamp();
+	while (!leave)
+	{
+		PG_TRY();
+		{
+			leave = !turn();
+		}
+		PG_CATCH();
+		{
+			/* a canceled query, or no memory: the next turn goes on */
+			HOLD_INTERRUPTS();
+			MemoryContextSwitchTo(context);
+			EmitErrorReport();
+			FlushErrorState();
+			AbortCurrentTransaction();
+			RESUME_INTERRUPTS();
+		}
+		PG_END_TRY();
+		MemoryContextSwitchTo(context);
+	}
+}
+
+/*
+ * What ALTER DATABASE and ALTER ROLE set is meant for others; autovacuum does the
+ * same.
+ */
+static void
+override_settings(void)
+{
+	static const char *const settings[][2] = {
+		{"search_path", "pg_catalog, pg_temp"},
+		{"default_transaction_read_only", "off"},
+		{"default_transaction_isolation", "read committed"},
+		{"default_transaction_deferrable", "off"},
+		{"session_replication_role", "origin"},
+		{"statement_timeout", "0"},
+		{"idle_in_transaction_session_timeout", "0"},
+		{"lock_timeout", "5s"},
+		{"jit", "off"},
+	};
+
+	for (int i = 0; i < lengthof(settings); i++)
+		SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_OVERRIDE);
+}
+
+/*
+ * Runs a function in a transaction, with SPI and a snapshot.  If it returns
+ * false, or raises an error, what it did is rolled back.  With flush, what it did
+ * is on this server's disk afterwards; no standby is waited for, since a dead one
+ * must not keep us.
+ *
+ * The setting statement_timeout does nothing in a background worker, so that the
+ * timeout itself is armed.
+ */
+static Transacted
+transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
+{
+	MemoryContext context = CurrentMemoryContext;
+	volatile Transacted result = FAILED;
+
+	PG_TRY();
+	{
+		SetCurrentStatementStartTimestamp();
+		StartTransactionCommand();
+		SetConfigOption("synchronous_commit", flush ? "local" : "off",
+						PGC_SUSET, PGC_S_OVERRIDE);
+		enable_timeout_after(STATEMENT_TIMEOUT, STATEMENT_LIMIT);
+		SPI_connect();
+		PushActiveSnapshot(GetTransactionSnapshot());
+		result = body(arg) ? COMMITTED : NOT_NOW;
+		PopActiveSnapshot();
+		SPI_finish();
+		disable_timeout(STATEMENT_TIMEOUT, false);
+		if (result == COMMITTED)
+			CommitTransactionCommand();
+		else
+			AbortCurrentTransaction();
+	}
+	PG_CATCH();
+	{
+		disable_timeout(STATEMENT_TIMEOUT, false);
+		omni_error_catch(error, context);
+		AbortCurrentTransaction();
+		result = FAILED;
+	}
+	PG_END_TRY();
+
+	MemoryContextSwitchTo(context);
+	return result;
+}
+
+/* Checks that the extension is there, and settles what was left behind. */
+static bool
+start_up(void *unused)
+{
+	if (!omni_tables_find())
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("extension \"%s\" does not exist in this database", OMNI_EXTENSION)));
+	omni_job_settle();
+	return true;
+}
+
+/* One turn of the loop.  Returns false when the worker has no reason to stay. */
+static bool
+turn(void)
+{
+	long		delay;
+
+	CHECK_FOR_INTERRUPTS();
+	if (ConfigReloadPending)
+	{
+		ConfigReloadPending = false;
+		ProcessConfigFile(PGC_SIGHUP);
+	}
+
+	delay = move_on();
+	pgstat_report_stat(false);
+
+	if (dlist_is_empty(&works))
+	{
+		long		idle_left = omni_idle_timeout -
+		TimestampDifferenceMilliseconds(busy_at, GetCurrentTimestamp());
+
+		if ((idle_left <= 0 || database_is_wanted()) && omni_worker_leave_if_idle())
+			return false;
+		pgstat_report_activity(STATE_IDLE, NULL);
+		delay = Min(Max(idle_left, 0), delay);
+	}
+	omni_http_wait(delay, wait_event);
+	return true;
+}
+
+/*
+ * Moves all jobs in hand as far as they get without waiting.  Returns how long,
+ * in ms, to wait at most before the next time.
+ */
+static long
+move_on(void)
+{
+	dlist_mutable_iter iter;
+	bool		hindered;
+
+	take_calls();
+	if (dlist_is_empty(&works))
+		return LOOK_ROUND;
+
+	busy_at = GetCurrentTimestamp();
+	pgstat_report_activity(STATE_RUNNING, "sending refreshes to Omni");
+	hindered = !begin_new();
+
+	dlist_foreach_modify(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
+		if (work->step == SENDING && work->transfer == NULL)
+			send_request(work);
+		if (work->step == SENDING && work->transfer->done)
+			work->step = ANSWERED;
+		if (work->step == ANSWERED && !finish(work))
+			hindered = true;
+	}
+	return hindered ? RETRY_DELAY : LOOK_ROUND;
+}
+
+static void
+take_calls(void)
+{
+	dsm_segment *segment;
+
+	while ((segment = omni_worker_next_call()) != NULL)
+	{
+		MemoryContext context = AllocSetContextCreate(TopMemoryContext, "omni_refresh job",
+													  ALLOCSET_SMALL_SIZES);
+		Work	   *work = MemoryContextAllocZero(context, sizeof(Work));
+		OmniCall   *call = dsm_segment_address(segment);
+
+		work->job.context = context;
+		work->job.request = call->request;
+		if (call->schemas != 0)
+			work->job.schemas = (ArrayType *) ((char *) call + call->schemas);
+		if (call->tables != 0)
+			work->job.tables = (ArrayType *) ((char *) call + call->tables);
+		work->taken_at = GetCurrentTimestamp();
+		work->segment = segment;
+		work->call = call;
+		dlist_push_tail(&works, &work->node);
+	}
+}
+
+/*
+ * Writes down the jobs that are NEW, in one transaction.  If that fails, each
+ * gets one of its own, so that nobody suffers for another one's error.  Returns
+ * false if it must be tried again.
+ */
+static bool
+begin_new(void)
+{
+	dlist_mutable_iter iter;
+	OmniError	error;
+	Transacted		result = COMMITTED;
+	int			count = 0;
+
+	dlist_foreach_modify(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
+		if (work->step != NEW)
+			continue;
+		if (is_forsaken(work))
+			tell(work, 0, NULL);
+		else
+			count++;
+	}
+	if (count > 0)
+		result = transact(begin, NULL, true, &error);
+
+	dlist_foreach_modify(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+		Transacted		own = result;
+
+		if (work->step != NEW)
+			continue;
+		if (own == FAILED && count > 1)
+			own = transact(begin, work, true, &error);
+
+		if (own == COMMITTED)
+			begun(work);
+		else if (own == FAILED)
+			tell(work, 0, &error);
+		else if (TimestampDifferenceExceeds(work->taken_at, GetCurrentTimestamp(), LOCK_PATIENCE))
+		{
+			omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
+						   "could not write down the request within %d s", LOCK_PATIENCE / 1000);
+			omni_error_detail(&error, "Another session holds a lock on the tables of omni_refresh.  Nothing was sent.");
+			omni_error_hint(&error, "Look for it in pg_locks.");
+			tell(work, 0, &error);
+		}
+	}
+	return result != NOT_NOW;
+}
+
+/* The body of that transaction, for one job, or for all if only is NULL. */
+static bool
+begin(void *only)
+{
+	dlist_iter	iter;
+
+	if (!omni_tables_find())
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("extension \"%s\" does not exist any more", OMNI_EXTENSION)));
+	if (!omni_tables_lock())
+		return false;
+
+	dlist_foreach(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
+		if (work->step == NEW && (only == NULL || only == work))
+			begin_one(work);
+	}
+	return true;
+}
+
+/*
+ * Server and mapping are looked at again, in the committed view.  The caller has
+ * seen them, and that he may use them: if we do not, his transaction has not been
+ * committed, or another one just has.
+ */
+static void
+begin_one(Work *work)
+{
+	OmniRequest *request = &work->job.request;
+	OmniError	error;
+	MemoryContext context;
+	bool		found;
+
+	work->job.id = 0;			/* this may be the second try */
+	work->job.attempts = 0;
+	work->settled = false;
+
+	context = MemoryContextSwitchTo(work->job.context);
+	found = omni_target_find(NameStr(request->server), request->role, &work->target, &error);
+	if (!found)
+	{
+		char	   *why = pstrdup(error.message);
+
+		omni_error_set(&error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+					   "the background worker may not use server \"%s\" on behalf of \"%s\"",
+					   NameStr(request->server), NameStr(request->requested_by));
+		omni_error_detail(&error, "It sees only what is committed: %s.", why);
+		omni_error_hint(&error, "If this transaction has created or granted what is missing, commit first.");
+	}
+	else
+	{
+		found = omni_target_read_key(&work->target, &error);
+		if (found)
+			work->url = omni_api_refresh_url(work->target.base_url, &work->job);
+	}
+	MemoryContextSwitchTo(context);
+
+	if (found)
+		omni_job_begin(&work->job, work->url);
+	else
+	{
+		settle(work, "failed", &error);
+		omni_job_refuse(&work->job, &work->outcome);
+	}
+}
+
+/* What begin_one() did is committed. */
+static void
+begun(Work *work)
+{
+	if (work->settled)
+		tell(work, work->job.id, &work->outcome.error);
+	else
+	{
+		work->call->job_id = work->job.id;
+		work->step = SENDING;
+	}
+}
+
+/* Sends the request of a job, unless its caller has left. */
+static void
+send_request(Work *work)
+{
+	MemoryContext context = CurrentMemoryContext;
+	long		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), work->call->deadline);
+	OmniHttpRequest request = {
+		.method = "POST",
+		.url = work->url,
+		.bearer = work->target.key,
+		.ca_file = work->target.ca_file,
+		.proxy = work->target.proxy,
+		.connect_timeout = work->target.connect_timeout,
+		.timeout = Max(Min(work->target.timeout, left), 1)
+	};
+	OmniError	error = {0};
+
+	if (is_forsaken(work))
+	{
+		settle(work, "canceled", &error);
+		return;
+	}
+
+	PG_TRY();
+	{
+		MemoryContextSwitchTo(work->job.context);
+		work->transfer = omni_http_start(&request);
+	}
+	PG_CATCH();
+	{
+		omni_error_catch(&error, context);
+		settle(work, "failed", &error);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(context);
+}
+
+/*
+ * Writes down the outcome of a job, tells its caller and lets go of it.  Returns
+ * false if it could not be written and must be tried again.
+ */
+static bool
+finish(Work *work)
+{
+	OmniError	error;
+
+	switch (transact(record, work, false, &error))
+	{
+		case COMMITTED:
+			tell(work, work->job.id, &work->outcome.error);
+			return true;
+		case FAILED:
+			if (!work->complained)
+				omni_error_report(&error, LOG);
+			work->complained = true;
+			break;
+		case NOT_NOW:
+			break;
+	}
+	return false;
+}
+
+static bool
+record(void *arg)
+{
+	Work	   *work = arg;
+
+	if (!work->settled)
+	{
+		omni_api_refresh_outcome(&work->job, work->target.key, &work->transfer->answer,
+								 &work->outcome);
+		work->settled = true;
+	}
+	if (!omni_tables_find())
+		return true;			/* the extension was dropped, and its log with it */
+	if (!omni_tables_lock())
+		return false;
+	omni_job_record(&work->job, &work->outcome);
+	return true;
+}
+
+/* Sets the outcome of a job that Omni has not been asked about. */
+static void
+settle(Work *work, const char *status, const OmniError *error)
+{
+	memset(&work->outcome, 0, sizeof(work->outcome));
+	work->outcome.status = status;
+	work->outcome.error = *error;
+	work->settled = true;
+	work->step = ANSWERED;
+}
+
+/*
+ * Tells the caller of a job how it ended, NULL if he has left, and lets go of it.
+ * What it has of libcurl goes with its memory.
+ */
+static void
+tell(Work *work, int64 job_id, const OmniError *error)
+{
+	if (error != NULL)
+		omni_call_finish(work->call, job_id, error);
+	dlist_delete(&work->node);
+	if (work->target.key != NULL)
+		explicit_bzero(work->target.key, strlen(work->target.key));
+	dsm_detach(work->segment);
+	MemoryContextDelete(work->job.context);
+}
+
+static bool
+is_forsaken(Work *work)
+{
+	return pg_atomic_read_u32(&work->call->forsaken) != 0;
+}
+
+/*
+ * Whether somebody wants to drop, rename or copy our database: then he holds a
+ * lock on it that is in the way of the one that every new session takes, and
+ * waits for us to leave.
+ */
+static bool
+database_is_wanted(void)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_OBJECT(tag, InvalidOid, DatabaseRelationId, MyDatabaseId, 0);
+	if (LockAcquire(&tag, RowExclusiveLock, true, true) == LOCKACQUIRE_NOT_AVAIL)
+		return true;
+	(void) LockRelease(&tag, RowExclusiveLock, true);
+	return false;
+}
