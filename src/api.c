@@ -178,6 +178,7 @@ read_failure(const OmniJob *job, const char *key,
 	}
 
 	outcome->status = answer->sent ? "unknown" : "failed";
+	outcome->may_have_arrived = answer->sent;
 	outcome->attempt_event = "attempt_failed";
 	outcome->retryable = answer->retryable;
 	omni_error_set(&outcome->error,
@@ -253,6 +254,7 @@ read_refusal(const OmniJob *job, const char *key,
 	else if (answer->status >= 500)
 		outcome->attempt_event = "attempt_failed";
 	outcome->retryable = answer->status == 429 || answer->status >= 500;
+	outcome->slow_down = answer->status == 429 || answer->status == 503;
 }
 
 /* Omni has accepted the request, if the answer is one of Omni's. */

@@ -128,6 +128,23 @@ curl_allow_protocols_compat(CURL *easy)
 }
 
 /*
+ * libcurl 7.80 tells each time that a request is about to go out; in older ones
+ * one that was sent again goes unnoticed.
+ */
+static inline CURLcode
+curl_before_request_compat(CURL *easy, int (*function) (void *, char *, char *, int, int),
+						   void *arg)
+{
+#if LIBCURL_VERSION_NUM < 0x075000
+	return CURLE_OK;
+#else
+	CURLcode	code = curl_easy_setopt(easy, CURLOPT_PREREQFUNCTION, function);
+
+	return code == CURLE_OK ? curl_easy_setopt(easy, CURLOPT_PREREQDATA, arg) : code;
+#endif
+}
+
+/*
  * libcurl 7.87 can leave a resolver's thread behind instead of joining it; in
  * older ones a hanging name look-up keeps the worker until it ends.
  */

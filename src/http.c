@@ -36,7 +36,7 @@
 #define MAX_ANSWER			(1024 * 1024)
 
 /* How many idle connections are kept: some instances, a few requests each */
-#define MAX_CONNECTIONS		32
+#define MAX_CONNECTIONS		16
 
 /* The public part first, so that a pointer to one is a pointer to the other */
 typedef struct Transfer
@@ -44,6 +44,8 @@ typedef struct Transfer
 	OmniTransfer public;
 	CURL	   *easy;
 	struct curl_slist *headers;
+	TimestampTz started_at;
+	bool		begun;			/* the request has gone out, or is about to */
 	char	   *body;			/* malloc'd */
 	size_t		capacity;		/* of body, in bytes */
 	char		error[CURL_ERROR_SIZE];
@@ -69,6 +71,7 @@ static void add_header(Transfer *transfer, const char *header);
 static void release_transfer(void *arg);
 static int	note_socket(CURL *easy, curl_socket_t socket, int what, void *arg,
 						void *socket_arg);
+static int	allow_once(void *arg, char *host, char *local_host, int port, int local_port);
 static int	note_timer(CURLM *unused, long timeout, void *arg);
 static size_t keep_body(char *data, size_t size, size_t count, void *arg);
 static void drive(curl_socket_t socket, int mask);
@@ -107,6 +110,7 @@ omni_http_start(const OmniHttpRequest *request)
 	start_libcurl();
 
 	transfer = palloc0(sizeof(Transfer));
+	transfer->started_at = GetCurrentTimestamp();
 	transfer->release.func = release_transfer;
 	transfer->release.arg = transfer;
 	MemoryContextRegisterResetCallback(CurrentMemoryContext, &transfer->release);
@@ -166,6 +170,9 @@ omni_http_start(const OmniHttpRequest *request)
 	/* A hanging look-up must keep neither signals nor our exit waiting */
 	SETOPT(CURLOPT_NOSIGNAL, 1L);
 	CHECK_EASY(curl_quick_exit_compat(transfer->easy));
+
+	/* Only once: an attempt of ours is one request */
+	CHECK_EASY(curl_before_request_compat(transfer->easy, allow_once, transfer));
 
 	CHECK_MULTI(curl_multi_add_handle(multi, transfer->easy));
 	return &transfer->public;
@@ -305,6 +312,22 @@ note_socket(CURL *easy, curl_socket_t socket, int what, void *arg, void *socket_
 	return 0;
 }
 
+/*
+ * Called by libcurl: a request is about to go out.  When a connection that was
+ * used before is closed without an answer, libcurl would send the request once
+ * more, and nobody would know.
+ */
+static int
+allow_once(void *arg, char *host, char *local_host, int port, int local_port)
+{
+	Transfer   *transfer = arg;
+
+	if (transfer->begun)
+		return 1;				/* CURL_PREREQFUNC_ABORT */
+	transfer->begun = true;
+	return 0;
+}
+
 /* Called by libcurl: when it wants to be called, in ms, -1 for never. */
 static int
 note_timer(CURLM *unused, long timeout, void *arg)
@@ -390,9 +413,8 @@ fill_answer(Transfer *transfer, CURLcode code)
 	curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
 	answer->status = (int) status;
 	curl_easy_getinfo(easy, CURLINFO_REQUEST_SIZE, &request_size);
-	answer->sent = request_size > 0;
-	curl_easy_getinfo(easy, CURLINFO_TOTAL_TIME_T, &number);
-	answer->elapsed = number;
+	answer->sent = request_size > 0 || code == CURLE_ABORTED_BY_CALLBACK;
+	answer->elapsed = GetCurrentTimestamp() - transfer->started_at;
 	curl_easy_getinfo(easy, CURLINFO_RETRY_AFTER, &number);
 	answer->retry_after = (int) Min(number, PG_INT32_MAX);
 	curl_easy_getinfo(easy, CURLINFO_REDIRECT_URL, &answer->redirect_url);
@@ -406,33 +428,34 @@ fill_answer(Transfer *transfer, CURLcode code)
 		answer->retryable = !answer->too_large &&
 			code != CURLE_PEER_FAILED_VERIFICATION &&
 			code != CURLE_SSL_CACERT_BADFILE;
-		answer->reason = transfer->error[0] != '\0' ?
-			transfer->error : curl_easy_strerror(code);
+		answer->reason = code == CURLE_ABORTED_BY_CALLBACK ?
+			"The connection was closed without an answer" :
+			transfer->error[0] != '\0' ? transfer->error : curl_easy_strerror(code);
 	}
 }
 
 /*
- * Where a failed transfer stood.  libcurl notes the time at which each phase
- * ended, and leaves it 0 when it did not; a connection that was there already
- * went through none of the first three.
+ * Where a failed transfer stood.  libcurl notes the times at which names were
+ * looked up and at which the request could go out, and leaves them 0 before; it
+ * knows our end of a connection as soon as there is one.
  */
 static OmniPhase
 phase_reached(CURL *easy, CURLcode code)
 {
 	long		status = 0;
-	long		connects = 0;
+	long		local_port = 0;
 	curl_off_t	name = 0;
-	curl_off_t	connect = 0;
 	curl_off_t	pretransfer = 0;
 
 	curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
-	curl_easy_getinfo(easy, CURLINFO_NUM_CONNECTS, &connects);
+	curl_easy_getinfo(easy, CURLINFO_LOCAL_PORT, &local_port);
 	curl_easy_getinfo(easy, CURLINFO_NAMELOOKUP_TIME_T, &name);
-	curl_easy_getinfo(easy, CURLINFO_CONNECT_TIME_T, &connect);
 	curl_easy_getinfo(easy, CURLINFO_PRETRANSFER_TIME_T, &pretransfer);
 
 	if (status != 0)
 		return OMNI_PHASE_READ;
+	if (code == CURLE_ABORTED_BY_CALLBACK)	/* see allow_once() */
+		return OMNI_PHASE_WAIT;
 	if (code == CURLE_COULDNT_RESOLVE_HOST || code == CURLE_COULDNT_RESOLVE_PROXY)
 		return OMNI_PHASE_NAME;
 	if (code == CURLE_PEER_FAILED_VERIFICATION || code == CURLE_SSL_CACERT_BADFILE ||
@@ -440,7 +463,7 @@ phase_reached(CURL *easy, CURLcode code)
 		return OMNI_PHASE_TLS;
 	if (pretransfer != 0)
 		return OMNI_PHASE_WAIT;
-	if (connect != 0)
+	if (local_port != 0)
 		return OMNI_PHASE_TLS;
 	if (name != 0)
 		return OMNI_PHASE_CONNECT;

@@ -67,20 +67,28 @@ static Statement insert_job = {
 	.table = &job_table,
 	.text = "INSERT INTO %s (status, model_id, branch_id, kind, hard, schemas, tables, server,"
 	" origin, requested_by, requested_by_oid, requested_at, run_at, sent_at, attempts, database)"
-	" VALUES ($1, $2, $3, 'schema', $4, $5, $6, $7, 'call', $8, $9, $10, $10, $11, $12, $13)"
+	" VALUES ($1, $2, $3, 'schema', $4, $5, $6, $7, 'call', $8, $9, $10, $11, $12, $13, $14)"
 	" RETURNING id",
-	.nargs = 13,
+	.nargs = 14,
 	.argtypes = {TEXTOID, UUIDOID, UUIDOID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, NAMEOID,
-		NAMEOID, OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID, OIDOID
+		NAMEOID, OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID, OIDOID
 	}
 };
 
 static Statement update_job = {
 	.table = &job_table,
-	.text = "UPDATE %s SET status = $2, job_id = coalesce($3, job_id), finished_at = $4, error = $5"
+	.text = "UPDATE %s SET status = $2, job_id = $3, finished_at = $4, error = $5,"
+	" run_at = coalesce($6, run_at)"
 	" WHERE id = $1",
-	.nargs = 5,
-	.argtypes = {INT8OID, TEXTOID, UUIDOID, TIMESTAMPTZOID, TEXTOID}
+	.nargs = 6,
+	.argtypes = {INT8OID, TEXTOID, UUIDOID, TIMESTAMPTZOID, TEXTOID, TIMESTAMPTZOID}
+};
+
+static Statement send_job = {
+	.table = &job_table,
+	.text = "UPDATE %s SET status = 'sending', attempts = $2, sent_at = $3 WHERE id = $1",
+	.nargs = 3,
+	.argtypes = {INT8OID, INT4OID, TIMESTAMPTZOID}
 };
 
 static Statement settle_jobs = {
@@ -111,7 +119,7 @@ static Statement select_job = {
 
 static uint64 run(Statement *statement, Datum *values, const char *nulls, bool read);
 static bool find_table(Table *table, Oid schema);
-static void insert(OmniJob *job, const char *status, TimestampTz sent_at);
+static void insert(OmniJob *job, const char *status, TimestampTz run_at, TimestampTz sent_at);
 static void add_event(int64 job, const NameData *requested_by, TimestampTz occurred_at,
 					  const char *event, int attempt, int http_status,
 					  int64 duration, const char *detail);
@@ -211,34 +219,59 @@ run(Statement *statement, Datum *values, const char *nulls, bool read)
 
 /*
  * Writes down that a job is about to be sent to a URL, which holds no secret.
- * The request may be sent once this is committed.
+ * The request may be sent once this is committed; then the number of attempts is
+ * one more.
  */
 void
 omni_job_begin(OmniJob *job, const char *url)
 {
 	TimestampTz now = GetCurrentTimestamp();
 
-	job->attempts++;
-	insert(job, "sending", now);
-	add_event(job->id, &job->request.requested_by, now, "sending", job->attempts, 0, -1,
+	if (job->id == 0)
+		insert(job, "sending", now, now);
+	else
+	{
+		Datum		values[3] = {
+			Int64GetDatum(job->id),
+			Int32GetDatum(job->attempts + 1),
+			TimestampTzGetDatum(now)
+		};
+
+		if (run(&send_job, values, NULL, false) == 0)
+			ereport(ERROR,
+					(errcode(ERRCODE_NO_DATA_FOUND),
+					 errmsg("job " INT64_FORMAT " was deleted before it was sent", job->id)));
+	}
+	add_event(job->id, &job->request.requested_by, now, "sending", job->attempts + 1, 0, -1,
 			  psprintf("POST %s", url));
+}
+
+/* Writes down a job that must wait for its turn within the rate limit. */
+void
+omni_job_delay(OmniJob *job, TimestampTz run_at)
+{
+	if (job->id == 0)
+		insert(job, "pending", run_at, 0);
+	add_event(job->id, &job->request.requested_by, GetCurrentTimestamp(), "rate_limited", 0, 0, -1,
+			  psprintf("not to be sent before %s", timestamptz_to_str(run_at)));
 }
 
 /* Writes down a job that is not sent at all. */
 void
 omni_job_refuse(OmniJob *job, const OmniOutcome *outcome)
 {
-	insert(job, "pending", 0);
+	if (job->id == 0)
+		insert(job, "pending", job->request.requested_at, 0);
 	omni_job_record(job, outcome);
 }
 
 /* Sets job->id. */
 static void
-insert(OmniJob *job, const char *status, TimestampTz sent_at)
+insert(OmniJob *job, const char *status, TimestampTz run_at, TimestampTz sent_at)
 {
 	OmniRequest *request = &job->request;
 	bool		isnull;
-	Datum		values[13] = {
+	Datum		values[14] = {
 		CStringGetTextDatum(status),
 		UUIDPGetDatum(&request->model),
 		UUIDPGetDatum(&request->branch),
@@ -249,11 +282,12 @@ insert(OmniJob *job, const char *status, TimestampTz sent_at)
 		NameGetDatum(&request->requested_by),
 		ObjectIdGetDatum(request->role),
 		TimestampTzGetDatum(request->requested_at),
+		TimestampTzGetDatum(run_at),
 		TimestampTzGetDatum(sent_at),
-		Int32GetDatum(job->attempts),
+		Int32GetDatum(sent_at != 0 ? 1 : 0),
 		ObjectIdGetDatum(MyDatabaseId)
 	};
-	char		nulls[14] = "             ";
+	char		nulls[15] = "              ";
 
 	if (!request->has_branch)
 		nulls[2] = 'n';
@@ -262,7 +296,7 @@ insert(OmniJob *job, const char *status, TimestampTz sent_at)
 	if (job->tables == NULL)
 		nulls[5] = 'n';
 	if (sent_at == 0)
-		nulls[10] = 'n';
+		nulls[11] = 'n';
 
 	if (run(&insert_job, values, nulls, false) != 1)
 		elog(ERROR, "a trigger kept a job from being written");
@@ -276,33 +310,36 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	const NameData *requested_by = &job->request.requested_by;
+	bool		at_end = outcome->run_at == 0;
 	char	   *error = outcome->error.sqlstate != 0 ? omni_error_text(&outcome->error) : NULL;
-	Datum		values[5] = {
+	Datum		values[6] = {
 		Int64GetDatum(job->id),
 		CStringGetTextDatum(outcome->status),
 		UUIDPGetDatum(&outcome->job_id),
 		TimestampTzGetDatum(now),
-		PointerGetDatum(NULL)
+		error != NULL ? CStringGetTextDatum(error) : (Datum) 0,
+		TimestampTzGetDatum(outcome->run_at)
 	};
-	char		nulls[6] = "     ";
+	char		nulls[7] = "      ";
 
 	if (!outcome->has_job_id)
 		nulls[2] = 'n';
-	if (error != NULL)
-		values[4] = CStringGetTextDatum(error);
-	else
+	if (!at_end)
+		nulls[3] = 'n';
+	if (error == NULL)
 		nulls[4] = 'n';
+	if (at_end)
+		nulls[5] = 'n';
 
 	if (run(&update_job, values, nulls, false) == 0)
 		return;					/* someone has deleted it: no events either */
 
 	if (outcome->attempt_event != NULL)
-	{
 		add_event(job->id, requested_by, now, outcome->attempt_event, job->attempts,
 				  outcome->http_status, outcome->elapsed, error);
-		add_event(job->id, requested_by, now, outcome->status, job->attempts, 0, -1, NULL);
-	}
-	else
+	if (at_end && outcome->attempt_event != NULL)
+		add_event(job->id, requested_by, now, outcome->status, 0, 0, -1, NULL);
+	else if (at_end)
 		add_event(job->id, requested_by, now, outcome->status, job->attempts,
 				  outcome->http_status, outcome->elapsed, error);
 }

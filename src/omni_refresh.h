@@ -113,8 +113,11 @@ typedef struct OmniHttpRequest
 typedef struct OmniOutcome
 {
 	const char *status;			/* the job's status from now on */
+	TimestampTz run_at;			/* if that is "pending": the next attempt */
 	const char *attempt_event;	/* of a failed attempt, else NULL */
-	bool		retryable;
+	bool		retryable;		/* the same request might fare better later */
+	bool		may_have_arrived;	/* there was no answer, and Omni may be at it */
+	bool		slow_down;		/* Omni wants to be left alone for a while */
 	int			retry_after;	/* seconds, 0 when not given */
 	bool		has_job_id;
 	pg_uuid_t	job_id;			/* Omni's */
@@ -131,7 +134,7 @@ typedef struct OmniJob
 	OmniRequest request;
 	ArrayType  *schemas;		/* text[], or NULL */
 	ArrayType  *tables;			/* text[], or NULL */
-	int			attempts;
+	int			attempts;		/* begun so far */
 } OmniJob;
 
 /* How far the hand-over of a call has come */
@@ -194,7 +197,7 @@ extern bool omni_target_read_key(OmniTarget *target, OmniError *error);
 extern OmniCall *omni_call_create(const OmniRequest *request,
 								  ArrayType *schemas, ArrayType *tables,
 								  dsm_segment **segment);
-extern void omni_call_run(dsm_segment *segment);
+extern bool omni_call_run(dsm_segment *segment, OmniError *error);
 extern void omni_worker_attach(void);
 extern bool omni_worker_leave_if_idle(void);
 extern dsm_segment *omni_worker_next_call(void);
@@ -205,6 +208,7 @@ extern void omni_call_finish(OmniCall *call, int64 job_id,
 extern bool omni_tables_find(void);
 extern bool omni_tables_lock(void);
 extern void omni_job_begin(OmniJob *job, const char *url);
+extern void omni_job_delay(OmniJob *job, TimestampTz run_at);
 extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
 extern void omni_job_record(OmniJob *job, const OmniOutcome *outcome);
 extern void omni_job_settle(void);
@@ -218,6 +222,11 @@ extern char *omni_api_refresh_url(const char *base_url, const OmniJob *job);
 extern void omni_api_refresh_outcome(const OmniJob *job, const char *key,
 									 const OmniAnswer *answer,
 									 OmniOutcome *outcome);
+
+/* in rate.c */
+extern uint64 omni_rate_id(const char *base_url, const char *key);
+extern TimestampTz omni_rate_take(uint64 id, int limit);
+extern void omni_rate_block(uint64 id, TimestampTz until);
 
 /* in http.c */
 extern OmniTransfer *omni_http_start(const OmniHttpRequest *request);

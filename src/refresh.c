@@ -10,6 +10,7 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "access/xlog.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
@@ -21,6 +22,8 @@
 #include "compat.h"
 #include "omni_refresh.h"
 
+static void call_worker(const OmniRequest *request, ArrayType *schemas, ArrayType *tables,
+						int64 *job_id, OmniError *error);
 static void fill_request(FunctionCallInfo fcinfo, OmniRequest *request,
 						 ArrayType **schemas, ArrayType **tables);
 static ArrayType *check_list(FunctionCallInfo fcinfo, int argno, const char *name);
@@ -36,18 +39,11 @@ omni_refresh(PG_FUNCTION_ARGS)
 	OmniRequest request;
 	ArrayType  *schemas;
 	ArrayType  *tables;
-	OmniTarget	target;
-	OmniError	error;
-	dsm_segment *segment;
-	OmniCall   *call;
+	OmniError	error = {0};
+	int64		job_id = 0;
 	Datum		row;
 
 	fill_request(fcinfo, &request, &schemas, &tables);
-	if (RecoveryInProgress())
-		ereport(ERROR,
-				(errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
-				 errmsg("cannot send requests to Omni during recovery"),
-				 errhint("Call the function on the primary.")));
 	if (!omni_tables_find())
 		elog(ERROR, "extension \"%s\" does not exist", OMNI_EXTENSION);
 	if (!omni_enabled)
@@ -56,19 +52,50 @@ omni_refresh(PG_FUNCTION_ARGS)
 				(errmsg("the request was canceled because \"omni_refresh.enabled\" is off")));
 		PG_RETURN_DATUM(omni_job_form(&request, schemas, tables, "canceled", NULL));
 	}
-	if (!omni_target_find(NameStr(request.server), request.role, &target, &error))
-		omni_error_report(&error, ERROR);
+	if (TransactionIdIsValid(GetTopTransactionIdIfAny()))
+		ereport(WARNING,
+				(errmsg("this transaction has made changes that Omni cannot see yet"),
+				 errhint("Commit before you call omni_refresh().")));
 
-	call = omni_call_create(&request, schemas, tables, &segment);
-	omni_call_run(segment);
-	if (call->error.sqlstate != 0)
-		omni_error_report(&call->error, ERROR);
+	call_worker(&request, schemas, tables, &job_id, &error);
+	if (error.sqlstate != 0)
+		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
+	if (job_id == 0)
+		PG_RETURN_DATUM(omni_job_form(&request, schemas, tables, "failed", omni_error_text(&error)));
 
 	SPI_connect();
-	row = omni_job_read(call->job_id);
+	row = omni_job_read(job_id);
 	SPI_finish();
-	dsm_detach(segment);
 	PG_RETURN_DATUM(row);
+}
+
+/*
+ * Has the worker carry out a request.  Sets *job_id if there is a job, and *error
+ * if the request failed.
+ */
+static void
+call_worker(const OmniRequest *request, ArrayType *schemas, ArrayType *tables,
+			int64 *job_id, OmniError *error)
+{
+	OmniTarget	target;
+	dsm_segment *segment;
+	OmniCall   *call;
+
+	if (RecoveryInProgress())
+	{
+		omni_error_set(error, ERRCODE_READ_ONLY_SQL_TRANSACTION,
+					   "cannot send requests to Omni during recovery");
+		omni_error_hint(error, "Call the function on the primary.");
+		return;
+	}
+	if (!omni_target_find(NameStr(request->server), request->role, &target, error))
+		return;
+
+	call = omni_call_create(request, schemas, tables, &segment);
+	if (omni_call_run(segment, error))
+		*error = call->error;
+	*job_id = call->job_id;
+	dsm_detach(segment);
 }
 
 /*

@@ -117,7 +117,8 @@ static int	my_proc(void);
 static void set_latch(int proc);
 static HandOver hand_over(Waiter *waiter);
 static bool start_worker(Waiter *waiter);
-pg_noreturn static void report_hand_over(HandOver result);
+static void explain(HandOver result, OmniError *error);
+static void wait_for_room(void);
 static void wait_for_latch(long timeout);
 static void forsake_call(dsm_segment *segment, Datum arg);
 static void leave_slot(int code, Datum arg);
@@ -166,12 +167,12 @@ omni_call_create(const OmniRequest *request, ArrayType *schemas, ArrayType *tabl
 
 /*
  * Hands a call over to the worker, which is started if need be, and waits for
- * its results.  Raises an error when there is no worker to be had, or when the
- * worker ends and nobody can know whether the request was sent; the errors of
+ * its results.  Returns false, and says why in *error, if there is no worker to be
+ * had, or if it ended and nobody can know whether the request was sent; errors of
  * the call itself are among its results.  Can be interrupted.
  */
-void
-omni_call_run(dsm_segment *segment)
+bool
+omni_call_run(dsm_segment *segment, OmniError *error)
 {
 	OmniCall   *call = dsm_segment_address(segment);
 	Waiter		waiter = {.segment = segment};
@@ -186,65 +187,81 @@ omni_call_run(dsm_segment *segment)
 
 		pg_read_barrier();
 		if (state == OMNI_CALL_DONE)
-			break;
+			return true;
+		if (state == OMNI_CALL_LOST && call->job_id != 0)
+		{
+			omni_error_set(error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
+						   "the background worker ended while job " INT64_FORMAT " was being sent",
+						   call->job_id);
+			omni_error_detail(error, "Whether Omni has got the request is not known.");
+			omni_error_hint(error, "Look in Omni before you send it again.  The server's log says why the worker ended.");
+			return false;
+		}
 		if (state == OMNI_CALL_LOST)
 		{
-			if (call->job_id != 0)
-				ereport(ERROR,
-						(errcode(ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN),
-						 errmsg("the background worker ended while job " INT64_FORMAT " was being sent",
-								call->job_id),
-						 errdetail("Whether Omni has got the request is not known."),
-						 errhint("Look in Omni before you send it again.  The server's log says why the worker ended.")));
 			pg_atomic_write_u32(&call->state, OMNI_CALL_WAITING);
 			waiter.generation = 0;
-			state = OMNI_CALL_WAITING;
 		}
 
-		if (state == OMNI_CALL_WAITING)
+		if (state == OMNI_CALL_TAKEN)
+			wait_for_latch(-1);
+		else
 		{
 			HandOver	result = hand_over(&waiter);
 
-			if (result == RING_FULL)
-			{
-				ConditionVariableSleep(&shared->room, WaitEventExtensionNew("OmniRefreshRing"));
-				continue;
-			}
-			if (result == NO_WORKER &&
-				!TimestampDifferenceExceeds(began, GetCurrentTimestamp(), START_PATIENCE))
-			{
+			if (result == HANDED_OVER)
+				wait_for_latch(-1);
+			else if (result == RING_FULL)
+				wait_for_room();
+			else if (result == NO_WORKER &&
+					 !TimestampDifferenceExceeds(began, GetCurrentTimestamp(), START_PATIENCE))
 				wait_for_latch(START_RETRY);
-				continue;
+			else
+			{
+				ConditionVariableCancelSleep();
+				explain(result, error);
+				return false;
 			}
-			if (result != HANDED_OVER)
-				report_hand_over(result);
 		}
-		wait_for_latch(-1);
 	}
-	ConditionVariableCancelSleep();
 }
 
 /* Says why there is no worker. */
 static void
-report_hand_over(HandOver result)
+explain(HandOver result, OmniError *error)
 {
 	if (result == NO_WORKER)
-		ereport(ERROR,
-				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
-				 errmsg("no background worker is available"),
-				 errdetail("All of the server's max_worker_processes (%d) are in use.",
-						   max_worker_processes),
-				 errhint("Increase the setting \"max_worker_processes\"; omni_refresh needs one for each database that uses it at a time.")));
-	if (result == NO_SLOT)
-		ereport(ERROR,
-				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
-				 errmsg("too many databases use omni_refresh at once"),
-				 errdetail("There may be %d at a time.", MAX_DATABASES),
-				 errhint("Try again when a worker has left; the setting \"omni_refresh.idle_timeout\" says when it does.")));
-	ereport(ERROR,
-			(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
-			 errmsg("could not start the background worker of omni_refresh"),
-			 errhint("The server's log says why.")));
+	{
+		omni_error_set(error, ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+					   "no background worker is available");
+		omni_error_detail(error, "All of the server's max_worker_processes (%d) are in use.",
+						  max_worker_processes);
+		omni_error_hint(error, "Increase the setting \"max_worker_processes\"; omni_refresh needs one for each database that uses it at a time.");
+	}
+	else if (result == NO_SLOT)
+	{
+		omni_error_set(error, ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+					   "too many databases use omni_refresh at once");
+		omni_error_detail(error, "There may be %d at a time.", MAX_DATABASES);
+		omni_error_hint(error, "Try again when a worker has left; the setting \"omni_refresh.idle_timeout\" says when it does.");
+	}
+	else
+	{
+		omni_error_set(error, ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+					   "could not start the background worker of omni_refresh");
+		omni_error_hint(error, "The server's log says why.");
+	}
+}
+
+/* Waits until some ring has had room. */
+static void
+wait_for_room(void)
+{
+	static uint32 wait_event = 0;
+
+	if (wait_event == 0)
+		wait_event = WaitEventExtensionNew("OmniRefreshRing");
+	ConditionVariableSleep(&shared->room, wait_event);
 }
 
 /* -1 means no time limit.  Resets the latch. */

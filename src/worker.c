@@ -7,15 +7,18 @@
  * step further, then waits for the network, for a caller, or for a time:
  *
  *	NEW			taken from the ring; nothing is written
+ *	PENDING		its row says "pending": it must wait for the rate limit, or for
+ *				the next attempt after one that failed
  *	SENDING		its row says "sending", committed and flushed; from here on the
  *				request may be, or have been, on its way
  *	ANSWERED	there is an outcome, which is not written yet
- *	then its row bears the outcome, its caller is told, and it is let go
+ *	then its row bears the outcome; it is PENDING again, or its caller is told
+ *	and it is let go
  *
  * Each step is a transaction of its own, and none is open while the network is
  * waited for.  An error ends the transaction, not the worker, and leaves the job
- * at its step.  All jobs that are NEW in a turn share one transaction and so one
- * flush of the WAL; outcomes are written as they come, one by one, so that no
+ * at its step.  All jobs whose attempts begin in a turn share one transaction and
+ * so one flush of the WAL; outcomes are written as they come, one by one, so that no
  * caller waits for another one's commit.
  *
  * Should the worker end, the rows say how far each job had come: omni_job_settle()
@@ -50,10 +53,14 @@
 #define LOCK_PATIENCE		5000	/* how long new calls wait for our tables */
 #define RETRY_DELAY			100 /* before something local is tried again */
 #define LOOK_ROUND			1000	/* between looks whether others want the database */
+#define BACKOFF_FIRST		1000	/* before a second attempt at most, then doubled */
+#define BACKOFF_MAX			(5 * 60 * 1000)
+#define RETRY_AFTER_MAX		(60 * 60 * 1000)	/* that we believe Omni */
 
 typedef enum Step
 {
 	NEW,
+	PENDING,
 	SENDING,
 	ANSWERED
 } Step;
@@ -67,12 +74,21 @@ typedef struct Work
 	TimestampTz taken_at;
 	dsm_segment *segment;		/* of the call, which holds the job's lists */
 	OmniCall   *call;
+	TimestampTz run_at;			/* if PENDING: the next attempt */
+	bool		beginning;		/* it is to begin in this turn */
+	bool		told;			/* the caller knows all that he will know */
+	bool		may_have_arrived;	/* some attempt ended without an answer */
+	bool		complained;		/* that the outcome could not be written */
+
+	/* the attempt that is about to begin, or under way */
+	MemoryContext attempt;		/* holds what follows, within job.context */
 	OmniTarget	target;
+	uint64		rate_id;
 	char	   *url;
 	OmniTransfer *transfer;		/* NULL before it is sent */
+	TimestampTz delayed_until;	/* by the rate limit, else 0 */
 	bool		settled;		/* outcome is set */
 	OmniOutcome outcome;
-	bool		complained;		/* that the outcome could not be written */
 } Work;
 
 typedef enum Transacted
@@ -94,15 +110,19 @@ static bool start_up(void *unused);
 static bool turn(void);
 static long move_on(void);
 static void take_calls(void);
-static bool begin_new(void);
+static bool begin_due(void);
+static bool choose(Work *work);
 static bool begin(void *only);
 static void begin_one(Work *work);
+static bool find_target(Work *work, OmniError *error);
 static void begun(Work *work);
 static void send_request(Work *work);
 static bool finish(Work *work);
 static bool record(void *arg);
+static void consider_retry(Work *work);
 static void settle(Work *work, const char *status, const OmniError *error);
 static void tell(Work *work, int64 job_id, const OmniError *error);
+static void let_go(Work *work);
 static bool is_forsaken(Work *work);
 static bool database_is_wanted(void);
 
@@ -270,15 +290,16 @@ static long
 move_on(void)
 {
 	dlist_mutable_iter iter;
-	bool		hindered;
+	long		delay = LOOK_ROUND;
 
 	take_calls();
 	if (dlist_is_empty(&works))
-		return LOOK_ROUND;
+		return delay;
 
 	busy_at = GetCurrentTimestamp();
 	pgstat_report_activity(STATE_RUNNING, "sending refreshes to Omni");
-	hindered = !begin_new();
+	if (!begin_due())
+		delay = RETRY_DELAY;
 
 	dlist_foreach_modify(iter, &works)
 	{
@@ -289,9 +310,11 @@ move_on(void)
 		if (work->step == SENDING && work->transfer->done)
 			work->step = ANSWERED;
 		if (work->step == ANSWERED && !finish(work))
-			hindered = true;
+			delay = RETRY_DELAY;
+		else if (work->step == PENDING && !work->beginning)
+			delay = Min(delay, TimestampDifferenceMilliseconds(GetCurrentTimestamp(), work->run_at));
 	}
-	return hindered ? RETRY_DELAY : LOOK_ROUND;
+	return delay;
 }
 
 static void
@@ -307,6 +330,8 @@ take_calls(void)
 		OmniCall   *call = dsm_segment_address(segment);
 
 		work->job.context = context;
+		work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
+											  ALLOCSET_SMALL_SIZES);
 		work->job.request = call->request;
 		if (call->schemas != 0)
 			work->job.schemas = (ArrayType *) ((char *) call + call->schemas);
@@ -320,27 +345,21 @@ take_calls(void)
 }
 
 /*
- * Writes down the jobs that are NEW, in one transaction.  If that fails, each
- * gets one of its own, so that nobody suffers for another one's error.  Returns
- * false if it must be tried again.
+ * Writes down the attempts that should begin, in one transaction.  If that fails,
+ * each gets one of its own, so that nobody suffers for another one's error.
+ * Returns false if it must be tried again.
  */
 static bool
-begin_new(void)
+begin_due(void)
 {
 	dlist_mutable_iter iter;
 	OmniError	error;
-	Transacted		result = COMMITTED;
+	Transacted	result = COMMITTED;
 	int			count = 0;
 
 	dlist_foreach_modify(iter, &works)
 	{
-		Work	   *work = dlist_container(Work, node, iter.cur);
-
-		if (work->step != NEW)
-			continue;
-		if (is_forsaken(work))
-			tell(work, 0, NULL);
-		else
+		if (choose(dlist_container(Work, node, iter.cur)))
 			count++;
 	}
 	if (count > 0)
@@ -349,27 +368,56 @@ begin_new(void)
 	dlist_foreach_modify(iter, &works)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
-		Transacted		own = result;
+		Transacted	own = result;
 
-		if (work->step != NEW)
+		if (!work->beginning)
 			continue;
 		if (own == FAILED && count > 1)
 			own = transact(begin, work, true, &error);
 
-		if (own == COMMITTED)
-			begun(work);
-		else if (own == FAILED)
-			tell(work, 0, &error);
-		else if (TimestampDifferenceExceeds(work->taken_at, GetCurrentTimestamp(), LOCK_PATIENCE))
+		if (own == NOT_NOW &&
+			TimestampDifferenceExceeds(work->taken_at, GetCurrentTimestamp(), LOCK_PATIENCE))
 		{
 			omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
 						   "could not write down the request within %d s", LOCK_PATIENCE / 1000);
 			omni_error_detail(&error, "Another session holds a lock on the tables of omni_refresh.  Nothing was sent.");
 			omni_error_hint(&error, "Look for it in pg_locks.");
+			own = FAILED;
+		}
+
+		if (own == COMMITTED)
+			begun(work);
+		else if (own == FAILED && work->step == NEW)
 			tell(work, 0, &error);
+		else if (own == FAILED)
+		{
+			settle(work, "failed", &error);
+			work->step = ANSWERED;
 		}
 	}
 	return result != NOT_NOW;
+}
+
+/* Decides whether an attempt should begin in this turn, or never. */
+static bool
+choose(Work *work)
+{
+	work->beginning = false;
+	if (is_forsaken(work))
+	{
+		if (work->step == NEW)
+			let_go(work);		/* nothing is written */
+		else if (work->step == PENDING)
+		{
+			settle(work, "canceled", NULL);
+			work->step = ANSWERED;
+		}
+		return false;
+	}
+
+	work->beginning = work->step == NEW ||
+		(work->step == PENDING && work->run_at <= GetCurrentTimestamp());
+	return work->beginning;
 }
 
 /* The body of that transaction, for one job, or for all if only is NULL. */
@@ -389,67 +437,105 @@ begin(void *only)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
 
-		if (work->step == NEW && (only == NULL || only == work))
+		if (work->beginning && (only == NULL || only == work))
 			begin_one(work);
 	}
 	return true;
 }
 
 /*
- * Server and mapping are looked at again, in the committed view.  The caller has
- * seen them, and that he may use them: if we do not, his transaction has not been
- * committed, or another one just has.
+ * Writes down that an attempt begins, or why not.  What that means for the job is
+ * decided here but takes effect in begun(), after the commit.
  */
 static void
 begin_one(Work *work)
 {
-	OmniRequest *request = &work->job.request;
 	OmniError	error;
-	MemoryContext context;
-	bool		found;
+	TimestampTz when;
 
-	work->job.id = 0;			/* this may be the second try */
-	work->job.attempts = 0;
+	if (work->step == NEW)
+		work->job.id = 0;		/* this may be the second try */
 	work->settled = false;
+	work->transfer = NULL;
+	work->delayed_until = 0;
+	MemoryContextReset(work->attempt);
 
-	context = MemoryContextSwitchTo(work->job.context);
-	found = omni_target_find(NameStr(request->server), request->role, &work->target, &error);
-	if (!found)
-	{
-		char	   *why = pstrdup(error.message);
-
-		omni_error_set(&error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-					   "the background worker may not use server \"%s\" on behalf of \"%s\"",
-					   NameStr(request->server), NameStr(request->requested_by));
-		omni_error_detail(&error, "It sees only what is committed: %s.", why);
-		omni_error_hint(&error, "If this transaction has created or granted what is missing, commit first.");
-	}
-	else
-	{
-		found = omni_target_read_key(&work->target, &error);
-		if (found)
-			work->url = omni_api_refresh_url(work->target.base_url, &work->job);
-	}
-	MemoryContextSwitchTo(context);
-
-	if (found)
-		omni_job_begin(&work->job, work->url);
-	else
+	if (!find_target(work, &error))
 	{
 		settle(work, "failed", &error);
 		omni_job_refuse(&work->job, &work->outcome);
+		return;
 	}
+
+	when = omni_rate_take(work->rate_id, work->target.rate_limit);
+	if (when == 0)
+		omni_job_begin(&work->job, work->url);
+	else if (when < work->call->deadline)
+	{
+		work->delayed_until = when;
+		omni_job_delay(&work->job, when);
+	}
+	else
+	{
+		omni_error_set(&error, ERRCODE_INSUFFICIENT_RESOURCES,
+					   "the rate limit of server \"%s\" leaves no room for this request before %s",
+					   NameStr(work->job.request.server), timestamptz_to_str(when));
+		omni_error_detail(&error, "That would be after the end of \"omni_refresh.call_timeout\"; the request was not sent.");
+		omni_error_hint(&error, "The option \"rate_limit\" of the server is %d requests a minute with one key, from all databases.",
+						work->target.rate_limit);
+		settle(work, "canceled", &error);
+		omni_job_refuse(&work->job, &work->outcome);
+	}
+}
+
+/*
+ * Finds out where the request goes, in the committed view.  The caller has seen
+ * server and mapping, and that he may use them: if we do not, his transaction is
+ * not committed, or another one just was.
+ */
+static bool
+find_target(Work *work, OmniError *error)
+{
+	OmniRequest *request = &work->job.request;
+	MemoryContext context = MemoryContextSwitchTo(work->attempt);
+	bool		found;
+
+	found = omni_target_find(NameStr(request->server), request->role, &work->target, error);
+	if (!found)
+	{
+		char	   *why = pstrdup(error->message);
+
+		omni_error_set(error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+					   "the background worker may not use server \"%s\" on behalf of \"%s\"",
+					   NameStr(request->server), NameStr(request->requested_by));
+		omni_error_detail(error, "It sees only what is committed: %s.", why);
+		omni_error_hint(error, "If this transaction has created or granted what is missing, commit first.");
+	}
+	else if ((found = omni_target_read_key(&work->target, error)))
+	{
+		work->rate_id = omni_rate_id(work->target.base_url, work->target.key);
+		work->url = omni_api_refresh_url(work->target.base_url, &work->job);
+	}
+	MemoryContextSwitchTo(context);
+	return found;
 }
 
 /* What begin_one() did is committed. */
 static void
 begun(Work *work)
 {
+	work->beginning = false;
+	work->call->job_id = work->job.id;
 	if (work->settled)
 		tell(work, work->job.id, &work->outcome.error);
+	else if (work->delayed_until != 0)
+	{
+		work->run_at = work->delayed_until;
+		work->step = PENDING;
+	}
 	else
 	{
-		work->call->job_id = work->job.id;
+		work->job.attempts++;
 		work->step = SENDING;
 	}
 }
@@ -469,49 +555,72 @@ send_request(Work *work)
 		.connect_timeout = work->target.connect_timeout,
 		.timeout = Max(Min(work->target.timeout, left), 1)
 	};
-	OmniError	error = {0};
+	OmniError	error;
 
 	if (is_forsaken(work))
 	{
-		settle(work, "canceled", &error);
+		settle(work, "canceled", NULL);
+		work->step = ANSWERED;
 		return;
 	}
 
 	PG_TRY();
 	{
-		MemoryContextSwitchTo(work->job.context);
+		MemoryContextSwitchTo(work->attempt);
 		work->transfer = omni_http_start(&request);
 	}
 	PG_CATCH();
 	{
 		omni_error_catch(&error, context);
 		settle(work, "failed", &error);
+		work->step = ANSWERED;
 	}
 	PG_END_TRY();
 	MemoryContextSwitchTo(context);
 }
 
 /*
- * Writes down the outcome of a job, tells its caller and lets go of it.  Returns
- * false if it could not be written and must be tried again.
+ * Writes down what became of an attempt; the job then waits for the next one, or
+ * its caller is told and it is let go.  Returns false if it could not be written
+ * and must be tried again: until then the job is in our hands and not sent again.
  */
 static bool
 finish(Work *work)
 {
 	OmniError	error;
+	Transacted	result = transact(record, work, false, &error);
 
-	switch (transact(record, work, false, &error))
+	if (result == COMMITTED)
 	{
-		case COMMITTED:
+		if (work->outcome.run_at == 0)
 			tell(work, work->job.id, &work->outcome.error);
-			return true;
-		case FAILED:
-			if (!work->complained)
-				omni_error_report(&error, LOG);
-			work->complained = true;
-			break;
-		case NOT_NOW:
-			break;
+		else
+		{
+			work->run_at = work->outcome.run_at;
+			work->step = PENDING;
+		}
+		return true;
+	}
+
+	if (result == NOT_NOW)
+		omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
+					   "another session holds a lock on the tables of omni_refresh");
+	if (!work->complained)
+		ereport(LOG,
+				(errcode(error.sqlstate),
+				 errmsg("could not write down the outcome of job " INT64_FORMAT ", will try again: %s",
+						work->job.id, error.message)));
+	work->complained = true;
+	if (!work->told && GetCurrentTimestamp() >= work->call->deadline)
+	{
+		char	   *why = pstrdup(error.message);
+
+		omni_error_set(&error, error.sqlstate,
+					   "could not write down the outcome of job " INT64_FORMAT ": %s",
+					   work->job.id, why);
+		omni_error_hint(&error, "It will be in the row of the job as soon as possible.");
+		omni_call_finish(work->call, work->job.id, &error);
+		work->told = true;
 	}
 	return false;
 }
@@ -526,6 +635,7 @@ record(void *arg)
 		omni_api_refresh_outcome(&work->job, work->target.key, &work->transfer->answer,
 								 &work->outcome);
 		work->settled = true;
+		consider_retry(work);
 	}
 	if (!omni_tables_find())
 		return true;			/* the extension was dropped, and its log with it */
@@ -535,26 +645,65 @@ record(void *arg)
 	return true;
 }
 
-/* Sets the outcome of a job that Omni has not been asked about. */
+/*
+ * Decides whether there is another attempt: if it can begin before the end of the
+ * call.  The wait doubles with each attempt and is drawn by lot, so that those who
+ * failed together do not come back together; Retry-After is a floor.
+ */
+static void
+consider_retry(Work *work)
+{
+	OmniOutcome *outcome = &work->outcome;
+	int64		longest = BACKOFF_MAX;
+	int64		delay;
+	uint32		lot = 0;
+	TimestampTz run_at;
+
+	work->may_have_arrived |= outcome->may_have_arrived;
+	if (!outcome->retryable)
+		return;
+
+	if (work->job.attempts < 10)
+		longest = Min(BACKOFF_FIRST << (work->job.attempts - 1), BACKOFF_MAX);
+	(void) pg_strong_random(&lot, sizeof(lot));
+	delay = Max(lot % (longest + 1), Min(outcome->retry_after * INT64CONST(1000), RETRY_AFTER_MAX));
+	run_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay);
+	if (outcome->slow_down)
+		omni_rate_block(work->rate_id, run_at);
+
+	if (run_at < work->call->deadline && !is_forsaken(work))
+	{
+		outcome->status = "pending";
+		outcome->run_at = run_at;
+	}
+	else if (work->may_have_arrived)
+		outcome->status = "unknown";
+}
+
+/* Sets the outcome of an attempt that does not come from Omni. */
 static void
 settle(Work *work, const char *status, const OmniError *error)
 {
 	memset(&work->outcome, 0, sizeof(work->outcome));
 	work->outcome.status = status;
-	work->outcome.error = *error;
+	if (error != NULL)
+		work->outcome.error = *error;
 	work->settled = true;
-	work->step = ANSWERED;
 }
 
-/*
- * Tells the caller of a job how it ended, NULL if he has left, and lets go of it.
- * What it has of libcurl goes with its memory.
- */
+/* Tells the caller of a job how it ended, and lets go of it. */
 static void
 tell(Work *work, int64 job_id, const OmniError *error)
 {
-	if (error != NULL)
+	if (!work->told)
 		omni_call_finish(work->call, job_id, error);
+	let_go(work);
+}
+
+/* What the job has of libcurl goes with its memory. */
+static void
+let_go(Work *work)
+{
 	dlist_delete(&work->node);
 	if (work->target.key != NULL)
 		explicit_bzero(work->target.key, strlen(work->target.key));

@@ -1,0 +1,172 @@
+/*-------------------------------------------------------------------------
+ *
+ * rate.c
+ *		The rate limiter: how many requests may be made with a key.
+ *
+ * Omni counts the requests of a key, whoever makes them, over the last minute.
+ * So do we, in shared memory, for all databases of the cluster and beyond the
+ * life of a worker.  The minute is cut into slices that each have a count; the
+ * oldest is counted whole, so that no minute ever has more requests than its
+ * limit.  A key is known by a hash of it and of the host, salted anew at each
+ * start of the server.
+ *
+ * When Omni says no all the same, because others use the key too, nothing more
+ * is sent with it before the time that Omni gave.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "common/hashfn.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "omni_refresh.h"
+
+#define SHARED_NAME			"omni_refresh rates layout 1"
+
+/*
+ * 12 slices and the one that is counted whole make a minute and a second or
+ * more, so that a request that was slow on its way does no harm.
+ */
+#define SLICES				13
+#define SLICE_LENGTH		(INT64CONST(5100) * 1000)	/* microseconds */
+
+/* When there are more keys than this in a minute, some get more than is theirs */
+#define MAX_KEYS			32
+
+typedef struct Rate
+{
+	uint64		id;				/* 0: not in use */
+	int64		slice;			/* number of the newest slice */
+	uint32		counts[SLICES]; /* of slice n at n modulo SLICES */
+	TimestampTz blocked_until;
+} Rate;
+
+typedef struct Shared
+{
+	LWLock		lock;
+	int			tranche;
+	uint64		salt;
+	Rate		rates[MAX_KEYS];
+} Shared;
+
+static Shared *shared = NULL;
+
+static void attach_shared(void);
+static void init_shared(OMNI_SHARED_INIT_ARGS);
+static Rate *find_rate(uint64 id, int64 slice);
+
+/* The identity of a key at a host, as long as the server runs. */
+uint64
+omni_rate_id(const char *base_url, const char *key)
+{
+	char	   *text = psprintf("%s %s", base_url, key);
+	uint64		id;
+
+	attach_shared();
+	id = hash_bytes_extended((unsigned char *) text, strlen(text), shared->salt);
+	explicit_bzero(text, strlen(text));
+	pfree(text);
+	return id != 0 ? id : 1;
+}
+
+/*
+ * Takes leave for one request, if there may be one now within a limit of so many
+ * a minute (0 means no limit).  Returns 0 if so, else the time to ask again.
+ */
+TimestampTz
+omni_rate_take(uint64 id, int limit)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	int64		slice = now / SLICE_LENGTH;
+	int64		sum = 0;
+	TimestampTz when = 0;
+	Rate	   *rate;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	rate = find_rate(id, slice);
+	for (int i = 0; i < SLICES; i++)
+		sum += rate->counts[i];
+
+	if (rate->blocked_until > now)
+		when = rate->blocked_until;
+	else if (limit > 0 && sum >= limit)
+	{
+		/* when the oldest ones no longer count */
+		for (int64 oldest = slice - SLICES + 1; sum >= limit; oldest++)
+		{
+			sum -= rate->counts[oldest % SLICES];
+			when = (oldest + SLICES) * SLICE_LENGTH;
+		}
+	}
+	else
+		rate->counts[slice % SLICES]++;
+	LWLockRelease(&shared->lock);
+	return when;
+}
+
+/* Lets nothing more be sent before a time. */
+void
+omni_rate_block(uint64 id, TimestampTz until)
+{
+	Rate	   *rate;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	rate = find_rate(id, GetCurrentTimestamp() / SLICE_LENGTH);
+	rate->blocked_until = Max(rate->blocked_until, until);
+	LWLockRelease(&shared->lock);
+}
+
+/*
+ * The counts of a key, those of the last minute left.  A new key takes the place
+ * of the one not used for the longest time.
+ */
+static Rate *
+find_rate(uint64 id, int64 slice)
+{
+	Rate	   *rate = &shared->rates[0];
+
+	for (int i = 0; i < MAX_KEYS && rate->id != id; i++)
+	{
+		if (shared->rates[i].id == id || shared->rates[i].slice < rate->slice)
+			rate = &shared->rates[i];
+	}
+	if (rate->id != id)
+	{
+		memset(rate, 0, sizeof(Rate));
+		rate->id = id;
+	}
+
+	/* a clock that was set back counts all as of now */
+	if (slice - rate->slice >= SLICES || slice < rate->slice)
+		memset(rate->counts, 0, sizeof(rate->counts));
+	else
+	{
+		for (int64 i = rate->slice + 1; i <= slice; i++)
+			rate->counts[i % SLICES] = 0;
+	}
+	rate->slice = slice;
+	return rate;
+}
+
+static void
+attach_shared(void)
+{
+	if (shared != NULL)
+		return;
+	shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
+	LWLockRegisterTranche_compat(shared->tranche, OMNI_EXTENSION);
+}
+
+static void
+init_shared(OMNI_SHARED_INIT_ARGS)
+{
+	Shared	   *new = memory;
+
+	memset(new, 0, sizeof(Shared));
+	new->tranche = LWLockNewTrancheId_compat(OMNI_EXTENSION);
+	LWLockInitialize(&new->lock, new->tranche);
+	if (!pg_strong_random(&new->salt, sizeof(new->salt)))
+		new->salt = GetCurrentTimestamp();
+}
