@@ -118,25 +118,29 @@ static Statement select_job = {
 };
 
 static uint64 run(Statement *statement, Datum *values, const char *nulls, bool read);
-static bool find_table(Table *table, Oid schema);
+static bool look_at_table(Table *table);
 static void insert(OmniJob *job, const char *status, TimestampTz run_at, TimestampTz sent_at);
 static void add_event(int64 job, const NameData *requested_by, TimestampTz occurred_at,
 					  const char *event, int attempt, int http_status,
 					  int64 duration, const char *detail);
 
 /*
- * Looks where the extension and its tables are at this moment.  Returns false
- * if there is no such extension.
+ * Looks where the extension's tables are at this moment.  Returns false if there
+ * is no such extension.  As long as the tables that it had are there, so is it.
  */
 bool
 omni_tables_find(void)
 {
 	Oid			schema = InvalidOid;
-	Relation	extensions = table_open(ExtensionRelationId, AccessShareLock);
+	Relation	extensions;
 	ScanKeyData key;
 	SysScanDesc scan;
 	HeapTuple	tuple;
 
+	if (look_at_table(&job_table) && look_at_table(&event_table))
+		return true;
+
+	extensions = table_open(ExtensionRelationId, AccessShareLock);
 	ScanKeyInit(&key, Anum_pg_extension_extname, BTEqualStrategyNumber, F_NAMEEQ,
 				CStringGetDatum(OMNI_EXTENSION));
 	scan = systable_beginscan(extensions, ExtensionNameIndexId, true, NULL, 1, &key);
@@ -146,23 +150,29 @@ omni_tables_find(void)
 	systable_endscan(scan);
 	table_close(extensions, AccessShareLock);
 
-	return OidIsValid(schema) && find_table(&job_table, schema) && find_table(&event_table, schema);
+	if (!OidIsValid(schema))
+		return false;
+	job_table.oid = get_relname_relid(job_table.name, schema);
+	event_table.oid = get_relname_relid(event_table.name, schema);
+	return look_at_table(&job_table) && look_at_table(&event_table);
 }
 
+/* Sets a table's owner and name; false if it does not exist (any more). */
 static bool
-find_table(Table *table, Oid schema)
+look_at_table(Table *table)
 {
-	HeapTuple	tuple;
+	HeapTuple	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(table->oid));
+	Form_pg_class class;
 
-	table->oid = get_relname_relid(table->name, schema);
-	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(table->oid));
 	if (!HeapTupleIsValid(tuple))
 		return false;
-	table->owner = ((Form_pg_class) GETSTRUCT(tuple))->relowner;
-	ReleaseSysCache(tuple);
+	class = (Form_pg_class) GETSTRUCT(tuple);
+	table->owner = class->relowner;
 	strlcpy(table->qualified,
-			quote_qualified_identifier(get_namespace_name(schema), table->name),
+			quote_qualified_identifier(get_namespace_name(class->relnamespace),
+									   NameStr(class->relname)),
 			sizeof(table->qualified));
+	ReleaseSysCache(tuple);
 	return true;
 }
 

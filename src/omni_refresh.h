@@ -198,7 +198,10 @@ extern OmniCall *omni_call_create(const OmniRequest *request,
 								  ArrayType *schemas, ArrayType *tables,
 								  dsm_segment **segment);
 extern bool omni_call_run(dsm_segment *segment, OmniError *error);
+extern void omni_call_lost(const OmniCall *call, OmniError *error);
+extern void omni_worker_begin(void);
 extern void omni_worker_attach(void);
+extern bool omni_worker_is_unwanted(void);
 extern bool omni_worker_leave_if_idle(void);
 extern dsm_segment *omni_worker_next_call(void);
 extern void omni_call_finish(OmniCall *call, int64 job_id,

@@ -63,6 +63,8 @@ omni_refresh(PG_FUNCTION_ARGS)
 	if (job_id == 0)
 		PG_RETURN_DATUM(omni_job_form(&request, schemas, tables, "failed", omni_error_text(&error)));
 
+	if (!omni_tables_find())
+		elog(ERROR, "extension \"%s\" was dropped meanwhile", OMNI_EXTENSION);
 	SPI_connect();
 	row = omni_job_read(job_id);
 	SPI_finish();

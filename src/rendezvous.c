@@ -20,11 +20,14 @@
  * the heavyweight kind (see omni_worker_attach()), since two versions of this library
  * may each have shared memory of their own.
  *
+ * A worker that cannot start says why in the segment of its starter's call.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
 #include "access/xact.h"
+#include "catalog/pg_database.h"
 #include "miscadmin.h"
 #include "postmaster/bgworker.h"
 #include "storage/condition_variable.h"
@@ -32,6 +35,7 @@
 #include "storage/latch.h"
 #include "storage/lock.h"
 #include "storage/proc.h"
+#include "utils/elog.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 #include "utils/wait_event.h"
@@ -88,6 +92,15 @@ typedef struct Shared
 
 StaticAssertDecl(sizeof(Shared) < 20 * 1024, "too much shared memory");
 
+/* What a worker is told by its starter, in bgw_extra */
+typedef struct StartInfo
+{
+	char		layout[sizeof(SHARED_NAME)];	/* of the starter's library */
+	dsm_handle	call;
+} StartInfo;
+
+StaticAssertDecl(sizeof(StartInfo) <= BGW_EXTRALEN, "too much for bgw_extra");
+
 /* What a backend knows of the call it waits for */
 typedef struct Waiter
 {
@@ -107,6 +120,9 @@ typedef enum HandOver
 } HandOver;
 
 static Shared *shared = NULL;
+static LOCKTAG worker_lock;		/* held by the worker of the database */
+static dsm_segment *starter_call = NULL;	/* in a worker that is starting */
+static emit_log_hook_type next_emit_log_hook = NULL;
 
 static void attach_shared(void);
 static void init_shared(OMNI_SHARED_INIT_ARGS);
@@ -117,10 +133,11 @@ static int	my_proc(void);
 static void set_latch(int proc);
 static HandOver hand_over(Waiter *waiter);
 static bool start_worker(Waiter *waiter);
-static void explain(HandOver result, OmniError *error);
+static void explain(HandOver result, const OmniCall *call, OmniError *error);
 static void wait_for_room(void);
 static void wait_for_latch(long timeout);
 static void forsake_call(dsm_segment *segment, Datum arg);
+static void keep_reason(ErrorData *data);
 static void leave_slot(int code, Datum arg);
 static void lose_call(dsm_segment *segment, Datum arg);
 
@@ -168,8 +185,11 @@ omni_call_create(const OmniRequest *request, ArrayType *schemas, ArrayType *tabl
 /*
  * Hands a call over to the worker, which is started if need be, and waits for
  * its results.  Returns false, and says why in *error, if there is no worker to be
- * had, or if it ended and nobody can know whether the request was sent; errors of
- * the call itself are among its results.  Can be interrupted.
+ * had; errors of the call itself are among its results.  Can be interrupted.
+ *
+ * If the worker ends meanwhile, the call is handed over to the next one.  If there
+ * is a job by then, which may have been sent, the next worker settles it, and that
+ * is all it does about it.
  */
 bool
 omni_call_run(dsm_segment *segment, OmniError *error)
@@ -188,15 +208,6 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 		pg_read_barrier();
 		if (state == OMNI_CALL_DONE)
 			return true;
-		if (state == OMNI_CALL_LOST && call->job_id != 0)
-		{
-			omni_error_set(error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
-						   "the background worker ended while job " INT64_FORMAT " was being sent",
-						   call->job_id);
-			omni_error_detail(error, "Whether Omni has got the request is not known.");
-			omni_error_hint(error, "Look in Omni before you send it again.  The server's log says why the worker ended.");
-			return false;
-		}
 		if (state == OMNI_CALL_LOST)
 		{
 			pg_atomic_write_u32(&call->state, OMNI_CALL_WAITING);
@@ -219,7 +230,7 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 			else
 			{
 				ConditionVariableCancelSleep();
-				explain(result, error);
+				explain(result, call, error);
 				return false;
 			}
 		}
@@ -228,9 +239,11 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 
 /* Says why there is no worker. */
 static void
-explain(HandOver result, OmniError *error)
+explain(HandOver result, const OmniCall *call, OmniError *error)
 {
-	if (result == NO_WORKER)
+	if (call->job_id != 0)
+		omni_call_lost(call, error);
+	else if (result == NO_WORKER)
 	{
 		omni_error_set(error, ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
 					   "no background worker is available");
@@ -249,8 +262,24 @@ explain(HandOver result, OmniError *error)
 	{
 		omni_error_set(error, ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
 					   "could not start the background worker of omni_refresh");
-		omni_error_hint(error, "The server's log says why.");
+		if (call->error.sqlstate != 0)
+			omni_error_detail(error, "The worker reported: %s.", call->error.message);
+		omni_error_hint(error, "%s",
+						call->error.hint[0] != '\0' ? call->error.hint :
+						call->error.sqlstate != 0 ? "The server's log says more." :
+						"The server's log says why.  If the library was replaced, by an upgrade, open a new session.");
 	}
+}
+
+/* Says that a job was left behind by its worker. */
+void
+omni_call_lost(const OmniCall *call, OmniError *error)
+{
+	omni_error_set(error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
+				   "the background worker ended before job " INT64_FORMAT " was finished",
+				   call->job_id);
+	omni_error_detail(error, "Whether Omni has got the request is not known if the job's status is now \"unknown\"; it was not sent if that is \"canceled\".");
+	omni_error_hint(error, "Look in Omni before you send it again.  The server's log says why the worker ended.");
 }
 
 /* Waits until some ring has had room. */
@@ -341,6 +370,7 @@ static bool
 start_worker(Waiter *waiter)
 {
 	BackgroundWorker worker = {0};
+	StartInfo	info = {.layout = SHARED_NAME,.call = dsm_segment_handle(waiter->segment)};
 
 	snprintf(worker.bgw_name, BGW_MAXLEN, "omni_refresh worker for database %u", MyDatabaseId);
 	strlcpy(worker.bgw_type, "omni_refresh worker", BGW_MAXLEN);
@@ -351,6 +381,7 @@ start_worker(Waiter *waiter)
 	worker.bgw_restart_time = BGW_NEVER_RESTART;
 	worker.bgw_main_arg = ObjectIdGetDatum(MyDatabaseId);
 	worker.bgw_notify_pid = MyProcPid;
+	memcpy(worker.bgw_extra, &info, sizeof(info));
 	if (!RegisterDynamicBackgroundWorker(&worker, &waiter->start))
 		return false;
 	waiter->starts++;
@@ -381,6 +412,45 @@ forsake_call(dsm_segment *segment, Datum arg)
 }
 
 /*
+ * The first thing that a worker does: checks that its library is its starter's,
+ * and lets the starter know what errors it meets before omni_worker_attach().
+ */
+void
+omni_worker_begin(void)
+{
+	StartInfo	info;
+
+	memcpy(&info, MyBgworkerEntry->bgw_extra, sizeof(info));
+	if (strncmp(info.layout, SHARED_NAME, sizeof(info.layout)) != 0)
+		ereport(FATAL,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("the library of omni_refresh is not the one that the session has loaded"),
+				 errhint("It was replaced, by an upgrade: open a new session.")));
+
+	starter_call = dsm_attach(info.call);
+	if (starter_call != NULL)
+		dsm_pin_mapping(starter_call);
+	next_emit_log_hook = emit_log_hook;
+	emit_log_hook = keep_reason;
+}
+
+/* Called for each message that is logged. */
+static void
+keep_reason(ErrorData *data)
+{
+	if (starter_call != NULL && data->elevel >= ERROR)
+	{
+		OmniCall   *call = dsm_segment_address(starter_call);
+
+		omni_error_set(&call->error, data->sqlerrcode, "%s", data->message);
+		if (data->hint != NULL)
+			omni_error_hint(&call->error, "%s", data->hint);
+	}
+	if (next_emit_log_hook != NULL)
+		next_emit_log_hook(data);
+}
+
+/*
  * Makes this process the worker of its database.  Waits for up to lock_timeout
  * for another one to leave, then raises an error.  Needs a transaction.
  *
@@ -391,12 +461,11 @@ forsake_call(dsm_segment *segment, Datum arg)
 void
 omni_worker_attach(void)
 {
-	LOCKTAG		tag;
 	Slot	   *slot;
 
 	attach_shared();
-	SET_LOCKTAG_ADVISORY(tag, MyDatabaseId, 0x6f6d6e69, 0x72667368, 0x4f52);	/* "omnirfsh" */
-	(void) LockAcquire(&tag, ExclusiveLock, true, false);
+	SET_LOCKTAG_ADVISORY(worker_lock, MyDatabaseId, 0x6f6d6e69, 0x72667368, 0x4f52);	/* "omnirfsh" */
+	(void) LockAcquire(&worker_lock, ExclusiveLock, true, false);
 	before_shmem_exit(leave_slot, (Datum) 0);
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
@@ -414,6 +483,30 @@ omni_worker_attach(void)
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
 				 errmsg("too many databases use omni_refresh at once")));
+
+	emit_log_hook = next_emit_log_hook;
+	if (starter_call != NULL)
+		dsm_detach(starter_call);
+	starter_call = NULL;
+}
+
+/*
+ * Whether somebody waits for us to leave: a worker of another version of the
+ * library, or who wants to drop, rename or copy our database.  The latter holds a
+ * lock on it that is in the way of the one that each new session takes.
+ */
+bool
+omni_worker_is_unwanted(void)
+{
+	LOCKTAG		database;
+
+	if (LockHasWaiters(&worker_lock, ExclusiveLock, true))
+		return true;
+	SET_LOCKTAG_OBJECT(database, InvalidOid, DatabaseRelationId, MyDatabaseId, 0);
+	if (LockAcquire(&database, RowExclusiveLock, true, true) == LOCKACQUIRE_NOT_AVAIL)
+		return true;
+	(void) LockRelease(&database, RowExclusiveLock, true);
+	return false;
 }
 
 /* Ends the worker's part, unless there is something to do. */

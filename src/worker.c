@@ -29,7 +29,6 @@
 #include "postgres.h"
 
 #include "access/xact.h"
-#include "catalog/pg_database.h"
 #include "executor/spi.h"
 #include "lib/ilist.h"
 #include "libpq/pqsignal.h"
@@ -38,7 +37,6 @@
 #include "postmaster/bgworker.h"
 #include "postmaster/interrupt.h"
 #include "storage/ipc.h"
-#include "storage/lock.h"
 #include "tcop/tcopprot.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
@@ -100,13 +98,14 @@ typedef enum Transacted
 
 static dlist_head works = DLIST_STATIC_INIT(works);
 static TimestampTz busy_at;		/* when there was something in hand */
+static TimestampTz looked_round_at = 0; /* for who else wants the database */
 static uint32 wait_event;
 
 PGDLLEXPORT void omni_refresh_worker_main(Datum main_arg);
 
 static void override_settings(void);
 static Transacted transact(bool (*body) (void *), void *arg, bool flush, OmniError *error);
-static bool start_up(void *unused);
+static bool settle_jobs(void *unused);
 static bool turn(void);
 static long move_on(void);
 static void take_calls(void);
@@ -124,7 +123,7 @@ static void settle(Work *work, const char *status, const OmniError *error);
 static void tell(Work *work, int64 job_id, const OmniError *error);
 static void let_go(Work *work);
 static bool is_forsaken(Work *work);
-static bool database_is_wanted(void);
+static bool is_waited_for(void);
 
 /*
  * The entry point.  The argument is the OID of the database.
@@ -139,14 +138,20 @@ omni_refresh_worker_main(Datum main_arg)
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
+	omni_worker_begin();
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(main_arg), InvalidOid, 0);
 	override_settings();
 	wait_event = WaitEventExtensionNew("OmniRefreshWorker");
 
 	StartTransactionCommand();
+	if (!omni_tables_find())
+		ereport(FATAL,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("extension \"%s\" does not exist in this database", OMNI_EXTENSION),
+				 errhint("If it was created by the transaction that uses it, commit first.")));
 	omni_worker_attach();
 	CommitTransactionCommand();
-	if (transact(start_up, NULL, false, &error) != COMMITTED)
+	if (transact(settle_jobs, NULL, false, &error) != COMMITTED)
 		omni_error_report(&error, FATAL);
 
 	busy_at = GetCurrentTimestamp();
@@ -240,14 +245,9 @@ transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 	return result;
 }
 
-/* Checks that the extension is there, and settles what was left behind. */
 static bool
-start_up(void *unused)
+settle_jobs(void *unused)
 {
-	if (!omni_tables_find())
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("extension \"%s\" does not exist in this database", OMNI_EXTENSION)));
 	omni_job_settle();
 	return true;
 }
@@ -273,13 +273,35 @@ turn(void)
 		long		idle_left = omni_idle_timeout -
 		TimestampDifferenceMilliseconds(busy_at, GetCurrentTimestamp());
 
-		if ((idle_left <= 0 || database_is_wanted()) && omni_worker_leave_if_idle())
+		if (idle_left <= 0 && omni_worker_leave_if_idle())
 			return false;
 		pgstat_report_activity(STATE_IDLE, NULL);
 		delay = Min(Max(idle_left, 0), delay);
 	}
+	if (TimestampDifferenceExceeds(looked_round_at, GetCurrentTimestamp(), LOOK_ROUND))
+	{
+		looked_round_at = GetCurrentTimestamp();
+		if (!is_waited_for() && omni_worker_is_unwanted() && omni_worker_leave_if_idle())
+			return false;
+	}
 	omni_http_wait(delay, wait_event);
 	return true;
+}
+
+/* Whether some caller waits for one of the jobs in hand. */
+static bool
+is_waited_for(void)
+{
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
+		if (!work->told && !is_forsaken(work))
+			return true;
+	}
+	return false;
 }
 
 /*
@@ -328,6 +350,17 @@ take_calls(void)
 													  ALLOCSET_SMALL_SIZES);
 		Work	   *work = MemoryContextAllocZero(context, sizeof(Work));
 		OmniCall   *call = dsm_segment_address(segment);
+
+		if (call->job_id != 0)	/* an earlier worker has begun it; it is settled now */
+		{
+			OmniError	error;
+
+			omni_call_lost(call, &error);
+			omni_call_finish(call, call->job_id, &error);
+			dsm_detach(segment);
+			MemoryContextDelete(context);
+			continue;
+		}
 
 		work->job.context = context;
 		work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
@@ -715,21 +748,4 @@ static bool
 is_forsaken(Work *work)
 {
 	return pg_atomic_read_u32(&work->call->forsaken) != 0;
-}
-
-/*
- * Whether somebody wants to drop, rename or copy our database: then he holds a
- * lock on it that is in the way of the one that every new session takes, and
- * waits for us to leave.
- */
-static bool
-database_is_wanted(void)
-{
-	LOCKTAG		tag;
-
-	SET_LOCKTAG_OBJECT(tag, InvalidOid, DatabaseRelationId, MyDatabaseId, 0);
-	if (LockAcquire(&tag, RowExclusiveLock, true, true) == LOCKACQUIRE_NOT_AVAIL)
-		return true;
-	(void) LockRelease(&tag, RowExclusiveLock, true);
-	return false;
 }
