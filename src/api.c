@@ -15,10 +15,12 @@
  */
 #include "postgres.h"
 
+#include "catalog/pg_collation.h"
 #include "catalog/pg_type.h"
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
+#include "utils/formatting.h"
 #include "utils/jsonb.h"
 
 #include "compat.h"
@@ -45,6 +47,15 @@ static bool looks_like_uuid(const char *text);
 static char *error_text(const OmniAnswer *answer, const char *key);
 static char *plain_text(const OmniAnswer *answer);
 static char *redact(const char *text, const char *key);
+
+/* The host of a base URL that option.c has accepted, in lower case; palloc'd. */
+char *
+omni_api_host(const char *base_url)
+{
+	const char *host = strstr(base_url, "://") + 3;
+
+	return str_tolower(host, strcspn(host, "/"), C_COLLATION_OID);
+}
 
 /*
  * The URL of a request to refresh a model; palloc'd.

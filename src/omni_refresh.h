@@ -221,13 +221,14 @@ extern Datum omni_job_form(const OmniRequest *request, ArrayType *schemas,
 						   const char *error);
 
 /* in api.c */
+extern char *omni_api_host(const char *base_url);
 extern char *omni_api_refresh_url(const char *base_url, const OmniJob *job);
 extern void omni_api_refresh_outcome(const OmniJob *job, const char *key,
 									 const OmniAnswer *answer,
 									 OmniOutcome *outcome);
 
 /* in rate.c */
-extern uint64 omni_rate_id(const char *base_url, const char *key);
+extern uint64 omni_rate_id(const char *host, const char *key);
 extern TimestampTz omni_rate_take(uint64 id, int limit);
 extern void omni_rate_block(uint64 id, TimestampTz until);
 

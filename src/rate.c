@@ -59,9 +59,9 @@ static Rate *find_rate(uint64 id, int64 slice);
 
 /* The identity of a key at a host, as long as the server runs. */
 uint64
-omni_rate_id(const char *base_url, const char *key)
+omni_rate_id(const char *host, const char *key)
 {
-	char	   *text = psprintf("%s %s", base_url, key);
+	char	   *text = psprintf("%s %s", host, key);
 	uint64		id;
 
 	attach_shared();

@@ -21,8 +21,8 @@
  * so one flush of the WAL; outcomes are written as they come, one by one, so that no
  * caller waits for another one's commit.
  *
- * Should the worker end, the rows say how far each job had come: omni_job_settle()
- * settles them when the next worker starts.
+ * Should the worker end, the rows say how far each job had come: the next worker
+ * settles them in its first transaction.
  *
  *-------------------------------------------------------------------------
  */
@@ -97,6 +97,7 @@ typedef enum Transacted
 } Transacted;
 
 static dlist_head works = DLIST_STATIC_INIT(works);
+static bool begun_any = false;	/* so what was left behind is settled */
 static TimestampTz busy_at;		/* when there was something in hand */
 static TimestampTz looked_round_at = 0; /* for who else wants the database */
 static uint32 wait_event;
@@ -105,7 +106,6 @@ PGDLLEXPORT void omni_refresh_worker_main(Datum main_arg);
 
 static void override_settings(void);
 static Transacted transact(bool (*body) (void *), void *arg, bool flush, OmniError *error);
-static bool settle_jobs(void *unused);
 static bool turn(void);
 static long move_on(void);
 static void take_calls(void);
@@ -133,7 +133,6 @@ omni_refresh_worker_main(Datum main_arg)
 {
 	MemoryContext context = CurrentMemoryContext;
 	volatile bool leave = false;
-	OmniError	error;
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
@@ -151,8 +150,6 @@ omni_refresh_worker_main(Datum main_arg)
 				 errhint("If it was created by the transaction that uses it, commit first.")));
 	omni_worker_attach();
 	CommitTransactionCommand();
-	if (transact(settle_jobs, NULL, false, &error) != COMMITTED)
-		omni_error_report(&error, FATAL);
 
 	busy_at = GetCurrentTimestamp();
 	while (!leave)
@@ -201,7 +198,8 @@ override_settings(void)
 
 /*
  * Runs a function in a transaction, with SPI and a snapshot.  If it returns
- * false, or raises an error, what it did is rolled back.  With flush, what it did
+ * false, or raises an error, what it did is rolled back; an error that comes of
+ * what others are doing means NOT_NOW, too.  With flush, what it did
  * is on this server's disk afterwards; no standby is waited for, since a dead one
  * must not keep us.
  *
@@ -237,19 +235,14 @@ transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 		disable_timeout(STATEMENT_TIMEOUT, false);
 		omni_error_catch(error, context);
 		AbortCurrentTransaction();
-		result = FAILED;
+		result = error->sqlstate == ERRCODE_QUERY_CANCELED ||
+			error->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE ||
+			ERRCODE_TO_CATEGORY(error->sqlstate) == ERRCODE_TRANSACTION_ROLLBACK ? NOT_NOW : FAILED;
 	}
 	PG_END_TRY();
 
 	MemoryContextSwitchTo(context);
 	return result;
-}
-
-static bool
-settle_jobs(void *unused)
-{
-	omni_job_settle();
-	return true;
 }
 
 /* One turn of the loop.  Returns false when the worker has no reason to stay. */
@@ -350,17 +343,6 @@ take_calls(void)
 													  ALLOCSET_SMALL_SIZES);
 		Work	   *work = MemoryContextAllocZero(context, sizeof(Work));
 		OmniCall   *call = dsm_segment_address(segment);
-
-		if (call->job_id != 0)	/* an earlier worker has begun it; it is settled now */
-		{
-			OmniError	error;
-
-			omni_call_lost(call, &error);
-			omni_call_finish(call, call->job_id, &error);
-			dsm_detach(segment);
-			MemoryContextDelete(context);
-			continue;
-		}
 
 		work->job.context = context;
 		work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
@@ -466,6 +448,8 @@ begin(void *only)
 	if (!omni_tables_lock())
 		return false;
 
+	if (!begun_any)
+		omni_job_settle();
 	dlist_foreach(iter, &works)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
@@ -493,6 +477,14 @@ begin_one(Work *work)
 	work->delayed_until = 0;
 	MemoryContextReset(work->attempt);
 
+	if (work->step == NEW && work->call->job_id != 0)
+	{
+		/* it was an earlier worker's, and is settled now */
+		work->job.id = work->call->job_id;
+		omni_call_lost(work->call, &error);
+		settle(work, "unknown", &error);
+		return;
+	}
 	if (!find_target(work, &error))
 	{
 		settle(work, "failed", &error);
@@ -546,7 +538,7 @@ find_target(Work *work, OmniError *error)
 	}
 	else if ((found = omni_target_read_key(&work->target, error)))
 	{
-		work->rate_id = omni_rate_id(work->target.base_url, work->target.key);
+		work->rate_id = omni_rate_id(omni_api_host(work->target.base_url), work->target.key);
 		work->url = omni_api_refresh_url(work->target.base_url, &work->job);
 	}
 	MemoryContextSwitchTo(context);
@@ -557,6 +549,7 @@ find_target(Work *work, OmniError *error)
 static void
 begun(Work *work)
 {
+	begun_any = true;
 	work->beginning = false;
 	work->call->job_id = work->job.id;
 	if (work->settled)
@@ -646,7 +639,7 @@ finish(Work *work)
 	work->complained = true;
 	if (!work->told && GetCurrentTimestamp() >= work->call->deadline)
 	{
-		char	   *why = pstrdup(error.message);
+		char	   *why = MemoryContextStrdup(work->job.context, error.message);
 
 		omni_error_set(&error, error.sqlstate,
 					   "could not write down the outcome of job " INT64_FORMAT ": %s",
