@@ -99,7 +99,7 @@ static void make_wait_set(void);
 
 /*
  * Starts a request.  The strings in *request need not live longer than the
- * call.  The transfer is palloc'd; it is done some omni_http_wait() later.
+ * call.  The transfer is palloc'd; it is done now, or some omni_http_wait() later.
  */
 OmniTransfer *
 omni_http_start(const OmniHttpRequest *request)
@@ -175,6 +175,9 @@ omni_http_start(const OmniHttpRequest *request)
 	CHECK_EASY(curl_before_request_compat(transfer->easy, allow_once, transfer));
 
 	CHECK_MULTI(curl_multi_add_handle(multi, transfer->easy));
+	timer = DT_NOEND;
+	drive(CURL_SOCKET_TIMEOUT, 0);
+	collect_done();
 	return &transfer->public;
 }
 

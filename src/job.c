@@ -101,12 +101,16 @@ static Statement settle_jobs = {
 	.argtypes = {OIDOID, TEXTOID}
 };
 
-static Statement insert_event = {
+/* one or two events of a job */
+static Statement insert_events = {
 	.table = &event_table,
 	.text = "INSERT INTO %s (job, requested_by, occurred_at, event, attempt, http_status, duration, detail)"
-	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
-	.nargs = 8,
-	.argtypes = {INT8OID, NAMEOID, TIMESTAMPTZOID, TEXTOID, INT4OID, INT4OID, INTERVALOID, TEXTOID}
+	" SELECT $1, $2, events.* FROM (VALUES ($3, $4, $5, $6, $7, $8), ($9, $10, $11, $12, $13, $14))"
+	" AS events (occurred_at, event) WHERE event IS NOT NULL",
+	.nargs = 14,
+	.argtypes = {INT8OID, NAMEOID,
+		TIMESTAMPTZOID, TEXTOID, INT4OID, INT4OID, INTERVALOID, TEXTOID,
+		TIMESTAMPTZOID, TEXTOID, INT4OID, INT4OID, INTERVALOID, TEXTOID}
 };
 
 /* run in backends: the caller's search_path must not matter */
@@ -117,12 +121,22 @@ static Statement select_job = {
 	.argtypes = {INT8OID}
 };
 
+/* A line of the event log */
+typedef struct Event
+{
+	TimestampTz occurred_at;
+	const char *event;
+	int			attempt;		/* 0 means NULL */
+	int			http_status;	/* 0 means NULL */
+	int64		duration;		/* microseconds, 0 means NULL */
+	const char *detail;			/* may be NULL */
+} Event;
+
 static uint64 run(Statement *statement, Datum *values, const char *nulls, bool read);
 static bool look_at_table(Table *table);
 static void insert(OmniJob *job, const char *status, TimestampTz run_at, TimestampTz sent_at);
-static void add_event(int64 job, const NameData *requested_by, TimestampTz occurred_at,
-					  const char *event, int attempt, int http_status,
-					  int64 duration, const char *detail);
+static void add_events(int64 job, const NameData *requested_by,
+					   const Event *first, const Event *second);
 
 /*
  * Looks where the extension's tables are at this moment.  Returns false if there
@@ -236,9 +250,19 @@ void
 omni_job_begin(OmniJob *job, const char *url)
 {
 	TimestampTz now = GetCurrentTimestamp();
+	Event		requested = {.occurred_at = job->request.requested_at,.event = "requested"};
+	Event		sending = {
+		.occurred_at = now,
+		.event = "sending",
+		.attempt = job->attempts + 1,
+		.detail = psprintf("POST %s", url)
+	};
 
 	if (job->id == 0)
+	{
 		insert(job, "sending", now, now);
+		add_events(job->id, &job->request.requested_by, &requested, &sending);
+	}
 	else
 	{
 		Datum		values[3] = {
@@ -251,27 +275,41 @@ omni_job_begin(OmniJob *job, const char *url)
 			ereport(ERROR,
 					(errcode(ERRCODE_NO_DATA_FOUND),
 					 errmsg("job " INT64_FORMAT " was deleted before it was sent", job->id)));
+		add_events(job->id, &job->request.requested_by, &sending, NULL);
 	}
-	add_event(job->id, &job->request.requested_by, now, "sending", job->attempts + 1, 0, -1,
-			  psprintf("POST %s", url));
 }
 
 /* Writes down a job that must wait for its turn within the rate limit. */
 void
 omni_job_delay(OmniJob *job, TimestampTz run_at)
 {
+	Event		requested = {.occurred_at = job->request.requested_at,.event = "requested"};
+	Event		limited = {
+		.occurred_at = GetCurrentTimestamp(),
+		.event = "rate_limited",
+		.detail = psprintf("not to be sent before %s", timestamptz_to_str(run_at))
+	};
+
 	if (job->id == 0)
+	{
 		insert(job, "pending", run_at, 0);
-	add_event(job->id, &job->request.requested_by, GetCurrentTimestamp(), "rate_limited", 0, 0, -1,
-			  psprintf("not to be sent before %s", timestamptz_to_str(run_at)));
+		add_events(job->id, &job->request.requested_by, &requested, &limited);
+	}
+	else
+		add_events(job->id, &job->request.requested_by, &limited, NULL);
 }
 
 /* Writes down a job that is not sent at all. */
 void
 omni_job_refuse(OmniJob *job, const OmniOutcome *outcome)
 {
+	Event		requested = {.occurred_at = job->request.requested_at,.event = "requested"};
+
 	if (job->id == 0)
+	{
 		insert(job, "pending", job->request.requested_at, 0);
+		add_events(job->id, &job->request.requested_by, &requested, NULL);
+	}
 	omni_job_record(job, outcome);
 }
 
@@ -311,7 +349,6 @@ insert(OmniJob *job, const char *status, TimestampTz run_at, TimestampTz sent_at
 	if (run(&insert_job, values, nulls, false) != 1)
 		elog(ERROR, "a trigger kept a job from being written");
 	job->id = DatumGetInt64(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
-	add_event(job->id, &request->requested_by, request->requested_at, "requested", 0, 0, -1, NULL);
 }
 
 /* Writes down what became of an attempt, and of the job with it. */
@@ -319,7 +356,6 @@ void
 omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 {
 	TimestampTz now = GetCurrentTimestamp();
-	const NameData *requested_by = &job->request.requested_by;
 	bool		at_end = outcome->run_at == 0;
 	char	   *error = outcome->error.sqlstate != 0 ? omni_error_text(&outcome->error) : NULL;
 	Datum		values[6] = {
@@ -331,6 +367,15 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		TimestampTzGetDatum(outcome->run_at)
 	};
 	char		nulls[7] = "      ";
+	Event		attempt = {
+		.occurred_at = now,
+		.event = outcome->attempt_event,
+		.attempt = job->attempts,
+		.http_status = outcome->http_status,
+		.duration = outcome->elapsed,
+		.detail = error
+	};
+	Event		end = {.occurred_at = now,.event = outcome->status};
 
 	if (!outcome->has_job_id)
 		nulls[2] = 'n';
@@ -345,13 +390,12 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		return;					/* someone has deleted it: no events either */
 
 	if (outcome->attempt_event != NULL)
-		add_event(job->id, requested_by, now, outcome->attempt_event, job->attempts,
-				  outcome->http_status, outcome->elapsed, error);
-	if (at_end && outcome->attempt_event != NULL)
-		add_event(job->id, requested_by, now, outcome->status, 0, 0, -1, NULL);
-	else if (at_end)
-		add_event(job->id, requested_by, now, outcome->status, job->attempts,
-				  outcome->http_status, outcome->elapsed, error);
+		add_events(job->id, &job->request.requested_by, &attempt, at_end ? &end : NULL);
+	else
+	{
+		attempt.event = outcome->status;
+		add_events(job->id, &job->request.requested_by, &attempt, NULL);
+	}
 }
 
 /*
@@ -380,49 +424,48 @@ omni_job_settle(void)
 	{
 		bool		isnull;
 		HeapTuple	row = rows->vals[i];
+		Event		end = {
+			.occurred_at = GetCurrentTimestamp(),
+			.event = TextDatumGetCString(SPI_getbinval(row, rows->tupdesc, 3, &isnull)),
+			.attempt = DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 4, &isnull)),
+			.detail = explanation
+		};
 
-		add_event(DatumGetInt64(SPI_getbinval(row, rows->tupdesc, 1, &isnull)),
-				  DatumGetName(SPI_getbinval(row, rows->tupdesc, 2, &isnull)),
-				  GetCurrentTimestamp(),
-				  TextDatumGetCString(SPI_getbinval(row, rows->tupdesc, 3, &isnull)),
-				  DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 4, &isnull)),
-				  0, -1, explanation);
+		add_events(DatumGetInt64(SPI_getbinval(row, rows->tupdesc, 1, &isnull)),
+				   DatumGetName(SPI_getbinval(row, rows->tupdesc, 2, &isnull)),
+				   &end, NULL);
 	}
 }
 
-/*
- * Adds a line to the event log.  An attempt or http_status of 0, a negative
- * duration (in microseconds), and a NULL detail become NULLs.
- */
+/* Adds one or two lines about a job to the event log. */
 static void
-add_event(int64 job, const NameData *requested_by, TimestampTz occurred_at,
-		  const char *event, int attempt, int http_status,
-		  int64 duration, const char *detail)
+add_events(int64 job, const NameData *requested_by, const Event *first, const Event *second)
 {
-	Interval	interval = {.time = duration};
-	Datum		values[8] = {
-		Int64GetDatum(job),
-		NameGetDatum(requested_by),
-		TimestampTzGetDatum(occurred_at),
-		CStringGetTextDatum(event),
-		Int32GetDatum(attempt),
-		Int32GetDatum(http_status),
-		IntervalPGetDatum(&interval),
-		PointerGetDatum(NULL)
-	};
-	char		nulls[9] = "        ";
+	const Event *events[2] = {first, second};
+	Interval	durations[2] = {0};
+	Datum		values[14] = {Int64GetDatum(job), NameGetDatum(requested_by)};
+	char		nulls[15] = "  nnnnnnnnnnnn";
 
-	if (attempt == 0)
-		nulls[4] = 'n';
-	if (http_status == 0)
-		nulls[5] = 'n';
-	if (duration < 0)
-		nulls[6] = 'n';
-	if (detail != NULL)
-		values[7] = CStringGetTextDatum(detail);
-	else
-		nulls[7] = 'n';
-	(void) run(&insert_event, values, nulls, false);
+	for (int i = 0; i < 2 && events[i] != NULL; i++)
+	{
+		const Event *event = events[i];
+		Datum	   *value = &values[2 + 6 * i];
+		char	   *null = &nulls[2 + 6 * i];
+
+		durations[i].time = event->duration;
+		value[0] = TimestampTzGetDatum(event->occurred_at);
+		value[1] = CStringGetTextDatum(event->event);
+		value[2] = Int32GetDatum(event->attempt);
+		value[3] = Int32GetDatum(event->http_status);
+		value[4] = IntervalPGetDatum(&durations[i]);
+		value[5] = event->detail != NULL ? CStringGetTextDatum(event->detail) : (Datum) 0;
+		null[0] = null[1] = ' ';
+		null[2] = event->attempt != 0 ? ' ' : 'n';
+		null[3] = event->http_status != 0 ? ' ' : 'n';
+		null[4] = event->duration != 0 ? ' ' : 'n';
+		null[5] = event->detail != NULL ? ' ' : 'n';
+	}
+	(void) run(&insert_events, values, nulls, false);
 }
 
 /*

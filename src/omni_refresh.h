@@ -198,13 +198,14 @@ extern OmniCall *omni_call_create(const OmniRequest *request,
 								  ArrayType *schemas, ArrayType *tables,
 								  dsm_segment **segment);
 extern bool omni_call_run(dsm_segment *segment, OmniError *error);
+extern void omni_call_end(dsm_segment *segment);
 extern void omni_call_lost(const OmniCall *call, OmniError *error);
 extern void omni_worker_begin(void);
 extern void omni_worker_attach(void);
 extern bool omni_worker_is_unwanted(void);
 extern bool omni_worker_leave_if_idle(void);
 extern dsm_segment *omni_worker_next_call(void);
-extern void omni_call_finish(OmniCall *call, int64 job_id,
+extern void omni_call_finish(dsm_segment *segment, int64 job_id,
 							 const OmniError *error);
 
 /* in job.c */

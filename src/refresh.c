@@ -97,7 +97,7 @@ call_worker(const OmniRequest *request, ArrayType *schemas, ArrayType *tables,
 	if (omni_call_run(segment, error))
 		*error = call->error;
 	*job_id = call->job_id;
-	dsm_detach(segment);
+	omni_call_end(segment);
 }
 
 /*

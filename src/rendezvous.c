@@ -50,6 +50,9 @@
 #define MAX_DATABASES		96
 #define RING_SIZE			16
 
+/* Enough for a call but for one with long lists, in bytes */
+#define SEGMENT_SIZE		8192
+
 /* How long to try to get a background worker of the server's, in ms */
 #define START_PATIENCE		5000
 #define START_RETRY			20
@@ -120,6 +123,7 @@ typedef enum HandOver
 } HandOver;
 
 static Shared *shared = NULL;
+static dsm_segment *kept_segment = NULL;	/* of this backend's calls */
 static LOCKTAG worker_lock;		/* held by the worker of the database */
 static dsm_segment *starter_call = NULL;	/* in a worker that is starting */
 static emit_log_hook_type next_emit_log_hook = NULL;
@@ -142,8 +146,9 @@ static void leave_slot(int code, Datum arg);
 static void lose_call(dsm_segment *segment, Datum arg);
 
 /*
- * Makes a segment for a call.  It belongs to the current resource owner, and
- * when it goes, the worker learns that the caller has left.
+ * Makes a segment for a call.  It belongs to the current resource owner until
+ * omni_call_end(); when it goes before that, the worker learns that the caller has
+ * left.  To make one is a tenth of a call's time, so a session keeps its segment.
  */
 OmniCall *
 omni_call_create(const OmniRequest *request, ArrayType *schemas, ArrayType *tables,
@@ -165,7 +170,17 @@ omni_call_create(const OmniRequest *request, ArrayType *schemas, ArrayType *tabl
 		size += MAXALIGN(VARSIZE(tables));
 	}
 
-	*segment = dsm_create(size, 0);
+	attach_shared();
+	if (kept_segment != NULL && dsm_segment_map_length(kept_segment) < size)
+		dsm_detach(kept_segment);
+	if (kept_segment != NULL)
+		dsm_unpin_mapping(kept_segment);
+	else
+	{
+		kept_segment = dsm_create(Max(size, SEGMENT_SIZE), 0);
+		on_dsm_detach(kept_segment, forsake_call, (Datum) 0);
+	}
+	*segment = kept_segment;
 	call = dsm_segment_address(*segment);
 	memset(call, 0, sizeof(OmniCall));
 	pg_atomic_init_u32(&call->state, OMNI_CALL_WAITING);
@@ -180,6 +195,19 @@ omni_call_create(const OmniRequest *request, ArrayType *schemas, ArrayType *tabl
 	if (tables != NULL)
 		memcpy((char *) call + tables_at, tables, VARSIZE(tables));
 	return call;
+}
+
+/* Ends a call, whose results are no longer needed. */
+void
+omni_call_end(dsm_segment *segment)
+{
+	OmniCall   *call = dsm_segment_address(segment);
+
+	if (pg_atomic_read_u32(&call->state) == OMNI_CALL_DONE &&
+		dsm_segment_map_length(segment) <= SEGMENT_SIZE)
+		dsm_pin_mapping(segment);
+	else
+		dsm_detach(segment);
 }
 
 /*
@@ -197,9 +225,6 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 	OmniCall   *call = dsm_segment_address(segment);
 	Waiter		waiter = {.segment = segment};
 	TimestampTz began = GetCurrentTimestamp();
-
-	attach_shared();
-	on_dsm_detach(segment, forsake_call, (Datum) 0);
 
 	for (;;)
 	{
@@ -398,6 +423,7 @@ forsake_call(dsm_segment *segment, Datum arg)
 	OmniCall   *call = dsm_segment_address(segment);
 	Slot	   *slot;
 
+	kept_segment = NULL;
 	if (pg_atomic_read_u32(&call->state) == OMNI_CALL_DONE)
 		return;
 
@@ -589,15 +615,23 @@ omni_worker_next_call(void)
 	}
 }
 
-/* Tells the caller what became of its call. */
+/*
+ * Tells the caller what became of its call, and lets go of the segment: the caller
+ * may use it again at once.
+ */
 void
-omni_call_finish(OmniCall *call, int64 job_id, const OmniError *error)
+omni_call_finish(dsm_segment *segment, int64 job_id, const OmniError *error)
 {
+	OmniCall   *call = dsm_segment_address(segment);
+	int			caller = call->caller;
+
 	call->job_id = job_id;
 	call->error = *error;
+	cancel_on_dsm_detach(segment, lose_call, (Datum) 0);
 	pg_write_barrier();
 	pg_atomic_write_u32(&call->state, OMNI_CALL_DONE);
-	set_latch(call->caller);
+	set_latch(caller);
+	dsm_detach(segment);
 }
 
 /* Runs in the worker when it lets go of a call. */

@@ -70,11 +70,11 @@ typedef struct Work
 	OmniJob		job;			/* job.context holds all of this */
 	Step		step;
 	TimestampTz taken_at;
-	dsm_segment *segment;		/* of the call, which holds the job's lists */
-	OmniCall   *call;
+	dsm_segment *segment;		/* of the call; NULL once the caller knows all */
+	OmniCall   *call;			/* in that segment */
+	TimestampTz deadline;		/* of the call */
 	TimestampTz run_at;			/* if PENDING: the next attempt */
 	bool		beginning;		/* it is to begin in this turn */
-	bool		told;			/* the caller knows all that he will know */
 	bool		may_have_arrived;	/* some attempt ended without an answer */
 	bool		complained;		/* that the outcome could not be written */
 
@@ -109,6 +109,7 @@ static Transacted transact(bool (*body) (void *), void *arg, bool flush, OmniErr
 static bool turn(void);
 static long move_on(void);
 static void take_calls(void);
+static ArrayType *copy_list(MemoryContext context, OmniCall *call, Size offset);
 static bool begin_due(void);
 static bool choose(Work *work);
 static bool begin(void *only);
@@ -291,7 +292,7 @@ is_waited_for(void)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
 
-		if (!work->told && !is_forsaken(work))
+		if (!is_forsaken(work))
 			return true;
 	}
 	return false;
@@ -348,15 +349,28 @@ take_calls(void)
 		work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
 											  ALLOCSET_SMALL_SIZES);
 		work->job.request = call->request;
-		if (call->schemas != 0)
-			work->job.schemas = (ArrayType *) ((char *) call + call->schemas);
-		if (call->tables != 0)
-			work->job.tables = (ArrayType *) ((char *) call + call->tables);
+		work->job.schemas = copy_list(context, call, call->schemas);
+		work->job.tables = copy_list(context, call, call->tables);
+		work->deadline = call->deadline;
 		work->taken_at = GetCurrentTimestamp();
 		work->segment = segment;
 		work->call = call;
 		dlist_push_tail(&works, &work->node);
 	}
+}
+
+/* Copies a list that lies at an offset in a call; NULL if there is none. */
+static ArrayType *
+copy_list(MemoryContext context, OmniCall *call, Size offset)
+{
+	ArrayType  *list = (ArrayType *) ((char *) call + offset);
+	ArrayType  *copy;
+
+	if (offset == 0)
+		return NULL;
+	copy = MemoryContextAlloc(context, VARSIZE(list));
+	memcpy(copy, list, VARSIZE(list));
+	return copy;
 }
 
 /*
@@ -495,7 +509,7 @@ begin_one(Work *work)
 	when = omni_rate_take(work->rate_id, work->target.rate_limit);
 	if (when == 0)
 		omni_job_begin(&work->job, work->url);
-	else if (when < work->call->deadline)
+	else if (when < work->deadline)
 	{
 		work->delayed_until = when;
 		omni_job_delay(&work->job, when);
@@ -571,7 +585,7 @@ static void
 send_request(Work *work)
 {
 	MemoryContext context = CurrentMemoryContext;
-	long		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), work->call->deadline);
+	long		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), work->deadline);
 	OmniHttpRequest request = {
 		.method = "POST",
 		.url = work->url,
@@ -637,7 +651,7 @@ finish(Work *work)
 				 errmsg("could not write down the outcome of job " INT64_FORMAT ", will try again: %s",
 						work->job.id, error.message)));
 	work->complained = true;
-	if (!work->told && GetCurrentTimestamp() >= work->call->deadline)
+	if (work->segment != NULL && GetCurrentTimestamp() >= work->deadline)
 	{
 		char	   *why = MemoryContextStrdup(work->job.context, error.message);
 
@@ -645,8 +659,8 @@ finish(Work *work)
 					   "could not write down the outcome of job " INT64_FORMAT ": %s",
 					   work->job.id, why);
 		omni_error_hint(&error, "It will be in the row of the job as soon as possible.");
-		omni_call_finish(work->call, work->job.id, &error);
-		work->told = true;
+		omni_call_finish(work->segment, work->job.id, &error);
+		work->segment = NULL;
 	}
 	return false;
 }
@@ -697,7 +711,7 @@ consider_retry(Work *work)
 	if (outcome->slow_down)
 		omni_rate_block(work->rate_id, run_at);
 
-	if (run_at < work->call->deadline && !is_forsaken(work))
+	if (run_at < work->deadline && !is_forsaken(work))
 	{
 		outcome->status = "pending";
 		outcome->run_at = run_at;
@@ -721,8 +735,9 @@ settle(Work *work, const char *status, const OmniError *error)
 static void
 tell(Work *work, int64 job_id, const OmniError *error)
 {
-	if (!work->told)
-		omni_call_finish(work->call, job_id, error);
+	if (work->segment != NULL)
+		omni_call_finish(work->segment, job_id, error);
+	work->segment = NULL;
 	let_go(work);
 }
 
@@ -733,12 +748,14 @@ let_go(Work *work)
 	dlist_delete(&work->node);
 	if (work->target.key != NULL)
 		explicit_bzero(work->target.key, strlen(work->target.key));
-	dsm_detach(work->segment);
+	if (work->segment != NULL)
+		dsm_detach(work->segment);
 	MemoryContextDelete(work->job.context);
 }
 
+/* Whether nobody waits for a job any more. */
 static bool
 is_forsaken(Work *work)
 {
-	return pg_atomic_read_u32(&work->call->forsaken) != 0;
+	return work->segment == NULL || pg_atomic_read_u32(&work->call->forsaken) != 0;
 }
