@@ -54,6 +54,7 @@ CREATE TABLE omni_refresh_job (
 	database		oid NOT NULL,
 	error			text
 );
+COMMENT ON SEQUENCE omni_refresh_job_id_seq IS 'the numbers of the jobs';
 COMMENT ON TABLE omni_refresh_job IS 'requests to Omni, one row each';
 COMMENT ON COLUMN omni_refresh_job.id IS 'the number of this job in this database';
 COMMENT ON COLUMN omni_refresh_job.status IS
@@ -105,6 +106,7 @@ CREATE TABLE omni_refresh_event (
 	duration		interval,
 	detail			text
 );
+COMMENT ON SEQUENCE omni_refresh_event_id_seq IS 'the numbers of the events';
 COMMENT ON TABLE omni_refresh_event IS 'the event log: one row for each thing that happened to a job';
 COMMENT ON COLUMN omni_refresh_event.id IS 'the number of this event in this database';
 COMMENT ON COLUMN omni_refresh_event.job IS 'the job it happened to';

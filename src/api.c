@@ -43,6 +43,7 @@ static char *to_server(const OmniAnswer *answer, char **why);
 static char *ascii_only(const char *text);
 static bool nests_too_deep(const char *json);
 static char *member_text(Jsonb *object, const char *name);
+static bool has_value(Jsonb *object, const char *name);
 static bool looks_like_uuid(const char *text);
 static char *error_text(const OmniAnswer *answer, const char *key);
 static char *plain_text(const OmniAnswer *answer);
@@ -240,15 +241,20 @@ read_refusal(const OmniJob *job, const char *key,
 		omni_error_hint(&outcome->error, "Redirects are not followed, since the API key is for one host only; set \"base_url\" to the login host of the instance.");
 		return;
 	}
+	if (answer->status < 400)
+	{
+		set_malformed(job, outcome, psprintf("HTTP status %d.", answer->status));
+		return;
+	}
 
 	omni_error_set(&outcome->error,
 				   answer->status >= 500 ? ERRCODE_CONNECTION_FAILURE :
-				   answer->status >= 400 ? ERRCODE_EXTERNAL_ROUTINE_EXCEPTION :
-				   ERRCODE_PROTOCOL_VIOLATION,
+				   ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
 				   "server \"%s\" refused the refresh: HTTP status %d",
 				   NameStr(job->request.server), answer->status);
-	if (answer->status >= 500)
-		omni_error_hint(&outcome->error, "The trouble is on Omni's side, or in a proxy in between; try again later.");
+	omni_error_hint(&outcome->error, answer->status >= 500 ?
+					"The trouble is on Omni's side, or in a proxy in between; try again later." :
+					"Omni does not document this status for a refresh; it may come from a proxy in between.");
 	for (int i = 0; i < lengthof(refusals); i++)
 	{
 		if (refusals[i].status == answer->status)
@@ -280,12 +286,12 @@ read_acceptance(const OmniJob *job, const char *key,
 
 	if (json == NULL)
 	{
-		set_malformed(job, outcome, redact(psprintf("The answer is not JSON: %s.", why), key));
+		set_malformed(job, outcome, psprintf("The answer is not JSON: %s.", redact(why, key)));
 		return;
 	}
 	status = member_text(json, "status");
 	job_id = member_text(json, "jobId");
-	if (status == NULL || (job_id != NULL && !looks_like_uuid(job_id)))
+	if (status == NULL || (job_id != NULL ? !looks_like_uuid(job_id) : has_value(json, "jobId")))
 	{
 		set_malformed(job, outcome, "The answer is JSON, but not of the shape that Omni's has.");
 		return;
@@ -353,17 +359,15 @@ parse_json(const OmniAnswer *answer, char **why)
 	}
 	PG_CATCH();
 	{
-		ErrorData  *error;
+		int			sqlstate = geterrcode();
 
-		MemoryContextSwitchTo(context);
-		error = CopyErrorData();
-		if (ERRCODE_TO_CATEGORY(error->sqlerrcode) != ERRCODE_DATA_EXCEPTION &&
-			ERRCODE_TO_CATEGORY(error->sqlerrcode) != ERRCODE_PROGRAM_LIMIT_EXCEEDED)
+		if (ERRCODE_TO_CATEGORY(sqlstate) != ERRCODE_DATA_EXCEPTION &&
+			ERRCODE_TO_CATEGORY(sqlstate) != ERRCODE_PROGRAM_LIMIT_EXCEEDED)
 			PG_RE_THROW();
+		MemoryContextSwitchTo(context);
 		FlushErrorState();
-		*why = error->detail != NULL ? error->detail : error->message;
-		if (**why != '\0' && (*why)[strlen(*why) - 1] == '.')
-			(*why)[strlen(*why) - 1] = '\0';
+		*why = plain_text(answer);
+		*why = *why != NULL ? psprintf("it reads %s", *why) : "it is blank";
 	}
 	PG_END_TRY();
 
@@ -465,6 +469,16 @@ member_text(Jsonb *object, const char *name)
 	return pnstrdup(value.val.string.val, value.val.string.len);
 }
 
+/* Whether a JSON object has a member that is not null. */
+static bool
+has_value(Jsonb *object, const char *name)
+{
+	JsonbValue	value;
+
+	return getKeyJsonValueFromContainer(&object->root, name, strlen(name), &value) != NULL &&
+		value.type != jbvNull;
+}
+
 /* Whether uuid_in() takes it, in the one spelling that APIs use. */
 static bool
 looks_like_uuid(const char *text)
@@ -509,7 +523,7 @@ error_text(const OmniAnswer *answer, const char *key)
 	return text != NULL ? psprintf("The answer reads: %s", redact(text, key)) : NULL;
 }
 
-/* A body that is not JSON, on one line and in plain ASCII; NULL if empty. */
+/* A body that is not JSON, on one line and in plain ASCII; NULL if empty or blank. */
 static char *
 plain_text(const OmniAnswer *answer)
 {

@@ -129,7 +129,7 @@ curl_allow_protocols_compat(CURL *easy)
 
 /*
  * libcurl 7.80 tells each time that a request is about to go out; in older ones
- * one that was sent again goes unnoticed.
+ * one that is no longer wanted, or sent again, goes out unnoticed.
  */
 static inline CURLcode
 curl_before_request_compat(CURL *easy, int (*function) (void *, char *, char *, int, int),

@@ -46,6 +46,8 @@ typedef struct Transfer
 	struct curl_slist *headers;
 	TimestampTz started_at;
 	bool		begun;			/* the request has gone out, or is about to */
+	bool		(*is_wanted) (void *arg);
+	void	   *arg;			/* of is_wanted */
 	char	   *body;			/* malloc'd */
 	size_t		capacity;		/* of body, in bytes */
 	char		error[CURL_ERROR_SIZE];
@@ -71,7 +73,7 @@ static void add_header(Transfer *transfer, const char *header);
 static void release_transfer(void *arg);
 static int	note_socket(CURL *easy, curl_socket_t socket, int what, void *arg,
 						void *socket_arg);
-static int	allow_once(void *arg, char *host, char *local_host, int port, int local_port);
+static int	allow_request(void *arg, char *host, char *local_host, int port, int local_port);
 static int	note_timer(CURLM *unused, long timeout, void *arg);
 static size_t keep_body(char *data, size_t size, size_t count, void *arg);
 static void drive(curl_socket_t socket, int mask);
@@ -171,8 +173,9 @@ omni_http_start(const OmniHttpRequest *request)
 	SETOPT(CURLOPT_NOSIGNAL, 1L);
 	CHECK_EASY(curl_quick_exit_compat(transfer->easy));
 
-	/* Only once: an attempt of ours is one request */
-	CHECK_EASY(curl_before_request_compat(transfer->easy, allow_once, transfer));
+	transfer->is_wanted = request->is_wanted;
+	transfer->arg = request->arg;
+	CHECK_EASY(curl_before_request_compat(transfer->easy, allow_request, transfer));
 
 	CHECK_MULTI(curl_multi_add_handle(multi, transfer->easy));
 	timer = DT_NOEND;
@@ -316,16 +319,16 @@ note_socket(CURL *easy, curl_socket_t socket, int what, void *arg, void *socket_
 }
 
 /*
- * Called by libcurl: a request is about to go out.  When a connection that was
- * used before is closed without an answer, libcurl would send the request once
- * more, and nobody would know.
+ * Called by libcurl: a request is about to go out.  It may, once, if it is still
+ * wanted.  When a connection that was used before is closed without an answer,
+ * libcurl would send the request once more, and nobody would know.
  */
 static int
-allow_once(void *arg, char *host, char *local_host, int port, int local_port)
+allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 {
 	Transfer   *transfer = arg;
 
-	if (transfer->begun)
+	if (transfer->begun || !transfer->is_wanted(transfer->arg))
 		return 1;				/* CURL_PREREQFUNC_ABORT */
 	transfer->begun = true;
 	return 0;
@@ -416,7 +419,8 @@ fill_answer(Transfer *transfer, CURLcode code)
 	curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
 	answer->status = (int) status;
 	curl_easy_getinfo(easy, CURLINFO_REQUEST_SIZE, &request_size);
-	answer->sent = request_size > 0 || code == CURLE_ABORTED_BY_CALLBACK;
+	answer->sent = transfer->begun && (request_size > 0 || code == CURLE_ABORTED_BY_CALLBACK);
+	answer->withdrawn = !transfer->begun && code == CURLE_ABORTED_BY_CALLBACK;
 	answer->elapsed = GetCurrentTimestamp() - transfer->started_at;
 	curl_easy_getinfo(easy, CURLINFO_RETRY_AFTER, &number);
 	answer->retry_after = (int) Min(number, PG_INT32_MAX);
@@ -457,7 +461,7 @@ phase_reached(CURL *easy, CURLcode code)
 
 	if (status != 0)
 		return OMNI_PHASE_READ;
-	if (code == CURLE_ABORTED_BY_CALLBACK)	/* see allow_once() */
+	if (code == CURLE_ABORTED_BY_CALLBACK)	/* see allow_request() */
 		return OMNI_PHASE_WAIT;
 	if (code == CURLE_COULDNT_RESOLVE_HOST || code == CURLE_COULDNT_RESOLVE_PROXY)
 		return OMNI_PHASE_NAME;

@@ -83,6 +83,7 @@ typedef struct OmniAnswer
 	const char *reason;			/* libcurl's words */
 
 	bool		sent;			/* some of the request left this host */
+	bool		withdrawn;		/* it did not, since it was not wanted any more */
 	int			status;			/* HTTP status, 0 when there was none */
 	const char *body;			/* not NUL-terminated; NULL when empty */
 	size_t		length;			/* bytes in body */
@@ -107,6 +108,13 @@ typedef struct OmniHttpRequest
 	const char *proxy;			/* NULL: none */
 	int			connect_timeout;	/* ms */
 	int			timeout;		/* ms */
+
+	/*
+	 * Asked just before the request goes out.  Runs inside libcurl: it may look at
+	 * memory, no more.
+	 */
+	bool		(*is_wanted) (void *arg);
+	void	   *arg;
 } OmniHttpRequest;
 
 /* What an attempt means for its job */
@@ -230,7 +238,7 @@ extern void omni_api_refresh_outcome(const OmniJob *job, const char *key,
 
 /* in rate.c */
 extern uint64 omni_rate_id(const char *host, const char *key);
-extern TimestampTz omni_rate_take(uint64 id, int limit);
+extern TimestampTz omni_rate_take(uint64 id, int limit, bool *blocked);
 extern void omni_rate_block(uint64 id, TimestampTz until);
 
 /* in http.c */

@@ -179,7 +179,7 @@ unrecognized_option(const char *name, Oid catalog)
 
 /*
  * Takes a URL apart; raises an error when libcurl cannot, or when it names a
- * user.  The caller frees the result with curl_url_cleanup() and must not raise
+ * user.  A value that may hold a password is not shown.  The caller frees the result with curl_url_cleanup() and must not raise
  * an error before.
  */
 static CURLU *
@@ -214,6 +214,8 @@ parse_url(const char *name, const char *value)
 					 errdetail("The URL must not name a user or a password.")));
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 strchr(value, '@') != NULL ?
+				 errmsg("invalid value for option \"%s\"", name) :
 				 errmsg("invalid value for option \"%s\": \"%s\"", name, value),
 				 errdetail("This is not a URL."),
 				 errhint("Give it in full, as in \"https://acme.omniapp.co\".")));

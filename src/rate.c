@@ -73,10 +73,11 @@ omni_rate_id(const char *host, const char *key)
 
 /*
  * Takes leave for one request, if there may be one now within a limit of so many
- * a minute (0 means no limit).  Returns 0 if so, else the time to ask again.
+ * a minute (0 means no limit).  Returns 0 if so, else the time to ask again, and
+ * whether it is that late because of omni_rate_block().
  */
 TimestampTz
-omni_rate_take(uint64 id, int limit)
+omni_rate_take(uint64 id, int limit, bool *blocked)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	int64		slice = now / SLICE_LENGTH;
@@ -89,7 +90,8 @@ omni_rate_take(uint64 id, int limit)
 	for (int i = 0; i < SLICES; i++)
 		sum += rate->counts[i];
 
-	if (rate->blocked_until > now)
+	*blocked = rate->blocked_until > now;
+	if (*blocked)
 		when = rate->blocked_until;
 	else if (limit > 0 && sum >= limit)
 	{

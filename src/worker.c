@@ -120,10 +120,12 @@ static void send_request(Work *work);
 static bool finish(Work *work);
 static bool record(void *arg);
 static void consider_retry(Work *work);
+static void withdraw(Work *work);
 static void settle(Work *work, const char *status, const OmniError *error);
 static void tell(Work *work, int64 job_id, const OmniError *error);
 static void let_go(Work *work);
 static bool is_forsaken(Work *work);
+static bool is_wanted(void *work);
 static bool is_waited_for(void);
 
 /*
@@ -404,11 +406,11 @@ begin_due(void)
 		if (own == FAILED && count > 1)
 			own = transact(begin, work, true, &error);
 
-		if (own == NOT_NOW &&
-			TimestampDifferenceExceeds(work->taken_at, GetCurrentTimestamp(), LOCK_PATIENCE))
+		if (own == NOT_NOW && (GetCurrentTimestamp() >= work->deadline ||
+							   TimestampDifferenceExceeds(work->taken_at, GetCurrentTimestamp(), LOCK_PATIENCE)))
 		{
 			omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
-						   "could not write down the request within %d s", LOCK_PATIENCE / 1000);
+						   "could not write down the request in time");
 			omni_error_detail(&error, "Another session holds a lock on the tables of omni_refresh.  Nothing was sent.");
 			omni_error_hint(&error, "Look for it in pg_locks.");
 			own = FAILED;
@@ -437,10 +439,7 @@ choose(Work *work)
 		if (work->step == NEW)
 			let_go(work);		/* nothing is written */
 		else if (work->step == PENDING)
-		{
-			settle(work, "canceled", NULL);
-			work->step = ANSWERED;
-		}
+			withdraw(work);
 		return false;
 	}
 
@@ -483,6 +482,7 @@ begin_one(Work *work)
 {
 	OmniError	error;
 	TimestampTz when;
+	bool		blocked;
 
 	if (work->step == NEW)
 		work->job.id = 0;		/* this may be the second try */
@@ -506,7 +506,7 @@ begin_one(Work *work)
 		return;
 	}
 
-	when = omni_rate_take(work->rate_id, work->target.rate_limit);
+	when = omni_rate_take(work->rate_id, work->target.rate_limit, &blocked);
 	if (when == 0)
 		omni_job_begin(&work->job, work->url);
 	else if (when < work->deadline)
@@ -520,8 +520,11 @@ begin_one(Work *work)
 					   "the rate limit of server \"%s\" leaves no room for this request before %s",
 					   NameStr(work->job.request.server), timestamptz_to_str(when));
 		omni_error_detail(&error, "That would be after the end of \"omni_refresh.call_timeout\"; the request was not sent.");
-		omni_error_hint(&error, "The option \"rate_limit\" of the server is %d requests a minute with one key, from all databases.",
-						work->target.rate_limit);
+		if (blocked)
+			omni_error_hint(&error, "Omni has asked for a pause with this key; others may be using it, too.");
+		else
+			omni_error_hint(&error, "The option \"rate_limit\" of the server allows %d requests a minute with one key, from all databases.",
+							work->target.rate_limit);
 		settle(work, "canceled", &error);
 		omni_job_refuse(&work->job, &work->outcome);
 	}
@@ -537,10 +540,19 @@ find_target(Work *work, OmniError *error)
 {
 	OmniRequest *request = &work->job.request;
 	MemoryContext context = MemoryContextSwitchTo(work->attempt);
+	char	   *rolename;
 	bool		found;
 
-	found = omni_target_find(NameStr(request->server), request->role, &work->target, error);
+	rolename = GetUserNameFromId(request->role, true);
+	found = rolename != NULL && strcmp(rolename, NameStr(request->requested_by)) == 0;
 	if (!found)
+	{
+		/* a new namesake must not lend its key */
+		omni_error_set(error, ERRCODE_UNDEFINED_OBJECT,
+					   "role \"%s\" was dropped or renamed", NameStr(request->requested_by));
+		omni_error_hint(error, "If this transaction has created or renamed it, commit first.");
+	}
+	else if (!(found = omni_target_find(NameStr(request->server), request->role, &work->target, error)))
 	{
 		char	   *why = pstrdup(error->message);
 
@@ -580,7 +592,7 @@ begun(Work *work)
 	}
 }
 
-/* Sends the request of a job, unless its caller has left. */
+/* Sends the request of a job; when it comes to that, unless its caller has left. */
 static void
 send_request(Work *work)
 {
@@ -593,16 +605,11 @@ send_request(Work *work)
 		.ca_file = work->target.ca_file,
 		.proxy = work->target.proxy,
 		.connect_timeout = work->target.connect_timeout,
-		.timeout = Max(Min(work->target.timeout, left), 1)
+		.timeout = Max(Min(work->target.timeout, left), 1),
+		.is_wanted = is_wanted,
+		.arg = work
 	};
 	OmniError	error;
-
-	if (is_forsaken(work))
-	{
-		settle(work, "canceled", NULL);
-		work->step = ANSWERED;
-		return;
-	}
 
 	PG_TRY();
 	{
@@ -670,6 +677,8 @@ record(void *arg)
 {
 	Work	   *work = arg;
 
+	if (!work->settled && work->transfer->answer.withdrawn)
+		withdraw(work);
 	if (!work->settled)
 	{
 		omni_api_refresh_outcome(&work->job, work->target.key, &work->transfer->answer,
@@ -720,6 +729,14 @@ consider_retry(Work *work)
 		outcome->status = "unknown";
 }
 
+/* Ends a job whose caller has left before its attempt was sent. */
+static void
+withdraw(Work *work)
+{
+	settle(work, work->may_have_arrived ? "unknown" : "canceled", NULL);
+	work->step = ANSWERED;
+}
+
 /* Sets the outcome of an attempt that does not come from Omni. */
 static void
 settle(Work *work, const char *status, const OmniError *error)
@@ -758,4 +775,11 @@ static bool
 is_forsaken(Work *work)
 {
 	return work->segment == NULL || pg_atomic_read_u32(&work->call->forsaken) != 0;
+}
+
+/* The same question, for libcurl's callback. */
+static bool
+is_wanted(void *work)
+{
+	return !is_forsaken(work);
 }

@@ -1,0 +1,84 @@
+# omni_refresh is built, installed and tested like any extension:
+#
+#	make && make install	for the pg_config in PATH, or for PG_CONFIG=/path/to/pg_config
+#	make installcheck		all tests, by an unprivileged user; they start servers of their own
+#
+# On Debian and Ubuntu two more targets need nothing but git and make (see test/private.sh):
+#
+#	make demo				shows a refresh; with OMNI_URL=... OMNI_KEY_FILE=... OMNI_MODEL=...
+#							(and OMNI_BRANCH=...) of a real instance
+#	make test				builds and tests a copy, and leaves this directory as it is
+#
+# One test of each kind alone, also with installcheck; an empty list skips a kind:
+#
+#	make test REGRESS=option ISOLATION= TAP_TESTS=
+#	make test REGRESS= ISOLATION= PROVE_TESTS=test/t/001_refresh.pl PROVE_FLAGS=-v
+#
+# PG_MAJOR=17 chooses another PostgreSQL, KEEP=1 keeps the temporary directory.
+
+EXTENSION = omni_refresh
+EXTVERSION := $(shell sed -n "s/^default_version *= *'\(.*\)'.*/\1/p" $(EXTENSION).control)
+MODULE_big = $(EXTENSION)
+OBJS = $(patsubst %.c,%.o,$(wildcard src/*.c))
+DATA = $(wildcard sql/*.sql)
+
+# Lists that are empty, or set to be, switch a kind of test off.
+REGRESS := $(patsubst test/sql/%.sql,%,$(wildcard test/sql/*.sql))
+REGRESS_OPTS = --inputdir=test --temp-instance=tmp_check_regress --temp-config=test/omni_refresh.conf
+ISOLATION := $(patsubst test/specs/%.spec,%,$(wildcard test/specs/*.spec))
+ISOLATION_OPTS = --inputdir=test --outputdir=. --temp-instance=tmp_check_iso --temp-config=test/omni_refresh.conf
+TAP_TESTS := $(wildcard test/t/*.pl)
+PROVE_TESTS ?= test/t/*.pl
+EXTRA_CLEAN = tmp_check_regress
+
+# The databases' encoding and locale, whatever those of the environment are
+ENCODING = UTF8
+NO_LOCALE = 1
+
+goals := $(or $(MAKECMDGOALS),all)
+
+# libcurl. The floor is RHEL 9's; src/compat.h repeats it.
+ifneq ($(filter-out test demo clean distclean maintainer-clean uninstall %installcheck,$(goals)),)
+CURL_FLOOR = 7.76.1
+CURL_VERSION := $(shell pkg-config --modversion libcurl 2>/dev/null || curl-config --version 2>/dev/null | sed 's/^libcurl *//')
+ifeq ($(CURL_VERSION),)
+$(error libcurl's headers are missing: install libcurl4-openssl-dev (Debian, Ubuntu) or libcurl-devel (Red Hat, SUSE), or let pkg-config or curl-config find them)
+endif
+ifneq ($(shell printf '%s\n' $(CURL_FLOOR) $(CURL_VERSION) | sort -V | head -n 1),$(CURL_FLOOR))
+$(error libcurl $(CURL_VERSION) is too old: omni_refresh needs $(CURL_FLOOR) or newer)
+endif
+PG_CPPFLAGS := $(shell pkg-config --cflags libcurl 2>/dev/null || curl-config --cflags)
+SHLIB_LINK := $(shell pkg-config --libs libcurl 2>/dev/null || curl-config --libs)
+endif
+PG_CPPFLAGS += -DOMNI_REFRESH_VERSION='"$(EXTVERSION)"'
+
+# A server built by gcc brings flags and an attribute that CC=clang has never heard of.
+ifneq ($(findstring clang,$(CC)),)
+PG_CFLAGS = -Wno-unknown-warning-option -Wno-ignored-optimization-argument -Wno-ignored-attributes
+endif
+
+# PostgreSQL. The two targets that install it themselves must do without.
+ifneq ($(filter-out test demo,$(goals)),)
+PG_CONFIG = pg_config
+PGXS := $(shell $(PG_CONFIG) --pgxs 2>/dev/null)
+ifeq ($(wildcard $(PGXS)),)
+$(error PostgreSQL's files for building extensions are missing: install postgresql-server-dev-NN (Debian, Ubuntu) or postgresqlNN-devel (Red Hat, SUSE), or name its pg_config by PG_CONFIG=)
+endif
+include $(PGXS)
+
+$(OBJS) $(OBJS:.o=.bc): $(wildcard src/*.h) $(EXTENSION).control
+
+# Not PROVE_FLAGS, which is the user's
+PG_PROVE_FLAGS += -I test/perl
+installcheck prove_installcheck: export TEMP_CONFIG = $(CURDIR)/test/omni_refresh.conf
+
+.PHONY: prove_installcheck
+prove_installcheck:
+	$(prove_installcheck)
+endif
+
+.PHONY: test demo
+test:
+	@test/run
+demo:
+	@test/demo

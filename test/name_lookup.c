@@ -1,0 +1,31 @@
+/*
+ * Look-ups of names as a test wants them, to be preloaded into the server: the
+ * host "hang.example" keeps whoever asks waiting, "nowhere.example" does not
+ * exist, "later.example" may exist another time.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <netdb.h>
+#include <string.h>
+#include <unistd.h>
+
+int
+getaddrinfo(const char *node, const char *service, const struct addrinfo *hints,
+			struct addrinfo **result)
+{
+	int			(*next) (const char *, const char *, const struct addrinfo *,
+						 struct addrinfo **) = dlsym(RTLD_NEXT, "getaddrinfo");
+
+	if (node != NULL && strcmp(node, "hang.example") == 0)
+	{
+		/* not for ever: a server that waits for us should fail its test */
+		for (int i = 0; i < 30; i++)
+			sleep(1);
+		return EAI_AGAIN;
+	}
+	if (node != NULL && strcmp(node, "nowhere.example") == 0)
+		return EAI_NONAME;
+	if (node != NULL && strcmp(node, "later.example") == 0)
+		return EAI_AGAIN;
+	return next(node, service, hints, result);
+}
