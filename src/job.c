@@ -110,7 +110,7 @@ static Statement insert_events = {
 	.nargs = 14,
 	.argtypes = {INT8OID, NAMEOID,
 		TIMESTAMPTZOID, TEXTOID, INT4OID, INT4OID, INTERVALOID, TEXTOID,
-		TIMESTAMPTZOID, TEXTOID, INT4OID, INT4OID, INTERVALOID, TEXTOID}
+	TIMESTAMPTZOID, TEXTOID, INT4OID, INT4OID, INTERVALOID, TEXTOID}
 };
 
 /* run in backends: the caller's search_path must not matter */

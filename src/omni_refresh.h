@@ -83,7 +83,8 @@ typedef struct OmniAnswer
 	const char *reason;			/* libcurl's words */
 
 	bool		sent;			/* some of the request left this host */
-	bool		withdrawn;		/* it did not, since it was not wanted any more */
+	bool		withdrawn;		/* it did not, since it was not wanted any
+								 * more */
 	int			status;			/* HTTP status, 0 when there was none */
 	const char *body;			/* not NUL-terminated; NULL when empty */
 	size_t		length;			/* bytes in body */
@@ -110,8 +111,8 @@ typedef struct OmniHttpRequest
 	int			timeout;		/* ms */
 
 	/*
-	 * Asked just before the request goes out.  Runs inside libcurl: it may look at
-	 * memory, no more.
+	 * Asked just before the request goes out.  Runs inside libcurl: it may
+	 * look at memory, no more.
 	 */
 	bool		(*is_wanted) (void *arg);
 	void	   *arg;
@@ -124,7 +125,8 @@ typedef struct OmniOutcome
 	TimestampTz run_at;			/* if that is "pending": the next attempt */
 	const char *attempt_event;	/* of a failed attempt, else NULL */
 	bool		retryable;		/* the same request might fare better later */
-	bool		may_have_arrived;	/* there was no answer, and Omni may be at it */
+	bool		may_have_arrived;	/* there was no answer, and Omni may be at
+									 * it */
 	bool		slow_down;		/* Omni wants to be left alone for a while */
 	int			retry_after;	/* seconds, 0 when not given */
 	bool		has_job_id;
@@ -167,8 +169,8 @@ typedef struct OmniCall
 	int			caller;			/* index of its PGPROC */
 	TimestampTz deadline;		/* end of call_timeout */
 	OmniRequest request;
-	Size		schemas;		/* offset of a flat text[] in the segment, 0 if
-								 * NULL */
+	Size		schemas;		/* offset of a flat text[] in the segment, 0
+								 * if NULL */
 	Size		tables;			/* likewise */
 
 	/* results */

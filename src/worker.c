@@ -50,8 +50,10 @@
 #define STATEMENT_LIMIT		30000	/* no statement of ours takes this long */
 #define LOCK_PATIENCE		5000	/* how long new calls wait for our tables */
 #define RETRY_DELAY			100 /* before something local is tried again */
-#define LOOK_ROUND			1000	/* between looks whether others want the database */
-#define BACKOFF_FIRST		1000	/* before a second attempt at most, then doubled */
+#define LOOK_ROUND			1000	/* between looks whether others want the
+									 * database */
+#define BACKOFF_FIRST		1000	/* before a second attempt at most, then
+									 * doubled */
 #define BACKOFF_MAX			(5 * 60 * 1000)
 #define RETRY_AFTER_MAX		(60 * 60 * 1000)	/* that we believe Omni */
 
@@ -687,7 +689,8 @@ record(void *arg)
 		consider_retry(work);
 	}
 	if (!omni_tables_find())
-		return true;			/* the extension was dropped, and its log with it */
+		return true;			/* the extension was dropped, and its log with
+								 * it */
 	if (!omni_tables_lock())
 		return false;
 	omni_job_record(&work->job, &work->outcome);
