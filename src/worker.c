@@ -113,6 +113,7 @@ static long move_on(void);
 static void take_calls(void);
 static ArrayType *copy_list(MemoryContext context, OmniCall *call, Size offset);
 static bool begin_due(void);
+static bool is_late(Work *work);
 static bool choose(Work *work);
 static bool begin(void *only);
 static void begin_one(Work *work);
@@ -125,6 +126,7 @@ static void consider_retry(Work *work);
 static void withdraw(Work *work);
 static void settle(Work *work, const char *status, const OmniError *error);
 static void tell(Work *work, int64 job_id, const OmniError *error);
+static void end_attempt(Work *work);
 static void let_go(Work *work);
 static bool is_forsaken(Work *work);
 static bool is_wanted(void *work);
@@ -165,13 +167,15 @@ omni_refresh_worker_main(Datum main_arg)
 		}
 		PG_CATCH();
 		{
-			/* a canceled query, or no memory: the next turn goes on */
-			HOLD_INTERRUPTS();
+			/*
+			 * Somebody canceled "our query": there is none.  Any other error
+			 * outside of transact() comes of a lack of something, and may have
+			 * caught a call on its way: end, so that its caller begins anew.
+			 */
+			if (geterrcode() != ERRCODE_QUERY_CANCELED)
+				PG_RE_THROW();
 			MemoryContextSwitchTo(context);
-			EmitErrorReport();
 			FlushErrorState();
-			AbortCurrentTransaction();
-			RESUME_INTERRUPTS();
 		}
 		PG_END_TRY();
 		MemoryContextSwitchTo(context);
@@ -408,12 +412,12 @@ begin_due(void)
 		if (own == FAILED && count > 1)
 			own = transact(begin, work, true, &error);
 
-		if (own == NOT_NOW && (GetCurrentTimestamp() >= work->deadline ||
-							   TimestampDifferenceExceeds(work->taken_at, GetCurrentTimestamp(), LOCK_PATIENCE)))
+		if (own == NOT_NOW && is_late(work))
 		{
 			omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
 						   "could not write down the request in time");
-			omni_error_detail(&error, "Another session holds a lock on the tables of omni_refresh.  Nothing was sent.");
+			omni_error_detail(&error, "Another session holds a lock on the tables of omni_refresh.%s",
+							  work->step == NEW ? "  Nothing was sent." : "");
 			omni_error_hint(&error, "Look for it in pg_locks.");
 			own = FAILED;
 		}
@@ -429,6 +433,17 @@ begin_due(void)
 		}
 	}
 	return result != NOT_NOW;
+}
+
+/* Whether an attempt has waited too long for our tables. */
+static bool
+is_late(Work *work)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	return now >= work->deadline ||
+		TimestampDifferenceExceeds(work->step == NEW ? work->taken_at : work->run_at,
+								   now, LOCK_PATIENCE);
 }
 
 /* Decides whether an attempt should begin in this turn, or never. */
@@ -488,10 +503,9 @@ begin_one(Work *work)
 
 	if (work->step == NEW)
 		work->job.id = 0;		/* this may be the second try */
+	end_attempt(work);
 	work->settled = false;
-	work->transfer = NULL;
 	work->delayed_until = 0;
-	MemoryContextReset(work->attempt);
 
 	if (work->step == NEW && work->call->job_id != 0)
 	{
@@ -761,13 +775,22 @@ tell(Work *work, int64 job_id, const OmniError *error)
 	let_go(work);
 }
 
-/* What the job has of libcurl goes with its memory. */
+/* Forgets an attempt.  What it has of libcurl goes with its memory. */
+static void
+end_attempt(Work *work)
+{
+	if (work->target.key != NULL)
+		explicit_bzero(work->target.key, strlen(work->target.key));
+	memset(&work->target, 0, sizeof(work->target));
+	work->transfer = NULL;
+	MemoryContextReset(work->attempt);
+}
+
 static void
 let_go(Work *work)
 {
 	dlist_delete(&work->node);
-	if (work->target.key != NULL)
-		explicit_bzero(work->target.key, strlen(work->target.key));
+	end_attempt(work);
 	if (work->segment != NULL)
 		dsm_detach(work->segment);
 	MemoryContextDelete(work->job.context);
