@@ -169,8 +169,9 @@ omni_refresh_worker_main(Datum main_arg)
 		{
 			/*
 			 * Somebody canceled "our query": there is none.  Any other error
-			 * outside of transact() comes of a lack of something, and may have
-			 * caught a call on its way: end, so that its caller begins anew.
+			 * outside of transact() comes of a lack of something, and may
+			 * have caught a call on its way: end, so that its caller begins
+			 * anew.
 			 */
 			if (geterrcode() != ERRCODE_QUERY_CANCELED)
 				PG_RE_THROW();
