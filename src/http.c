@@ -470,7 +470,7 @@ phase_reached(CURL *easy, CURLcode code)
 		return OMNI_PHASE_TLS;
 	if (pretransfer != 0)
 		return OMNI_PHASE_WAIT;
-	if (local_port != 0)
+	if (local_port > 0)
 		return OMNI_PHASE_TLS;
 	if (name != 0)
 		return OMNI_PHASE_CONNECT;

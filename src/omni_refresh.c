@@ -32,6 +32,9 @@ bool		omni_track;
 int			omni_track_timeout; /* s */
 int			omni_retention;		/* min, -1 means for ever */
 
+static void format_clipped(char *buffer, size_t size, const char *format, va_list args)
+			pg_attribute_printf(3, 0);
+
 static const struct config_enum_entry on_failure_options[] = {
 	{"error", OMNI_ON_FAILURE_ERROR, false},
 	{"warning", OMNI_ON_FAILURE_WARNING, false},
@@ -103,9 +106,7 @@ format_clipped(char *buffer, size_t size, const char *format, va_list args)
 	int			length = vsnprintf(buffer, size, format, args);
 
 	if (length >= size)
-		buffer[pg_mbcliplen(buffer, strlen(buffer), size - 4)] = '\0';
-	if (length >= size)
-		strcat(buffer, "...");
+		strcpy(buffer + pg_mbcliplen(buffer, strlen(buffer), size - 4), "...");
 }
 
 /* Sets the code and the message of an error, and empties its other texts. */

@@ -291,7 +291,20 @@ check_base_url(const char *name, const char *value)
 static void
 check_proxy(const char *name, const char *value)
 {
-	curl_url_cleanup(parse_url(name, value));
+	static const char *const schemes[] = {"http", "https", "socks4", "socks4a", "socks5", "socks5h"};
+	CURLU	   *url = parse_url(name, value);
+	char	   *scheme = url_part(url, CURLUPART_SCHEME);
+
+	curl_url_cleanup(url);
+	for (int i = 0; i < lengthof(schemes); i++)
+	{
+		if (strcmp(scheme, schemes[i]) == 0)
+			return;
+	}
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("invalid value for option \"%s\": \"%s\"", name, value),
+			 errdetail("The scheme must be http, https, socks4, socks4a, socks5 or socks5h.")));
 }
 
 /* Seconds, or with a unit; in ms, or 0 when it is not a duration in range. */

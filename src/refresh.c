@@ -22,11 +22,26 @@
 #include "compat.h"
 #include "omni_refresh.h"
 
+/*
+ * How long the names of a list may be together, in bytes.  Servers refuse longer
+ * URLs than this, and libcurl longer ones than 8 MB.
+ */
+#define MAX_LIST			500000
+
+/* A name in the list of schemas or of tables */
+typedef struct ListedName
+{
+	char	   *text;
+	int			position;		/* in the list, from 0 */
+} ListedName;
+
 static void call_worker(const OmniRequest *request, ArrayType *schemas, ArrayType *tables,
 						int64 *job_id, OmniError *error);
 static void fill_request(FunctionCallInfo fcinfo, OmniRequest *request,
 						 ArrayType **schemas, ArrayType **tables);
 static ArrayType *check_list(FunctionCallInfo fcinfo, int argno, const char *name);
+static void check_name(const ListedName *element, const char *name);
+static int	compare_names(const void *a, const void *b);
 
 PG_FUNCTION_INFO_V1(omni_refresh);
 
@@ -151,6 +166,8 @@ check_list(FunctionCallInfo fcinfo, int argno, const char *name)
 	Datum	   *elements;
 	bool	   *nulls;
 	int			count;
+	ListedName *names;
+	Size		length = 0;
 	int			kept = 0;
 
 	if (PG_ARGISNULL(argno))
@@ -167,33 +184,66 @@ check_list(FunctionCallInfo fcinfo, int argno, const char *name)
 				 errmsg("%s must not be an empty array", name),
 				 errhint("Leave it out, or give NULL, to refresh all of them.")));
 
+	names = palloc(count * sizeof(ListedName));
 	for (int i = 0; i < count; i++)
 	{
-		char	   *element;
-		bool		duplicate = false;
-
+		CHECK_FOR_INTERRUPTS();
 		if (nulls[i])
 			ereport(ERROR,
 					(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 					 errmsg("%s must not contain nulls", name),
 					 errdetail("Element %d is null.", i + 1)));
-		element = TextDatumGetCString(elements[i]);
-		if (element[strspn(element, " \t\r\n")] == '\0')
+		length += VARSIZE_ANY_EXHDR(DatumGetPointer(elements[i]));
+		if (length > MAX_LIST)
 			ereport(ERROR,
-					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-					 errmsg("%s must not contain empty names", name),
-					 errdetail("Element %d is empty.", i + 1)));
-		if (strchr(element, ',') != NULL)
-			ereport(ERROR,
-					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-					 errmsg("%s must not contain names with a comma", name),
-					 errdetail("Element %d is \"%s\"; Omni takes the comma for a separator.", i + 1, element),
-					 errhint("Give each name as an element of its own; leave out the list to refresh a name with a comma.")));
+					(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+					 errmsg("%s is too long", name),
+					 errdetail("Its names may have %d bytes together.", MAX_LIST),
+					 errhint("Leave it out to refresh all of them.")));
+		names[i].text = TextDatumGetCString(elements[i]);
+		names[i].position = i;
+		check_name(&names[i], name);
+	}
 
-		for (int j = 0; j < kept && !duplicate; j++)
-			duplicate = strcmp(TextDatumGetCString(elements[j]), element) == 0;
-		if (!duplicate)
+	/* equal names side by side, the first of them first; then back in order */
+	qsort(names, count, sizeof(ListedName), compare_names);
+	for (int i = 1; i < count; i++)
+	{
+		if (strcmp(names[i].text, names[i - 1].text) == 0)
+			nulls[names[i].position] = true;
+	}
+	for (int i = 0; i < count; i++)
+	{
+		if (!nulls[i])
 			elements[kept++] = elements[i];
 	}
 	return construct_array(elements, kept, TEXTOID, -1, false, TYPALIGN_INT);
+}
+
+/* Raises an error if Omni could not take a name for what it is. */
+static void
+check_name(const ListedName *element, const char *name)
+{
+	if (element->text[strspn(element->text, " \t\r\n")] == '\0')
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("%s must not contain empty names", name),
+				 errdetail("Element %d is empty.", element->position + 1)));
+	if (strchr(element->text, ',') != NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("%s must not contain names with a comma", name),
+				 errdetail("Element %d is \"%s\"; Omni takes the comma for a separator.",
+						   element->position + 1, element->text),
+				 errhint("Give each name as an element of its own; leave out the list to refresh a name with a comma.")));
+}
+
+static int
+compare_names(const void *a, const void *b)
+{
+	const ListedName *left = a;
+	const ListedName *right = b;
+	int			order = strcmp(left->text, right->text);
+
+	return order != 0 ? order : left->position - right->position;
 }

@@ -1,7 +1,8 @@
 # Servers with omni_refresh and a stand-in for Omni, and what the TAP scripts ask of both:
 #
 #	my $test = OmniTest->new('call');
-#	my $job = $test->call('schemas => ARRAY[?]'...);
+#	is($test->call('hard => true')->{status}, 'accepted', 'a hard refresh is accepted');
+#	$test->done;
 #
 # There is one node of PostgreSQL::Test::Cluster and one OmniAPI; database postgres has the
 # extension, a server "omni" over verified TLS, and a mapping for the superuser, whose key is in a
@@ -138,14 +139,16 @@ sub events
 		FROM omni_refresh_event WHERE job = $id ORDER BY id}, $database);
 }
 
-# Starts psql with statements and returns at once; the result goes to finish().
+# Starts psql with a statement and returns at once; the result goes to finish().
 sub start
 {
-	my ($self, $sql, $database) = @_;
-	my $session = { stdout => '', stderr => '' };
+	my ($self, $sql) = @_;
+	my $session = { stdin => '', stdout => '', stderr => '' };
+
 	$session->{run} = IPC::Run::start(
-		[ 'psql', '-XAtq', '-v', 'VERBOSITY=verbose', '-d', $self->node->connstr($database // 'postgres') ],
-		'<', \$sql, '>', \$session->{stdout}, '2>', \$session->{stderr},
+		[ 'psql', '-XAtq', '-v', 'VERBOSITY=verbose', '-d', $self->node->connstr('postgres'),
+			'-c', $sql ],
+		'<', \$session->{stdin}, '>', \$session->{stdout}, '2>', \$session->{stderr},
 		IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
 	return $session;
 }
@@ -155,6 +158,7 @@ sub finish
 {
 	my ($self, $session) = @_;
 	$session->{run}->finish;
+	$session->{stderr} =~ s/^LOCATION: .*\n?//mg;
 	chomp(my @outputs = @$session{qw(stdout stderr)});
 	return @outputs;
 }

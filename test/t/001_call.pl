@@ -114,6 +114,15 @@ is_deeply(parameters($query),
 	{ hard_refresh => 'false', schemas => join(',', @names), tables => join(',', @names) },
 	'any name arrives as it was written');
 
+
+# More than an address can hold
+$omni->reset;
+my ($stderr) = $test->failure("tables => ARRAY[repeat('x', 9000000)]");
+unlike($stderr, qr/^ERROR:  XX/m, 'names that are too long are no internal error');
+is(scalar($omni->requests), 0, 'nothing is sent for them');
+$test->call("tables => ARRAY[repeat('x', 100000)]");
+is(length parameters(($omni->requests)[0]{query})->{tables}, 100000, 'much fits, all the same');
+
 # Branches
 $omni->reset;
 $omni->set(branch_based_refresh => 1);

@@ -1,0 +1,174 @@
+# What the tests of the worker's life need: sessions that stay, pgbench, counts of workers started,
+# and an installation of PostgreSQL of one's own, whose files can be replaced.
+#
+#	my $session = OmniLife::session($node, 'postgres');
+#	my ($out, $err) = $session->query('SELECT 1');
+#	$session->send($refresh);
+#	...
+#	($out, $err) = $session->answer;
+
+package OmniLife;
+
+use strict;
+use warnings FATAL => 'all';
+
+use Cwd qw(abs_path);
+use IPC::Run ();
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes ();
+
+sub session
+{
+	my ($node, $db) = @_;
+	my $self = bless { in => '', out => '', err => '' };
+
+	$self->{psql} = IPC::Run::start(
+		[ $node->installed_command('psql'), '-XAtq', '-v', 'VERBOSITY=verbose', '-d', $node->connstr($db) ],
+		'<', \$self->{in}, '>', \$self->{out}, '2>', \$self->{err},
+		IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
+	$self->{pid} = ($self->query('SELECT pg_backend_pid()'))[0];
+	return $self;
+}
+
+# Hands statements over without waiting for them.
+sub send
+{
+	my ($self, $sql) = @_;
+
+	@$self{qw(out err)} = ('', '');
+	$self->{in} .= "$sql;\n\\echo <end>\n\\warn <end>\n";
+	$self->{psql}->pump while length $self->{in};
+	return;
+}
+
+# Waits for what they print and what they say. The session may have ended by then.
+sub answer
+{
+	my ($self) = @_;
+
+	while ($self->{psql}->pumpable && !($self->{out} =~ /^<end>\n\z/m && $self->{err} =~ /^<end>\n\z/m))
+	{
+		$self->{psql}->pump;
+	}
+	s/^<end>\n\z//m for @$self{qw(out err)};
+	chomp(my @texts = @$self{qw(out err)});
+	return @texts;
+}
+
+sub query
+{
+	my ($self, $sql) = @_;
+
+	$self->send($sql);
+	return $self->answer;
+}
+
+sub quit
+{
+	my ($self) = @_;
+
+	$self->{in} .= "\\q\n";
+	$self->{psql}->finish;
+	return;
+}
+
+# Starts pgbench with a script, which goes on until its time is over or its backends are.
+sub bench
+{
+	my ($node, $db, $sql, @options) = @_;
+	my $self = { out => '', err => '' };
+	my $file = PostgreSQL::Test::Utils::tempdir . '/script.sql';
+
+	append_to_file($file, "$sql\n");
+	$self->{run} = IPC::Run::start(
+		[ $node->installed_command('pgbench'), '-n', '-f', $file, @options, '-d', $node->connstr($db) ],
+		'<', '/dev/null', '>', \$self->{out}, '2>', \$self->{err},
+		IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
+	return $self;
+}
+
+# Waits for its end; returns its exit status.
+sub benched
+{
+	my ($self) = @_;
+
+	$self->{run}->finish;
+	return $self->{run}->full_result(0) >> 8;
+}
+
+# How many workers the postmaster has started so far, if log_min_messages is debug1.
+sub forks
+{
+	my ($node) = @_;
+
+	return scalar(() = slurp_file($node->logfile) =~ /starting background worker process "omni_refresh/g);
+}
+
+sub timed
+{
+	my ($function) = @_;
+	my $began = Time::HiRes::time;
+
+	$function->();
+	return Time::HiRes::time - $began;
+}
+
+# Polls until a function returns true.
+sub until_true
+{
+	my ($name, $function) = @_;
+	my $end = time + 30;
+	my $result;
+
+	while (!($result = $function->()) && time < $end)
+	{
+		select(undef, undef, undef, 0.02);
+	}
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return ok($result, $name);
+}
+
+# Waits for the end of a crash restart, which is over when sessions are let in.
+sub recovered
+{
+	my ($node) = @_;
+
+	return $node->poll_query_until('postgres', 'SELECT NOT pg_is_in_recovery()');
+}
+
+sub clean
+{
+	my ($node, $name, @expected) = @_;
+	my @lines = grep { /PANIC|TRAP|terminated by signal|FATAL|could not|WARNING/ }
+		split /\n/, slurp_file($node->logfile);
+
+	for my $line (@expected)
+	{
+		@lines = grep { $_ !~ $line } @lines;
+	}
+	local $Test::Builder::Level = $Test::Builder::Level + 1;
+	return is(join("\n", @lines), '', $name);
+}
+
+# Copies the installation of PostgreSQL, by links where that can be: replace files, do not write
+# into them. Returns its path and the folder of libraries, or nothing if it cannot be copied.
+sub installation
+{
+	my %folders = map { chomp(my $path = `pg_config --$_`); $_ => abs_path($path) } qw(bindir pkglibdir sharedir);
+	my $common = $folders{bindir};
+
+	$common =~ s{/[^/]*$}{} while index("$folders{pkglibdir}/", "$common/") != 0 || index("$folders{sharedir}/", "$common/") != 0;
+	return if $common eq '' || $folders{bindir} !~ m{/bin$} || !-w $folders{pkglibdir};
+
+	my $root = PostgreSQL::Test::Utils::tempdir;
+	for my $folder (map { s{/bin$}{}r } @folders{qw(bindir sharedir)})
+	{
+		my $target = $root . substr($folder, length $common);
+		system("mkdir -p '$target' && (cp -al '$folder/.' '$target' 2>/dev/null || cp -a '$folder/.' '$target')") == 0 or return;
+	}
+	return map { $root . substr($_, length $common) } $folders{bindir} =~ s{/bin$}{}r, @folders{qw(pkglibdir sharedir)};
+}
+
+1;
