@@ -444,18 +444,19 @@ fill_answer(Transfer *transfer, CURLcode code)
 /*
  * Where a failed transfer stood.  libcurl notes the times at which names were
  * looked up and at which the request could go out, and leaves them 0 before; it
- * knows our end of a connection as soon as there is one.
+ * counts a connection as soon as there is one.  (From 8 on it notes the time of
+ * connecting when TLS is set up, and its ports even later.)
  */
 static OmniPhase
 phase_reached(CURL *easy, CURLcode code)
 {
 	long		status = 0;
-	long		local_port = 0;
+	long		connections = 0;
 	curl_off_t	name = 0;
 	curl_off_t	pretransfer = 0;
 
 	curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
-	curl_easy_getinfo(easy, CURLINFO_LOCAL_PORT, &local_port);
+	curl_easy_getinfo(easy, CURLINFO_NUM_CONNECTS, &connections);
 	curl_easy_getinfo(easy, CURLINFO_NAMELOOKUP_TIME_T, &name);
 	curl_easy_getinfo(easy, CURLINFO_PRETRANSFER_TIME_T, &pretransfer);
 
@@ -470,7 +471,7 @@ phase_reached(CURL *easy, CURLcode code)
 		return OMNI_PHASE_TLS;
 	if (pretransfer != 0)
 		return OMNI_PHASE_WAIT;
-	if (local_port > 0)
+	if (connections > 0)
 		return OMNI_PHASE_TLS;
 	if (name != 0)
 		return OMNI_PHASE_CONNECT;

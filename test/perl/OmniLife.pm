@@ -13,21 +13,31 @@ use strict;
 use warnings FATAL => 'all';
 
 use Cwd qw(abs_path);
+use IO::Handle;
 use IPC::Run ();
+use POSIX qw(WNOHANG);
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes ();
 
+# psql writes into files, which are polled: IPC::Run would only feed it while it is waited for.
 sub session
 {
 	my ($node, $db) = @_;
-	my $self = bless { in => '', out => '', err => '' };
+	my $self = bless { map { $_ => PostgreSQL::Test::Utils::tempdir . "/$_" } 'out', 'err' };
 
-	$self->{psql} = IPC::Run::start(
-		[ $node->installed_command('psql'), '-XAtq', '-v', 'VERBOSITY=verbose', '-d', $node->connstr($db) ],
-		'<', \$self->{in}, '>', \$self->{out}, '2>', \$self->{err},
-		IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
+	open(my $out, '>>', $self->{out}) or die;
+	open(my $err, '>>', $self->{err}) or die;
+	pipe(my $in, $self->{in}) or die;
+	$self->{in}->autoflush;
+	$self->{psql} = fork // die;
+	if ($self->{psql} == 0)
+	{
+		open(STDIN, '<&', $in) && open(STDOUT, '>&', $out) && open(STDERR, '>&', $err)
+			&& exec($node->installed_command('psql'), '-XAtq', '-v', 'VERBOSITY=verbose', '-d', $node->connstr($db));
+		POSIX::_exit(1);
+	}
 	$self->{pid} = ($self->query('SELECT pg_backend_pid()'))[0];
 	return $self;
 }
@@ -37,23 +47,29 @@ sub send
 {
 	my ($self, $sql) = @_;
 
-	@$self{qw(out err)} = ('', '');
-	$self->{in} .= "$sql;\n\\echo <end>\n\\warn <end>\n";
-	$self->{psql}->pump while length $self->{in};
+	truncate($self->{$_}, 0) for 'out', 'err';
+	$self->{in}->print("$sql;\n\\echo <end>\n\\warn <end>\n");
 	return;
 }
 
-# Waits for what they print and what they say. The session may have ended by then.
+# Waits for what they print and what they say, or for the end of the session.
 sub answer
 {
 	my ($self) = @_;
+	my $end = time + $PostgreSQL::Test::Utils::timeout_default;
+	my $exited = 0;
+	my @texts;
 
-	while ($self->{psql}->pumpable && !($self->{out} =~ /^<end>\n\z/m && $self->{err} =~ /^<end>\n\z/m))
+	local ($!, $?);
+	do
 	{
-		$self->{psql}->pump;
-	}
-	s/^<end>\n\z//m for @$self{qw(out err)};
-	chomp(my @texts = @$self{qw(out err)});
+		$exited ||= waitpid($self->{psql}, WNOHANG) != 0;
+		@texts = map { slurp_file($_) } @$self{qw(out err)};
+		die 'no answer' if time > $end;
+		select(undef, undef, undef, 0.005);
+	} while (!$exited && grep { !s/^<end>\n\z//m } @texts);
+	s/^<end>\n\z//m for @texts;
+	chomp @texts;
 	return @texts;
 }
 
@@ -68,9 +84,10 @@ sub query
 sub quit
 {
 	my ($self) = @_;
+	local $?;
 
-	$self->{in} .= "\\q\n";
-	$self->{psql}->finish;
+	close $self->{in};
+	waitpid($self->{psql}, 0);
 	return;
 }
 
