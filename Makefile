@@ -12,7 +12,7 @@
 # One test of each kind alone, also with installcheck; an empty list skips a kind:
 #
 #	make test REGRESS=option ISOLATION= TAP_TESTS=
-#	make test REGRESS= ISOLATION= PROVE_TESTS=test/t/001_refresh.pl PROVE_FLAGS=-v
+#	make test REGRESS= ISOLATION= PROVE_TESTS=test/t/001_call.pl PROVE_FLAGS=-v
 #
 # PG_MAJOR=17 chooses another PostgreSQL, KEEP=1 keeps the temporary directory.
 

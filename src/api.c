@@ -46,16 +46,50 @@ static char *member_text(Jsonb *object, const char *name);
 static bool has_value(Jsonb *object, const char *name);
 static bool looks_like_uuid(const char *text);
 static char *error_text(const OmniAnswer *answer, const char *key);
-static char *plain_text(const OmniAnswer *answer);
+static char *plain_text(const char *bytes, size_t length);
 static char *redact(const char *text, const char *key);
 
-/* The host of a base URL that option.c has accepted, in lower case; palloc'd. */
-char *
-omni_api_host(const char *base_url)
-{
-	const char *host = strstr(base_url, "://") + 3;
+/*
+ * Reads a character that is spelled in a special way: writes it to *out and returns
+ * how many bytes of the text it takes, 0 if it is none.
+ */
+typedef int (*Spelling) (const char *text, char *out);
 
-	return str_tolower(host, strcspn(host, "/"), C_COLLATION_OID);
+static char *decode(const char *text, Spelling spelling);
+static int	json_character(const char *text, char *out);
+static int	percent_character(const char *text, char *out);
+static int	html_character(const char *text, char *out);
+
+/*
+ * Host and port of a URL, as in "acme.omniapp.co:443", or as in
+ * "https://acme.omniapp.co" if it is to be read; NULL if libcurl finds none in it.
+ * The result is palloc'd, lower case and plain ASCII.
+ */
+char *
+omni_api_host(const char *text, bool with_scheme)
+{
+	CURLU	   *url = curl_url();
+	char	   *scheme = NULL;
+	char	   *host = NULL;
+	char	   *port = NULL;
+	char	   *result = NULL;
+
+	if (url != NULL &&
+		curl_url_set(url, CURLUPART_URL, text, CURLU_NON_SUPPORT_SCHEME) == CURLUE_OK &&
+		curl_url_get(url, CURLUPART_SCHEME, &scheme, 0) == CURLUE_OK &&
+		curl_url_get(url, CURLUPART_HOST, &host, 0) == CURLUE_OK)
+	{
+		(void) curl_url_get(url, CURLUPART_PORT, &port,
+							with_scheme ? CURLU_NO_DEFAULT_PORT : CURLU_DEFAULT_PORT);
+		result = psprintf("%s%s%s%s%s", with_scheme ? scheme : "", with_scheme ? "://" : "",
+						  host, port != NULL ? ":" : "", port != NULL ? port : "");
+		result = plain_text(result, strlen(result));
+	}
+	curl_free(scheme);
+	curl_free(host);
+	curl_free(port);
+	curl_url_cleanup(url);
+	return result != NULL ? str_tolower(result, strlen(result), C_COLLATION_OID) : NULL;
 }
 
 /*
@@ -200,7 +234,8 @@ read_failure(const OmniJob *job, const char *key,
 				   answer->timed_out ? "timed out on" : "could not reach",
 				   NameStr(job->request.server), answer->elapsed / 1000,
 				   phases[answer->phase].what);
-	omni_error_detail(&outcome->error, "%s", redact(answer->reason, key));
+	omni_error_detail(&outcome->error, "%s",
+					  redact(plain_text(answer->reason, strlen(answer->reason)), key));
 	omni_error_hint(&outcome->error, "%s", phases[answer->phase].hint);
 }
 
@@ -235,8 +270,10 @@ read_refusal(const OmniJob *job, const char *key,
 
 	if (answer->status >= 300 && answer->status < 400)
 	{
-		set_malformed(job, outcome, answer->redirect_url != NULL ?
-					  psprintf("The server redirects to %s.", redact(answer->redirect_url, key)) :
+		char	   *host = answer->redirect_url != NULL ? omni_api_host(answer->redirect_url, true) : NULL;
+
+		set_malformed(job, outcome, host != NULL ?
+					  psprintf("The server redirects to %s.", redact(host, key)) :
 					  psprintf("HTTP status %d.", answer->status));
 		omni_error_hint(&outcome->error, "Redirects are not followed, since the API key is for one host only; set \"base_url\" to the login host of the instance.");
 		return;
@@ -366,7 +403,7 @@ parse_json(const OmniAnswer *answer, char **why)
 			PG_RE_THROW();
 		MemoryContextSwitchTo(context);
 		FlushErrorState();
-		*why = plain_text(answer);
+		*why = plain_text(answer->body, answer->length);
 		*why = *why != NULL ? psprintf("it reads %s", *why) : "it is blank";
 	}
 	PG_END_TRY();
@@ -519,26 +556,22 @@ error_text(const OmniAnswer *answer, const char *key)
 	if (text != NULL)
 		return psprintf("Omni says: %s", redact(text, key));
 
-	text = plain_text(answer);
+	text = plain_text(answer->body, answer->length);
 	return text != NULL ? psprintf("The answer reads: %s", redact(text, key)) : NULL;
 }
 
-/* A body that is not JSON, on one line and in plain ASCII; NULL if empty or blank. */
+/* Remote bytes on one line and in plain ASCII; NULL if there is nothing to see. */
 static char *
-plain_text(const OmniAnswer *answer)
+plain_text(const char *bytes, size_t length)
 {
 	StringInfoData text;
 
-	if (answer->body == NULL)
-		return NULL;
 	initStringInfo(&text);
-	for (size_t i = 0; i < answer->length; i++)
+	for (size_t i = 0; i < length; i++)
 	{
-		char		c = answer->body[i];
-
-		if (c > ' ' && c <= '~')
-			appendStringInfoChar(&text, c);
-		else if (IS_HIGHBIT_SET(c))
+		if (bytes[i] > ' ' && bytes[i] <= '~')
+			appendStringInfoChar(&text, bytes[i]);
+		else if (IS_HIGHBIT_SET(bytes[i]))
 			appendStringInfoChar(&text, '?');
 		else if (text.len > 0 && text.data[text.len - 1] != ' ')
 			appendStringInfoChar(&text, ' ');
@@ -546,10 +579,14 @@ plain_text(const OmniAnswer *answer)
 	return text.len > 0 ? text.data : NULL;
 }
 
-/* A copy of a remote text in which the key does not occur. */
+/*
+ * A copy of a remote text in which the key does not occur, neither as it is nor in
+ * one of the spellings that texts on the web have for special characters.
+ */
 static char *
 redact(const char *text, const char *key)
 {
+	static const Spelling spellings[] = {json_character, percent_character, html_character};
 	StringInfoData result;
 	const char *found;
 
@@ -561,5 +598,95 @@ redact(const char *text, const char *key)
 		text = found + strlen(key);
 	}
 	appendStringInfoString(&result, text);
+
+	for (int i = 0; i < lengthof(spellings); i++)
+	{
+		if (strstr(decode(result.data, spellings[i]), key) != NULL)
+			return pstrdup("a text that quotes the [API key]");
+	}
 	return result.data;
+}
+
+/* Writes a text the plain way. */
+static char *
+decode(const char *text, Spelling spelling)
+{
+	char	   *plain = palloc(strlen(text) + 1);
+	char	   *out = plain;
+
+	while (*text != '\0')
+	{
+		int			used = spelling(text, out);
+
+		if (used == 0)
+		{
+			*out = *text;
+			used = 1;
+		}
+		out++;
+		text += used;
+	}
+	*out = '\0';
+	return plain;
+}
+
+/* "\u006f", "\/": as in JSON */
+static int
+json_character(const char *text, char *out)
+{
+	unsigned int code;
+	int			used = 0;
+
+	if (text[0] == '\\' && sscanf(text, "\\u%4x%n", &code, &used) == 1 && used == 6)
+		*out = code;
+	else if (text[0] == '\\' && text[1] != '\0')
+	{
+		*out = text[1];
+		used = 2;
+	}
+	return used;
+}
+
+/* "%6f": as in URLs */
+static int
+percent_character(const char *text, char *out)
+{
+	unsigned int code;
+	int			used = 0;
+
+	if (text[0] != '%' || sscanf(text, "%%%2x%n", &code, &used) != 1 || used != 3)
+		return 0;
+	*out = code;
+	return used;
+}
+
+/* "&amp;", "&#111;", "&#x6f;": as in HTML */
+static int
+html_character(const char *text, char *out)
+{
+	static const struct
+	{
+		const char *name;
+		char		character;
+	}			names[] = {
+		{"&amp;", '&'}, {"&lt;", '<'}, {"&gt;", '>'}, {"&quot;", '"'}, {"&apos;", '\''}
+	};
+	unsigned int code;
+	int			used = 0;
+
+	if (text[0] != '&')
+		return 0;
+	for (int i = 0; i < lengthof(names); i++)
+	{
+		if (strncmp(text, names[i].name, strlen(names[i].name)) == 0)
+		{
+			*out = names[i].character;
+			return strlen(names[i].name);
+		}
+	}
+	if ((sscanf(text, "&#x%6x;%n", &code, &used) != 1 &&
+		 sscanf(text, "&#%6u;%n", &code, &used) != 1) || used == 0)
+		return 0;
+	*out = code;
+	return used;
 }

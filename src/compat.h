@@ -128,14 +128,15 @@ curl_allow_protocols_compat(CURL *easy)
 }
 
 /*
- * libcurl 7.80 tells each time that a request is about to go out; in older ones
- * one that is no longer wanted, or sent again, goes out unnoticed.
+ * libcurl 7.80 asks each time that a request is about to go out.  For older ones we
+ * ask at once: one that is no longer wanted later, or sent again, goes out.
  */
 static inline CURLcode
 curl_before_request_compat(CURL *easy, int (*function) (void *, char *, char *, int, int),
 						   void *arg)
 {
 #if LIBCURL_VERSION_NUM < 0x075000
+	function(arg, NULL, NULL, 0, 0);
 	return CURLE_OK;
 #else
 	CURLcode	code = curl_easy_setopt(easy, CURLOPT_PREREQFUNCTION, function);

@@ -24,6 +24,7 @@
 #include <signal.h>
 
 #include "miscadmin.h"
+#include "portability/instr_time.h"
 #include "storage/latch.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
@@ -61,7 +62,8 @@ typedef struct Watch
 } Watch;
 
 static CURLM *multi = NULL;
-static TimestampTz timer = DT_NOEND;	/* when libcurl wants to be called */
+static int64 timer = -1;		/* when libcurl wants to be called, in ms by
+								 * clock_ms(); -1: never */
 static Watch *watches = NULL;	/* malloc'd */
 static int	nwatches = 0;
 static int	watches_capacity = 0;
@@ -75,11 +77,12 @@ static int	note_socket(CURL *easy, curl_socket_t socket, int what, void *arg,
 						void *socket_arg);
 static int	allow_request(void *arg, char *host, char *local_host, int port, int local_port);
 static int	note_timer(CURLM *unused, long timeout, void *arg);
+static int64 clock_ms(void);
 static size_t keep_body(char *data, size_t size, size_t count, void *arg);
 static void drive(curl_socket_t socket, int mask);
 static void collect_done(void);
 static void fill_answer(Transfer *transfer, CURLcode code);
-static OmniPhase phase_reached(CURL *easy, CURLcode code);
+static OmniPhase phase_reached(Transfer *transfer, CURLcode code);
 static void make_wait_set(void);
 
 #define CHECK_MULTI(call) \
@@ -178,7 +181,7 @@ omni_http_start(const OmniHttpRequest *request)
 	CHECK_EASY(curl_before_request_compat(transfer->easy, allow_request, transfer));
 
 	CHECK_MULTI(curl_multi_add_handle(multi, transfer->easy));
-	timer = DT_NOEND;
+	timer = -1;
 	drive(CURL_SOCKET_TIMEOUT, 0);
 	collect_done();
 	return &transfer->public;
@@ -196,9 +199,9 @@ omni_http_wait(long timeout, uint32 wait_event)
 	WaitEvent	events[16];
 	int			nevents;
 
-	if (timer != DT_NOEND)
+	if (timer >= 0)
 	{
-		long		until_timer = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), timer);
+		long		until_timer = Max(timer - clock_ms(), 0);
 
 		if (timeout < 0 || until_timer < timeout)
 			timeout = until_timer;
@@ -224,9 +227,9 @@ omni_http_wait(long timeout, uint32 wait_event)
 		drive(events[i].fd, mask);
 	}
 
-	if (timer != DT_NOEND && timer <= GetCurrentTimestamp())
+	if (timer >= 0 && timer <= clock_ms())
 	{
-		timer = DT_NOEND;
+		timer = -1;
 		drive(CURL_SOCKET_TIMEOUT, 0);
 	}
 	if (multi != NULL)
@@ -338,9 +341,18 @@ allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 static int
 note_timer(CURLM *unused, long timeout, void *arg)
 {
-	timer = timeout < 0 ? DT_NOEND :
-		TimestampTzPlusMilliseconds(GetCurrentTimestamp(), timeout);
+	timer = timeout < 0 ? -1 : clock_ms() + timeout;
 	return 0;
+}
+
+/* A clock that nobody sets, in ms. */
+static int64
+clock_ms(void)
+{
+	instr_time	now;
+
+	INSTR_TIME_SET_CURRENT(now);
+	return (int64) INSTR_TIME_GET_MILLISEC(now);
 }
 
 /* Called by libcurl: a piece of the answer's body.  Less than all: give up. */
@@ -430,7 +442,7 @@ fill_answer(Transfer *transfer, CURLcode code)
 	if (code != CURLE_OK)
 	{
 		answer->failed = true;
-		answer->phase = phase_reached(easy, code);
+		answer->phase = phase_reached(transfer, code);
 		answer->timed_out = code == CURLE_OPERATION_TIMEDOUT;
 		answer->retryable = !answer->too_large &&
 			code != CURLE_PEER_FAILED_VERIFICATION &&
@@ -442,36 +454,26 @@ fill_answer(Transfer *transfer, CURLcode code)
 }
 
 /*
- * Where a failed transfer stood.  libcurl notes the times at which names were
- * looked up and at which the request could go out, and leaves them 0 before; it
- * counts a connection as soon as there is one.  (From 8 on it notes the time of
- * connecting when TLS is set up, and its ports even later.)
+ * Where a failed transfer stood.  libcurl counts a connection as soon as there is
+ * one, and notes the time at which the name was looked up, or leaves it 0.  (The
+ * times and numbers that it gives for what comes later depend on its version.)
  */
 static OmniPhase
-phase_reached(CURL *easy, CURLcode code)
+phase_reached(Transfer *transfer, CURLcode code)
 {
-	long		status = 0;
 	long		connections = 0;
 	curl_off_t	name = 0;
-	curl_off_t	pretransfer = 0;
 
-	curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
-	curl_easy_getinfo(easy, CURLINFO_NUM_CONNECTS, &connections);
-	curl_easy_getinfo(easy, CURLINFO_NAMELOOKUP_TIME_T, &name);
-	curl_easy_getinfo(easy, CURLINFO_PRETRANSFER_TIME_T, &pretransfer);
+	curl_easy_getinfo(transfer->easy, CURLINFO_NUM_CONNECTS, &connections);
+	curl_easy_getinfo(transfer->easy, CURLINFO_NAMELOOKUP_TIME_T, &name);
 
-	if (status != 0)
+	if (transfer->public.answer.status != 0)
 		return OMNI_PHASE_READ;
-	if (code == CURLE_ABORTED_BY_CALLBACK)	/* see allow_request() */
+	if (transfer->public.answer.sent)
 		return OMNI_PHASE_WAIT;
 	if (code == CURLE_COULDNT_RESOLVE_HOST || code == CURLE_COULDNT_RESOLVE_PROXY)
 		return OMNI_PHASE_NAME;
-	if (code == CURLE_PEER_FAILED_VERIFICATION || code == CURLE_SSL_CACERT_BADFILE ||
-		code == CURLE_SSL_CONNECT_ERROR)
-		return OMNI_PHASE_TLS;
-	if (pretransfer != 0)
-		return OMNI_PHASE_WAIT;
-	if (connections > 0)
+	if (connections > 0 || code == CURLE_SSL_CACERT_BADFILE)
 		return OMNI_PHASE_TLS;
 	if (name != 0)
 		return OMNI_PHASE_CONNECT;

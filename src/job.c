@@ -5,7 +5,9 @@
  *
  * They are reached through SPI, by statements that name the tables as the
  * catalogs say at that moment, each run as the owner of its table with no more
- * rights than that: who owns a table may give it triggers.  Only the worker
+ * rights than that, and with a search_path of their own: who owns a table may give
+ * it triggers and policies, which may then do as they like, and change settings,
+ * but only until the statement ends.  Only the worker
  * writes; all of these functions need a transaction with an active snapshot and
  * SPI connected, and raise what the statements raise.
  *
@@ -68,7 +70,7 @@ static Statement insert_job = {
 	.text = "INSERT INTO %s (status, model_id, branch_id, kind, hard, schemas, tables, server,"
 	" origin, requested_by, requested_by_oid, requested_at, run_at, sent_at, attempts, database)"
 	" VALUES ($1, $2, $3, 'schema', $4, $5, $6, $7, 'call', $8, $9, $10, $11, $12, $13, $14)"
-	" RETURNING id",
+	" RETURNING id::bigint",
 	.nargs = 14,
 	.argtypes = {TEXTOID, UUIDOID, UUIDOID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, NAMEOID,
 		NAMEOID, OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID, OIDOID
@@ -91,12 +93,20 @@ static Statement send_job = {
 	.argtypes = {INT8OID, INT4OID, TIMESTAMPTZOID}
 };
 
+static Statement delay_job = {
+	.table = &job_table,
+	.text = "UPDATE %s SET run_at = $2 WHERE id = $1",
+	.nargs = 2,
+	.argtypes = {INT8OID, TIMESTAMPTZOID}
+};
+
 static Statement settle_jobs = {
 	.table = &job_table,
-	.text = "UPDATE %s SET status = CASE status WHEN 'sending' THEN 'unknown' ELSE 'canceled' END,"
+	.text = "UPDATE %s SET status = CASE WHEN (status = 'sending' OR attempts > 0) AND database = $1"
+	" THEN 'unknown' ELSE 'canceled' END,"
 	" finished_at = clock_timestamp(), error = $2"
-	" WHERE status IN ('pending', 'sending') AND origin = 'call' AND database = $1"
-	" RETURNING id, requested_by, status, attempts",
+	" WHERE status IN ('pending', 'sending') AND origin = 'call'"
+	" RETURNING id::bigint, requested_by::name, status::text, attempts::int",
 	.nargs = 2,
 	.argtypes = {OIDOID, TEXTOID}
 };
@@ -113,10 +123,10 @@ static Statement insert_events = {
 	TIMESTAMPTZOID, TEXTOID, INT4OID, INT4OID, INTERVALOID, TEXTOID}
 };
 
-/* run in backends: the caller's search_path must not matter */
+/* run in backends */
 static Statement select_job = {
 	.table = &job_table,
-	.text = "SELECT job FROM %s AS job WHERE job.id OPERATOR(pg_catalog.=) $1",
+	.text = "SELECT job FROM %s AS job WHERE id = $1",
 	.nargs = 1,
 	.argtypes = {INT8OID}
 };
@@ -211,7 +221,17 @@ run(Statement *statement, Datum *values, const char *nulls, bool read)
 {
 	Oid			user;
 	int			security_context;
+	int			nest_level;
 	int			result;
+
+	nest_level = NewGUCNestLevel();
+	if (read)					/* the worker's is that always */
+		(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET,
+								 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+
+	GetUserIdAndSecContext(&user, &security_context);
+	SetUserIdAndSecContext(statement->table->owner,
+						   security_context | SECURITY_RESTRICTED_OPERATION);
 
 	if (statement->plan == NULL ||
 		strcmp(statement->planned_for, statement->table->qualified) != 0)
@@ -229,13 +249,11 @@ run(Statement *statement, Datum *values, const char *nulls, bool read)
 				sizeof(statement->planned_for));
 	}
 
-	GetUserIdAndSecContext(&user, &security_context);
-	SetUserIdAndSecContext(statement->table->owner,
-						   security_context | SECURITY_RESTRICTED_OPERATION);
 	result = SPI_execute_snapshot(statement->plan, values, nulls,
 								  read ? GetLatestSnapshot() : InvalidSnapshot,
 								  InvalidSnapshot, read, true, 0);
 	SetUserIdAndSecContext(user, security_context);
+	AtEOXact_GUC(false, nest_level);
 	if (result < 0)
 		elog(ERROR, "SPI_execute_snapshot failed: %s", SPI_result_code_string(result));
 	return SPI_processed;
@@ -296,7 +314,12 @@ omni_job_delay(OmniJob *job, TimestampTz run_at)
 		add_events(job->id, &job->request.requested_by, &requested, &limited);
 	}
 	else
-		add_events(job->id, &job->request.requested_by, &limited, NULL);
+	{
+		Datum		values[2] = {Int64GetDatum(job->id), TimestampTzGetDatum(run_at)};
+
+		if (run(&delay_job, values, NULL, false) > 0)
+			add_events(job->id, &job->request.requested_by, &limited, NULL);
+	}
 }
 
 /* Writes down a job that is not sent at all. */
@@ -400,7 +423,9 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 
 /*
  * Settles the jobs that an earlier worker has left behind.  Nobody waits for a
- * synchronous one any more: it is not sent again.
+ * synchronous one any more: it is not sent again, and what an earlier attempt has
+ * done is not known.  What was copied from another database was never sent from
+ * here.
  */
 void
 omni_job_settle(void)
@@ -422,18 +447,23 @@ omni_job_settle(void)
 
 	for (uint64 i = 0; i < count; i++)
 	{
-		bool		isnull;
-		HeapTuple	row = rows->vals[i];
-		Event		end = {
-			.occurred_at = GetCurrentTimestamp(),
-			.event = TextDatumGetCString(SPI_getbinval(row, rows->tupdesc, 3, &isnull)),
-			.attempt = DatumGetInt32(SPI_getbinval(row, rows->tupdesc, 4, &isnull)),
-			.detail = explanation
-		};
+		Datum		columns[4];
+		bool		isnull = false;
 
-		add_events(DatumGetInt64(SPI_getbinval(row, rows->tupdesc, 1, &isnull)),
-				   DatumGetName(SPI_getbinval(row, rows->tupdesc, 2, &isnull)),
-				   &end, NULL);
+		/* who owns the table may have let NULLs into it */
+		for (int column = 0; column < 4 && !isnull; column++)
+			columns[column] = SPI_getbinval(rows->vals[i], rows->tupdesc, column + 1, &isnull);
+		if (!isnull)
+		{
+			Event		end = {
+				.occurred_at = GetCurrentTimestamp(),
+				.event = TextDatumGetCString(columns[2]),
+				.attempt = DatumGetInt32(columns[3]),
+				.detail = explanation
+			};
+
+			add_events(DatumGetInt64(columns[0]), DatumGetName(columns[1]), &end, NULL);
+		}
 	}
 }
 
@@ -503,6 +533,8 @@ omni_job_form(const OmniRequest *request, ArrayType *schemas, ArrayType *tables,
 #define SET(column, value, isnull) \
 	do { \
 		int			i_ = SPI_fnumber(rowtype, column) - 1; \
+		if (i_ < 0) \
+			elog(ERROR, "column \"%s\" of the table of jobs does not exist", column); \
 		if (!(isnull)) \
 			values[i_] = (value); \
 		nulls[i_] = (isnull); \

@@ -23,14 +23,14 @@ int			omni_on_failure;
 int			omni_call_timeout;	/* ms */
 bool		omni_enabled;
 
-/* For the worker */
+/* For the worker; the queue of jobs is yet to come, and what heeds the statics */
 int			omni_idle_timeout;	/* ms */
-int			omni_min_interval;	/* ms */
-int			omni_retry_for;		/* s */
-int			omni_max_in_flight;
-bool		omni_track;
-int			omni_track_timeout; /* s */
-int			omni_retention;		/* min, -1 means for ever */
+static int	omni_min_interval;	/* ms */
+static int	omni_retry_for;		/* s */
+static int	omni_max_in_flight;
+static bool omni_track;
+static int	omni_track_timeout; /* s */
+static int	omni_retention;		/* min, -1 means for ever */
 
 static void format_clipped(char *buffer, size_t size, const char *format, va_list args)
 			pg_attribute_printf(3, 0);

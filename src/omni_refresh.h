@@ -22,6 +22,9 @@
 
 #define OMNI_EXTENSION "omni_refresh"	/* also the name of the FDW */
 
+/* No wait that Omni asks for is longer, in microseconds */
+#define OMNI_MAX_WAIT	USECS_PER_HOUR
+
 /*
  * An error in ereport's terms, as plain data: it is made in the worker, crosses
  * shared memory, and is raised in the caller.  Longer texts are clipped; a
@@ -176,6 +179,7 @@ typedef struct OmniCall
 	/* results */
 	int64		job_id;			/* 0 when there is no row */
 	OmniError	error;
+	OmniError	start_error;	/* of the worker that was started for it */
 } OmniCall;
 
 /* in omni_refresh.c */
@@ -232,7 +236,7 @@ extern Datum omni_job_form(const OmniRequest *request, ArrayType *schemas,
 						   const char *error);
 
 /* in api.c */
-extern char *omni_api_host(const char *base_url);
+extern char *omni_api_host(const char *text, bool with_scheme);
 extern char *omni_api_refresh_url(const char *base_url, const OmniJob *job);
 extern void omni_api_refresh_outcome(const OmniJob *job, const char *key,
 									 const OmniAnswer *answer,

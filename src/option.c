@@ -7,7 +7,7 @@
  * The one permission model is SQL/MED's: a role that has USAGE on a server and
  * a user mapping for it (its own or PUBLIC's) may make calls with the key of
  * that mapping.  Backends ask before they hand a call over, in the view of
- * their own transaction, and never see the key; the worker asks again, in the
+ * their own transaction, and make no use of the key; the worker asks again, in the
  * committed view, when it sends.
  *
  *-------------------------------------------------------------------------
@@ -260,12 +260,18 @@ check_base_url(const char *name, const char *value)
 	char	   *host = url_part(url, CURLUPART_HOST);
 	char	   *path = url_part(url, CURLUPART_PATH);
 	const char *detail = NULL;
+	const char *after_scheme;
 	bool		plain;
 
 	curl_url_cleanup(url);
 
 	plain = strcmp(scheme, "http") == 0 && is_loopback(host);
-	if (!plain && strcmp(scheme, "https") != 0)
+
+	/* libcurl takes any number of slashes */
+	after_scheme = strstr(value, "://");
+	if (after_scheme == NULL || strchr("/?#", after_scheme[3]) != NULL)
+		detail = "The scheme and \"://\" must be followed by the host.";
+	else if (!plain && strcmp(scheme, "https") != 0)
 		detail = "The scheme must be https, or http for a loopback address.";
 	else if (strpbrk(value, "?#") != NULL)
 		detail = "The URL must not have a query or a fragment.";

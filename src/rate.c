@@ -6,8 +6,8 @@
  * Omni counts the requests of a key, whoever makes them, over the last minute.
  * So do we, in shared memory, for all databases of the cluster and beyond the
  * life of a worker.  The minute is cut into slices that each have a count; the
- * oldest is counted whole, so that no minute ever has more requests than its
- * limit.  A key is known by a hash of it and of the host, salted anew at each
+ * oldest is counted whole, so that in no minute more requests may begin than the
+ * limit says.  A key is known by a hash of it and of the host, salted anew at each
  * start of the server.
  *
  * When Omni says no all the same, because others use the key too, nothing more
@@ -55,7 +55,7 @@ static Shared *shared = NULL;
 
 static void attach_shared(void);
 static void init_shared(OMNI_SHARED_INIT_ARGS);
-static Rate *find_rate(uint64 id, int64 slice);
+static Rate *find_rate(uint64 id);
 
 /* The identity of a key at a host, as long as the server runs. */
 uint64
@@ -79,31 +79,29 @@ omni_rate_id(const char *host, const char *key)
 TimestampTz
 omni_rate_take(uint64 id, int limit, bool *blocked)
 {
-	TimestampTz now = GetCurrentTimestamp();
-	int64		slice = now / SLICE_LENGTH;
 	int64		sum = 0;
 	TimestampTz when = 0;
 	Rate	   *rate;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	rate = find_rate(id, slice);
+	rate = find_rate(id);
 	for (int i = 0; i < SLICES; i++)
 		sum += rate->counts[i];
 
-	*blocked = rate->blocked_until > now;
+	*blocked = rate->blocked_until != 0;
 	if (*blocked)
 		when = rate->blocked_until;
 	else if (limit > 0 && sum >= limit)
 	{
 		/* when the oldest ones no longer count */
-		for (int64 oldest = slice - SLICES + 1; sum >= limit; oldest++)
+		for (int64 oldest = rate->slice - SLICES + 1; sum >= limit; oldest++)
 		{
 			sum -= rate->counts[oldest % SLICES];
 			when = (oldest + SLICES) * SLICE_LENGTH;
 		}
 	}
 	else
-		rate->counts[slice % SLICES]++;
+		rate->counts[rate->slice % SLICES]++;
 	LWLockRelease(&shared->lock);
 	return when;
 }
@@ -115,18 +113,21 @@ omni_rate_block(uint64 id, TimestampTz until)
 	Rate	   *rate;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	rate = find_rate(id, GetCurrentTimestamp() / SLICE_LENGTH);
+	rate = find_rate(id);
 	rate->blocked_until = Max(rate->blocked_until, until);
 	LWLockRelease(&shared->lock);
 }
 
 /*
- * The counts of a key, those of the last minute left.  A new key takes the place
- * of the one not used for the longest time.
+ * The counts of a key, those of the last minute left, and 0 as blocked_until if it
+ * is not blocked.  A new key takes the place of the one not used for the longest
+ * time.
  */
 static Rate *
-find_rate(uint64 id, int64 slice)
+find_rate(uint64 id)
 {
+	TimestampTz now = GetCurrentTimestamp();
+	int64		slice = now / SLICE_LENGTH;
 	Rate	   *rate = &shared->rates[0];
 
 	for (int i = 0; i < MAX_KEYS && rate->id != id; i++)
@@ -138,10 +139,20 @@ find_rate(uint64 id, int64 slice)
 	{
 		memset(rate, 0, sizeof(Rate));
 		rate->id = id;
+		rate->slice = slice;
 	}
 
-	/* a clock that was set back counts all as of now */
-	if (slice - rate->slice >= SLICES || slice < rate->slice)
+	if (slice < rate->slice)
+	{
+		/* the clock was set back: all counts as of now */
+		uint32		sum = 0;
+
+		for (int i = 0; i < SLICES; i++)
+			sum += rate->counts[i];
+		memset(rate->counts, 0, sizeof(rate->counts));
+		rate->counts[slice % SLICES] = sum;
+	}
+	else if (slice - rate->slice >= SLICES)
 		memset(rate->counts, 0, sizeof(rate->counts));
 	else
 	{
@@ -149,6 +160,10 @@ find_rate(uint64 id, int64 slice)
 			rate->counts[i % SLICES] = 0;
 	}
 	rate->slice = slice;
+
+	/* later than anyone asks for: the clock again */
+	if (rate->blocked_until <= now || rate->blocked_until > now + OMNI_MAX_WAIT)
+		rate->blocked_until = 0;
 	return rate;
 }
 

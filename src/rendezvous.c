@@ -287,11 +287,11 @@ explain(HandOver result, const OmniCall *call, OmniError *error)
 	{
 		omni_error_set(error, ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
 					   "could not start the background worker of omni_refresh");
-		if (call->error.sqlstate != 0)
-			omni_error_detail(error, "The worker reported: %s.", call->error.message);
+		if (call->start_error.sqlstate != 0)
+			omni_error_detail(error, "The worker reported: %s.", call->start_error.message);
 		omni_error_hint(error, "%s",
-						call->error.hint[0] != '\0' ? call->error.hint :
-						call->error.sqlstate != 0 ? "The server's log says more." :
+						call->start_error.hint[0] != '\0' ? call->start_error.hint :
+						call->start_error.sqlstate != 0 ? "The server's log says more." :
 						"The server's log says why.  If the library was replaced, by an upgrade, open a new session.");
 	}
 }
@@ -468,9 +468,9 @@ keep_reason(ErrorData *data)
 	{
 		OmniCall   *call = dsm_segment_address(starter_call);
 
-		omni_error_set(&call->error, data->sqlerrcode, "%s", data->message);
+		omni_error_set(&call->start_error, data->sqlerrcode, "%s", data->message);
 		if (data->hint != NULL)
-			omni_error_hint(&call->error, "%s", data->hint);
+			omni_error_hint(&call->start_error, "%s", data->hint);
 	}
 	if (next_emit_log_hook != NULL)
 		next_emit_log_hook(data);
@@ -604,6 +604,8 @@ omni_worker_next_call(void)
 		if (was_full)
 			ConditionVariableBroadcast(&shared->room);
 
+		if (dsm_find_mapping(handle) != NULL)	/* it is in hand already */
+			continue;
 		segment = dsm_attach(handle);
 		if (segment == NULL)	/* the caller has left */
 			continue;

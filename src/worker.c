@@ -50,12 +50,12 @@
 #define STATEMENT_LIMIT		30000	/* no statement of ours takes this long */
 #define LOCK_PATIENCE		5000	/* how long new calls wait for our tables */
 #define RETRY_DELAY			100 /* before something local is tried again */
+#define RETRY_DELAY_MAX		30000	/* the same, when it fails again and again */
 #define LOOK_ROUND			1000	/* between looks whether others want the
 									 * database */
 #define BACKOFF_FIRST		1000	/* before a second attempt at most, then
 									 * doubled */
 #define BACKOFF_MAX			(5 * 60 * 1000)
-#define RETRY_AFTER_MAX		(60 * 60 * 1000)	/* that we believe Omni */
 
 typedef enum Step
 {
@@ -78,7 +78,8 @@ typedef struct Work
 	TimestampTz run_at;			/* if PENDING: the next attempt */
 	bool		beginning;		/* it is to begin in this turn */
 	bool		may_have_arrived;	/* some attempt ended without an answer */
-	bool		complained;		/* that the outcome could not be written */
+	TimestampTz write_at;		/* if ANSWERED: the next try to write it down */
+	int			write_failures;
 
 	/* the attempt that is about to begin, or under way */
 	MemoryContext attempt;		/* holds what follows, within job.context */
@@ -260,6 +261,7 @@ static bool
 turn(void)
 {
 	long		delay;
+	TimestampTz now;
 
 	CHECK_FOR_INTERRUPTS();
 	if (ConfigReloadPending)
@@ -281,9 +283,10 @@ turn(void)
 		pgstat_report_activity(STATE_IDLE, NULL);
 		delay = Min(Max(idle_left, 0), delay);
 	}
-	if (TimestampDifferenceExceeds(looked_round_at, GetCurrentTimestamp(), LOOK_ROUND))
+	now = GetCurrentTimestamp();
+	if (now < looked_round_at || TimestampDifferenceExceeds(looked_round_at, now, LOOK_ROUND))
 	{
-		looked_round_at = GetCurrentTimestamp();
+		looked_round_at = now;
 		if (!is_waited_for() && omni_worker_is_unwanted() && omni_worker_leave_if_idle())
 			return false;
 	}
@@ -334,8 +337,10 @@ move_on(void)
 			send_request(work);
 		if (work->step == SENDING && work->transfer->done)
 			work->step = ANSWERED;
-		if (work->step == ANSWERED && !finish(work))
-			delay = RETRY_DELAY;
+		if (work->step == ANSWERED && work->write_at <= GetCurrentTimestamp() && finish(work))
+			continue;
+		if (work->step == ANSWERED)
+			delay = Min(delay, TimestampDifferenceMilliseconds(GetCurrentTimestamp(), work->write_at));
 		else if (work->step == PENDING && !work->beginning)
 			delay = Min(delay, TimestampDifferenceMilliseconds(GetCurrentTimestamp(), work->run_at));
 	}
@@ -451,6 +456,8 @@ is_late(Work *work)
 static bool
 choose(Work *work)
 {
+	TimestampTz now = GetCurrentTimestamp();
+
 	work->beginning = false;
 	if (is_forsaken(work))
 	{
@@ -461,8 +468,9 @@ choose(Work *work)
 		return false;
 	}
 
+	/* a time later than any wait of ours comes of a clock that was set back */
 	work->beginning = work->step == NEW ||
-		(work->step == PENDING && work->run_at <= GetCurrentTimestamp());
+		(work->step == PENDING && (work->run_at <= now || work->run_at > now + OMNI_MAX_WAIT));
 	return work->beginning;
 }
 
@@ -531,6 +539,12 @@ begin_one(Work *work)
 		work->delayed_until = when;
 		omni_job_delay(&work->job, when);
 	}
+	else if (work->job.attempts > 0)
+	{
+		error = work->outcome.error;	/* of the last attempt */
+		settle(work, "failed", &error);
+		omni_job_refuse(&work->job, &work->outcome);
+	}
 	else
 	{
 		omni_error_set(&error, ERRCODE_INSUFFICIENT_RESOURCES,
@@ -581,7 +595,7 @@ find_target(Work *work, OmniError *error)
 	}
 	else if ((found = omni_target_read_key(&work->target, error)))
 	{
-		work->rate_id = omni_rate_id(omni_api_host(work->target.base_url), work->target.key);
+		work->rate_id = omni_rate_id(omni_api_host(work->target.base_url, false), work->target.key);
 		work->url = omni_api_refresh_url(work->target.base_url, &work->job);
 	}
 	MemoryContextSwitchTo(context);
@@ -645,36 +659,44 @@ send_request(Work *work)
 
 /*
  * Writes down what became of an attempt; the job then waits for the next one, or
- * its caller is told and it is let go.  Returns false if it could not be written
- * and must be tried again: until then the job is in our hands and not sent again.
+ * its caller is told and it is let go.  If it could not be written, it stays in our
+ * hands and is not sent again until it is.  Returns true if it was let go.
  */
 static bool
 finish(Work *work)
 {
 	OmniError	error;
 	Transacted	result = transact(record, work, false, &error);
+	int			delay;
 
 	if (result == COMMITTED)
 	{
-		if (work->outcome.run_at == 0)
+		bool		at_end = work->outcome.run_at == 0;
+
+		if (at_end)
 			tell(work, work->job.id, &work->outcome.error);
 		else
 		{
 			work->run_at = work->outcome.run_at;
+			work->write_at = 0;
+			work->write_failures = 0;
 			work->step = PENDING;
 		}
-		return true;
+		return at_end;
 	}
 
 	if (result == NOT_NOW)
 		omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
 					   "another session holds a lock on the tables of omni_refresh");
-	if (!work->complained)
+	if (work->write_failures == 0)
 		ereport(LOG,
 				(errcode(error.sqlstate),
 				 errmsg("could not write down the outcome of job " INT64_FORMAT ", will try again: %s",
 						work->job.id, error.message)));
-	work->complained = true;
+	delay = result == NOT_NOW ? RETRY_DELAY :
+		Min(RETRY_DELAY << Min(work->write_failures, 10), RETRY_DELAY_MAX);
+	work->write_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay);
+	work->write_failures++;
 	if (work->segment != NULL && GetCurrentTimestamp() >= work->deadline)
 	{
 		char	   *why = MemoryContextStrdup(work->job.context, error.message);
@@ -727,13 +749,15 @@ consider_retry(Work *work)
 	TimestampTz run_at;
 
 	work->may_have_arrived |= outcome->may_have_arrived;
+	if (work->may_have_arrived && outcome->attempt_event != NULL)
+		outcome->status = "unknown";
 	if (!outcome->retryable)
 		return;
 
 	if (work->job.attempts < 10)
 		longest = Min(BACKOFF_FIRST << (work->job.attempts - 1), BACKOFF_MAX);
 	(void) pg_strong_random(&lot, sizeof(lot));
-	delay = Max(lot % (longest + 1), Min(outcome->retry_after * INT64CONST(1000), RETRY_AFTER_MAX));
+	delay = Max(lot % (longest + 1), Min(outcome->retry_after * INT64CONST(1000), OMNI_MAX_WAIT / 1000));
 	run_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay);
 	if (outcome->slow_down)
 		omni_rate_block(work->rate_id, run_at);
@@ -743,26 +767,28 @@ consider_retry(Work *work)
 		outcome->status = "pending";
 		outcome->run_at = run_at;
 	}
-	else if (work->may_have_arrived)
-		outcome->status = "unknown";
 }
 
 /* Ends a job whose caller has left before its attempt was sent. */
 static void
 withdraw(Work *work)
 {
-	settle(work, work->may_have_arrived ? "unknown" : "canceled", NULL);
+	OmniError	error = work->outcome.error;	/* of the last attempt, if any */
+
+	settle(work, "canceled", &error);
 	work->step = ANSWERED;
 }
 
-/* Sets the outcome of an attempt that does not come from Omni. */
+/*
+ * Sets an outcome that does not come from Omni.  If it may be at work on an earlier
+ * attempt, nobody knows the end.
+ */
 static void
 settle(Work *work, const char *status, const OmniError *error)
 {
 	memset(&work->outcome, 0, sizeof(work->outcome));
-	work->outcome.status = status;
-	if (error != NULL)
-		work->outcome.error = *error;
+	work->outcome.status = work->may_have_arrived ? "unknown" : status;
+	work->outcome.error = *error;
 	work->settled = true;
 }
 

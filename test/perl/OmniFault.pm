@@ -28,6 +28,7 @@ sub node
 	$node->append_conf('postgresql.conf', <<EOF . ($options{conf} // ''));
 dynamic_shared_memory_type = mmap
 max_worker_processes = 16
+restart_after_crash = on
 wal_level = replica
 log_statement = none
 lc_messages = 'C'

@@ -150,12 +150,12 @@ foreach my $status (201, 202, 204)
 	like(($test->failure)[0], qr/^ERROR:  08P01: .*\nDETAIL:  HTTP status $status\.$/m, "$status is not an answer of Omni's");
 }
 foreach my $case (
-	[ 'redirect', { location => $omni->http . '/elsewhere?a=b' }, 'The server redirects to ' . $omni->http . '/elsewhere?a=b.' ],
+	[ 'redirect', { location => $omni->http . '/elsewhere?a=b' }, 'The server redirects to ' . $omni->http . '.' ],
 	[ 'redirect', { location => 'https://elsewhere.example/login' },
-	  'The server redirects to https://elsewhere.example/login.' ],
-	[ 'redirect', { location => '/login' }, 'The server redirects to ' . $omni->https . '/login.' ],
+	  'The server redirects to https://elsewhere.example.' ],
+	[ 'redirect', { location => '/login' }, 'The server redirects to ' . $omni->https . '.' ],
 	(map { [ 'answer', { status => $_, headers => { Location => $omni->http . '/elsewhere' } },
-	   'The server redirects to ' . $omni->http . '/elsewhere.' ] } 302, 303, 307, 308),
+	   'The server redirects to ' . $omni->http . '.' ] } 302, 303, 307, 308),
 	[ 'answer', { status => 304 }, 'HTTP status 304.' ])
 {
 	my ($fault, $extras, $detail) = @$case;
@@ -213,7 +213,7 @@ foreach my $case ([ 'echo_key' ], [ 'redirect', location => 'https://elsewhere.e
 	my $key = $omni->key;
 	my $what = join(' ', @$case) =~ s/\Q$key\E/KEY/r;
 	unlike("$stderr $job->{error}", qr/\Q$key\E/, "the key is not repeated: $what");
-	like($stderr, qr/\[API key\]/, "something else is in its place: $what");
+	like($stderr, qr/\[API key\]/, "something else is in its place: $what") unless $what =~ /^redirect/;
 }
 unlike($test->sql('TABLE omni_refresh_event'), qr/omni_osk_/, 'no event has the key');
 
