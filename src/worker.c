@@ -110,6 +110,7 @@ PGDLLEXPORT void omni_refresh_worker_main(Datum main_arg);
 static void override_settings(void);
 static Transacted transact(bool (*body) (void *), void *arg, bool flush, OmniError *error);
 static bool turn(void);
+static bool tables_exist(void *unused);
 static long move_on(void);
 static void take_calls(void);
 static ArrayType *copy_list(MemoryContext context, OmniCall *call, Size offset);
@@ -262,6 +263,7 @@ turn(void)
 {
 	long		delay;
 	TimestampTz now;
+	OmniError	error;
 
 	CHECK_FOR_INTERRUPTS();
 	if (ConfigReloadPending)
@@ -287,11 +289,19 @@ turn(void)
 	if (now < looked_round_at || TimestampDifferenceExceeds(looked_round_at, now, LOOK_ROUND))
 	{
 		looked_round_at = now;
-		if (!is_waited_for() && omni_worker_is_unwanted() && omni_worker_leave_if_idle())
+		if (!is_waited_for() &&
+			(omni_worker_is_unwanted() || transact(tables_exist, NULL, false, &error) != COMMITTED) &&
+			omni_worker_leave_if_idle())
 			return false;
 	}
 	omni_http_wait(delay, wait_event);
 	return true;
+}
+
+static bool
+tables_exist(void *unused)
+{
+	return omni_tables_find();
 }
 
 /* Whether some caller waits for one of the jobs in hand. */

@@ -132,11 +132,11 @@ sub timed
 	return Time::HiRes::time - $began;
 }
 
-# Polls until a function returns true.
+# Polls until a function returns true, for up to 30 s.
 sub until_true
 {
-	my ($name, $function) = @_;
-	my $end = time + 30;
+	my ($name, $function, $seconds) = @_;
+	my $end = time + ($seconds // 30);
 	my $result;
 
 	while (!($result = $function->()) && time < $end)
@@ -158,7 +158,7 @@ sub recovered
 sub clean
 {
 	my ($node, $name, @expected) = @_;
-	my @lines = grep { /PANIC|TRAP|terminated by signal|FATAL|could not|WARNING/ }
+	my @lines = grep { /PANIC|TRAP|terminated by signal|FATAL|could not|WARNING/ && !/ DEBUG: / }
 		split /\n/, slurp_file($node->logfile);
 
 	for my $line (@expected)

@@ -1,0 +1,157 @@
+# The library is missing, of another layout, or replaced under a worker; and as many databases as a
+# server may have workers.
+
+use strict;
+use warnings FATAL => 'all';
+
+use File::Basename qw(dirname);
+use File::Copy qw(copy);
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+use OmniAPI;
+use OmniFault;
+use OmniLife;
+
+my $omni = OmniAPI->start;
+my $refresh = q{SELECT status FROM omni_refresh('} . $omni->model . q{')};
+
+END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
+
+# An installation whose library can be replaced by one that has shared memory of its own
+my ($installation, $libraries, $share) = OmniLife::installation();
+plan skip_all => 'the installation of PostgreSQL cannot be copied' if !defined $installation;
+
+my $source = dirname(__FILE__) . '/../..';
+my $build = PostgreSQL::Test::Utils::tempdir;
+system("cd '$source' && cp -pR Makefile *.control sql src '$build' && cd '$build'"
+	. q{ && sed -i 's/"omni_refresh layout [0-9]*"/"omni_refresh layout 0"/; s/"omni_refresh rates layout [0-9]*"/"omni_refresh rates layout 0"/' src/*.c}
+	. ' && make with_llvm=no all >make.log 2>&1') == 0
+	or plan skip_all => 'another library cannot be built';
+my $library = "$libraries/omni_refresh.so";
+copy($library, "$build/old.so") or die;
+
+# Puts a library in the place of the other one, which processes may go on using.
+sub replace
+{
+	my ($file) = @_;
+
+	copy($file, "$library.new") or die;
+	rename("$library.new", $library) or die;
+	return;
+}
+
+my $node = PostgreSQL::Test::Cluster->new('library', install_path => $installation);
+$node->init(extra => [ '--encoding=UTF8', '--no-locale' ]);
+$node->append_conf('postgresql.conf', <<END);
+restart_after_crash = on
+max_worker_processes = 80
+max_connections = 100
+log_min_messages = debug1
+lc_messages = 'C'
+omni_refresh.track = off
+omni_refresh.idle_timeout = '10 min'
+END
+$node->start;
+$node->safe_psql('postgres', 'CREATE EXTENSION omni_refresh');
+OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0);
+my $workers = q{SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker'};
+
+# No library
+
+my $old = OmniLife::session($node, 'postgres');
+like(($old->query("SET omni_refresh.server = nobody; $refresh"))[1], qr/ERROR:  42704: /, 'a session loads the library');
+$old->query('RESET omni_refresh.server');
+rename($library, "$library.away") or die;
+my $forks = OmniLife::forks($node);
+for (1 .. 3)
+{
+	my $err;
+	my $seconds = OmniLife::timed(sub { $err = ($old->query($refresh))[1] });
+	like($err, qr/^ERROR:  53400: could not start the background worker of omni_refresh\nHINT:  .*log says why.*replaced/m,
+		'a library that is missing keeps the worker from starting');
+	cmp_ok($seconds, '<', 2, '... which its caller learns at once');
+}
+like(slurp_file($node->logfile), qr/could not (access|load).*omni_refresh/, '... and the log says why');
+is(OmniLife::forks($node), $forks + 3, '... which was tried once for each call');
+
+# Another one, which the session does not have
+
+replace("$build/omni_refresh.so");
+$forks = OmniLife::forks($node);
+for (1 .. 3)
+{
+	my $err = ($old->query($refresh))[1];
+	like($err, qr/^ERROR:  53400: could not start.*\nHINT:  .*log says why.*replaced.*new session/m,
+		'a session whose library was replaced cannot start a worker, and says why');
+}
+is(OmniLife::forks($node), $forks + 3, '... tried once for each call');
+is(scalar(() = slurp_file($node->logfile) =~ /FATAL:  the library of omni_refresh is not the one/g), 3, '... and the log says why');
+is(scalar(() = $omni->requests), 0, '... and nothing was sent');
+is($node->safe_psql('postgres', $refresh), 'accepted', '... but a new session can');
+
+# Two layouts at once: a worker of the new one, an old session
+
+like(($old->query($refresh))[1], qr/^ERROR:  53400: could not start/, '... whose worker the old session does not use');
+is($node->safe_psql('postgres', $workers), '1', '... and there is one worker');
+
+# ... and back: an old worker, new sessions
+replace("$build/old.so");
+$node->safe_psql('postgres', q{SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+	WHERE backend_type = 'omni_refresh worker'});
+is(($old->query($refresh))[0], 'accepted', 'with the old library, the old session can start a worker');
+replace("$build/omni_refresh.so");
+my $worker = OmniFault::worker($node);
+is(($old->query($refresh))[0], 'accepted', 'a worker whose library is replaced goes on');
+is(OmniFault::worker($node), $worker, '... as it was');
+my $out;
+my $seconds = OmniLife::timed(sub { $out = $node->safe_psql('postgres', $refresh) });
+is($out, 'accepted', '... until the call of a new session');
+cmp_ok($seconds, '<', 4, '... which does not wait long for it to leave');
+isnt(OmniFault::worker($node), $worker, '... then there is another one');
+is($node->safe_psql('postgres', $workers), '1', '... and only that');
+
+# ... while the old one has something to do
+replace("$build/old.so");
+$node->safe_psql('postgres', q{SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+	WHERE backend_type = 'omni_refresh worker'});
+$omni->reset;
+$omni->fault('delay', delay => 2);
+$old->send($refresh);
+$omni->wait_for_requests(1);
+replace("$build/omni_refresh.so");
+$worker = OmniFault::worker($node);
+my $new = OmniLife::session($node, 'postgres');
+$new->send($refresh);
+is(($old->answer)[0], 'accepted', 'a worker of the old library ends what it has begun');
+is(($new->answer)[0], 'accepted', '... before one of the new one begins');
+isnt(OmniFault::worker($node), $worker, '... which takes its place');
+is($node->safe_psql('postgres', q{SELECT string_agg(e.event, ' ' ORDER BY e.id) FROM omni_refresh_event e
+		WHERE job > (SELECT max(id) - 2 FROM omni_refresh_job)}),
+	'requested sending accepted requested sending accepted', '... one after the other');
+$_->quit for $old, $new;
+
+# Seventy databases at once. The server's last ten places are for others.
+
+is($node->safe_psql('postgres', q{SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+	WHERE backend_type = 'omni_refresh worker'}), 't', 'all begins anew');
+$node->safe_psql('postgres', join ";\n", map { "CREATE DATABASE many$_ TEMPLATE postgres" } 1 .. 70);
+$omni->reset;
+$omni->fault('hang', times => 70);
+my @sessions = map { OmniLife::session($node, "many$_") } 1 .. 70;
+$_->send($refresh) for @sessions;
+$omni->wait_for_requests(70);
+is($node->safe_psql('postgres', "$workers; SELECT count(DISTINCT datname) FROM pg_stat_activity
+		WHERE backend_type = 'omni_refresh worker'"), "70\n70", 'seventy databases have a worker each');
+$omni->fault('none');
+is(join(' ', map { ($_->answer)[0] } @sessions), join(' ', ('accepted') x 70), '... which try again when cut off');
+$_->send($refresh) for @sessions;
+is(join(' ', map { ($_->answer)[0] } @sessions), join(' ', ('accepted') x 70), '... and so they all go on');
+is($node->safe_psql('postgres', $workers), '70', '... with as many workers');
+$_->quit for @sessions;
+$seconds = OmniLife::timed(sub { $node->stop('fast') });
+cmp_ok($seconds, '<', 5, 'a server with seventy workers is stopped quickly');
+OmniLife::clean($node, 'the log is clean', qr/could not (start|access|load)/, qr/library of omni_refresh is not the one/,
+	qr/terminating background worker/);
+done_testing();
