@@ -58,8 +58,8 @@ my $first = call(48);
 my $worker = OmniFault::worker($node);
 $omni->fault($_, times => 40) for qw(nested not_utf8 empty wrong_shape);
 my $last = call(252);
-cmp_ok($last - $first, '<', 2048,
-	"2500 calls later, the worker has grown by less than 2 MB: $first kB, $last kB");
+cmp_ok($last - $first, '<', 4096,	# of which malloc keeps 1 or 2 MB after long answers
+	"2500 calls later, the worker has grown by less than 4 MB: $first kB, $last kB");
 is(OmniFault::worker($node), $worker, '... and is the same');
 is($node->safe_psql('postgres', q{SELECT count(*) > 2000, count(*) FILTER (WHERE status = 'failed') > 600,
 		count(*) FILTER (WHERE status = 'accepted') > 1000, count(*) FILTER (WHERE finished_at IS NULL)
