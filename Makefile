@@ -14,7 +14,8 @@
 #	make test REGRESS=option ISOLATION= TAP_TESTS=
 #	make test REGRESS= ISOLATION= PROVE_TESTS=test/t/001_call.pl PROVE_FLAGS=-v
 #
-# PG_MAJOR=17 chooses another PostgreSQL, KEEP=1 keeps the temporary directory.
+# PG_MAJOR=17 chooses another PostgreSQL, KEEP=1 keeps the temporary directory, and COPT= adds
+# flags for the compiler, as in COPT='-DUSE_ASSERT_CHECKING -fsanitize=undefined -fno-sanitize-recover'.
 
 EXTENSION = omni_refresh
 EXTVERSION := $(shell sed -n "s/^default_version *= *'\(.*\)'.*/\1/p" $(EXTENSION).control)
