@@ -36,7 +36,6 @@
 #include "storage/lock.h"
 #include "storage/proc.h"
 #include "utils/elog.h"
-#include "utils/memutils.h"
 #include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
