@@ -119,6 +119,10 @@ COMMENT ON COLUMN omni_refresh_event.http_status IS 'the HTTP status that Omni a
 COMMENT ON COLUMN omni_refresh_event.duration IS 'how long the attempt took';
 COMMENT ON COLUMN omni_refresh_event.detail IS 'what there is to say about it';
 
+/* what was sent a short while ago */
+CREATE INDEX omni_refresh_event_occurred_at_idx ON omni_refresh_event (occurred_at);
+COMMENT ON INDEX omni_refresh_event_occurred_at_idx IS 'the latest events';
+
 CREATE INDEX omni_refresh_event_job_idx ON omni_refresh_event (job);
 COMMENT ON INDEX omni_refresh_event_job_idx IS 'the events of a job';
 
@@ -161,3 +165,15 @@ CREATE FUNCTION omni_refresh(
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh(uuid, uuid, bool, text[], text[]) IS
 	'asks Omni to refresh a model now, waits for its answer and returns the job';
+
+CREATE FUNCTION omni_refresh_on_commit(
+	model uuid,
+	branch uuid DEFAULT NULL,
+	hard bool DEFAULT NULL,
+	schemas text[] DEFAULT NULL,
+	tables text[] DEFAULT NULL)
+	RETURNS omni_refresh_job
+	AS 'MODULE_PATHNAME', 'omni_refresh_on_commit'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_on_commit(uuid, uuid, bool, text[], text[]) IS
+	'queues a refresh of a model, which is sent if and when the transaction commits, and returns the job';

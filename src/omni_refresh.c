@@ -23,11 +23,11 @@ int			omni_on_failure;
 int			omni_call_timeout;	/* ms */
 bool		omni_enabled;
 
-/* For the worker; the queue of jobs is yet to come, and what heeds the statics */
+/* For the worker; what heeds the statics is yet to come */
 int			omni_idle_timeout;	/* ms */
-static int	omni_min_interval;	/* ms */
-static int	omni_retry_for;		/* s */
-static int	omni_max_in_flight;
+int			omni_min_interval;	/* ms */
+int			omni_retry_for;		/* s */
+int			omni_max_in_flight;
 static bool omni_track;
 static int	omni_track_timeout; /* s */
 static int	omni_retention;		/* min, -1 means for ever */

@@ -22,6 +22,12 @@
 
 #define OMNI_EXTENSION "omni_refresh"	/* also the name of the FDW */
 
+/*
+ * How long the names of a list may be together, in bytes.  Servers refuse longer
+ * URLs than this, and libcurl longer ones than 8 MB.
+ */
+#define OMNI_MAX_LIST		500000
+
 /* No wait that Omni asks for is longer, in microseconds */
 #define OMNI_MAX_WAIT	USECS_PER_HOUR
 
@@ -139,16 +145,27 @@ typedef struct OmniOutcome
 	OmniError	error;
 } OmniOutcome;
 
-/* A job in the worker's hands; see worker.c for its life */
+/* A job, in a backend or in the worker's hands; see worker.c for its life */
 typedef struct OmniJob
 {
-	MemoryContext context;		/* holds this and all it points to */
 	int64		id;				/* 0 as long as there is no row */
+	bool		queued;			/* it came by way of the queue, not of a call */
+	int64		merge_key;		/* if queued: a hash of what makes jobs alike */
 	OmniRequest request;
 	ArrayType  *schemas;		/* text[], or NULL */
 	ArrayType  *tables;			/* text[], or NULL */
 	int			attempts;		/* begun so far */
 } OmniJob;
+
+/* Those who share a rate limit */
+typedef enum OmniRateClass
+{
+	OMNI_RATE_CALL,
+	OMNI_RATE_JOB,
+	OMNI_RATE_POLL
+} OmniRateClass;
+
+#define OMNI_RATE_CLASSES	(OMNI_RATE_POLL + 1)
 
 /* How far the hand-over of a call has come */
 typedef enum OmniCallState
@@ -188,6 +205,9 @@ extern int	omni_on_failure;
 extern int	omni_call_timeout;
 extern bool omni_enabled;
 extern int	omni_idle_timeout;
+extern int	omni_min_interval;
+extern int	omni_retry_for;
+extern int	omni_max_in_flight;
 
 #define OMNI_ON_FAILURE_ERROR	0
 #define OMNI_ON_FAILURE_WARNING 1
@@ -214,26 +234,38 @@ extern OmniCall *omni_call_create(const OmniRequest *request,
 extern bool omni_call_run(dsm_segment *segment, OmniError *error);
 extern void omni_call_end(dsm_segment *segment);
 extern void omni_call_lost(const OmniCall *call, OmniError *error);
+extern void omni_wake_on_commit(void);
 extern void omni_worker_begin(void);
 extern void omni_worker_attach(void);
 extern bool omni_worker_is_unwanted(void);
 extern bool omni_worker_leave_if_idle(void);
+extern bool omni_worker_take_flag(void);
 extern dsm_segment *omni_worker_next_call(void);
 extern void omni_call_finish(dsm_segment *segment, int64 job_id,
 							 const OmniError *error);
 
 /* in job.c */
 extern bool omni_tables_find(void);
+extern bool omni_extension_is_same(void);
 extern bool omni_tables_lock(void);
-extern void omni_job_begin(OmniJob *job, const char *url);
+extern bool omni_job_begin(OmniJob *job, const char *url);
 extern void omni_job_delay(OmniJob *job, TimestampTz run_at);
 extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
 extern void omni_job_record(OmniJob *job, const OmniOutcome *outcome);
 extern void omni_job_settle(void);
+extern void omni_job_defer(int64 id, TimestampTz run_at);
+extern bool omni_job_merge(TimestampTz now);
+extern void omni_job_reclock(TimestampTz now, TimestampTz latest);
+extern OmniJob *omni_job_due(TimestampTz now, ArrayType *held, int *count);
+extern bool omni_job_next(TimestampTz now, TimestampTz *next);
+extern void omni_job_recent(TimestampTz since,
+							void (*tell) (int64 merge_key, TimestampTz sent_at));
+extern Datum omni_job_queue(OmniJob *job);
 extern Datum omni_job_read(int64 id);
-extern Datum omni_job_form(const OmniRequest *request, ArrayType *schemas,
-						   ArrayType *tables, const char *status,
+extern Datum omni_job_form(const OmniJob *job, const char *status,
 						   const char *error);
+
+#define OMNI_MAX_DUE		100
 
 /* in api.c */
 extern char *omni_api_host(const char *text, bool with_scheme);
@@ -244,7 +276,8 @@ extern void omni_api_refresh_outcome(const OmniJob *job, const char *key,
 
 /* in rate.c */
 extern uint64 omni_rate_id(const char *host, const char *key);
-extern TimestampTz omni_rate_take(uint64 id, int limit, bool *blocked);
+extern TimestampTz omni_rate_take(uint64 id, OmniRateClass class, int limit,
+								  bool *blocked);
 extern void omni_rate_block(uint64 id, TimestampTz until);
 
 /* in http.c */

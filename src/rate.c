@@ -10,6 +10,9 @@
  * limit says.  A key is known by a hash of it and of the host, salted anew at each
  * start of the server.
  *
+ * Calls, queued jobs and polls each have a share of the limit, which the others
+ * leave to them as long as they have been asking for it.
+ *
  * When Omni says no all the same, because others use the key too, nothing more
  * is sent with it before the time that Omni gave.
  *
@@ -23,7 +26,7 @@
 #include "compat.h"
 #include "omni_refresh.h"
 
-#define SHARED_NAME			"omni_refresh rates layout 1"
+#define SHARED_NAME			"omni_refresh rates layout 2"
 
 /*
  * 12 slices and the one that is counted whole make a minute and a second or
@@ -39,7 +42,9 @@ typedef struct Rate
 {
 	uint64		id;				/* 0: not in use */
 	int64		slice;			/* number of the newest slice */
-	uint32		counts[SLICES]; /* of slice n at n modulo SLICES */
+	uint32		counts[SLICES][OMNI_RATE_CLASSES];	/* of slice n at n modulo
+													 * SLICES */
+	int64		refused[OMNI_RATE_CLASSES]; /* slice of the last refusal */
 	TimestampTz blocked_until;
 } Rate;
 
@@ -51,10 +56,18 @@ typedef struct Shared
 	Rate		rates[MAX_KEYS];
 } Shared;
 
+/* A class has this part of the limit to itself, as soon as it wants it */
+static const int shares[OMNI_RATE_CLASSES] = {
+	[OMNI_RATE_CALL] = 2,
+	[OMNI_RATE_JOB] = 4,
+	[OMNI_RATE_POLL] = 8
+};
+
 static Shared *shared = NULL;
 
 static void attach_shared(void);
 static void init_shared(OMNI_SHARED_INIT_ARGS);
+static bool has_room(const Rate *rate, OmniRateClass class, int limit, const uint32 *used, int64 all);
 static Rate *find_rate(uint64 id);
 
 /* The identity of a key at a host, as long as the server runs. */
@@ -77,33 +90,70 @@ omni_rate_id(const char *host, const char *key)
  * whether it is that late because of omni_rate_block().
  */
 TimestampTz
-omni_rate_take(uint64 id, int limit, bool *blocked)
+omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 {
-	int64		sum = 0;
 	TimestampTz when = 0;
 	Rate	   *rate;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	rate = find_rate(id);
-	for (int i = 0; i < SLICES; i++)
-		sum += rate->counts[i];
-
 	*blocked = rate->blocked_until != 0;
 	if (*blocked)
 		when = rate->blocked_until;
-	else if (limit > 0 && sum >= limit)
+	else if (limit > 0)
 	{
-		/* when the oldest ones no longer count */
-		for (int64 oldest = rate->slice - SLICES + 1; sum >= limit; oldest++)
+		uint32		used[OMNI_RATE_CLASSES] = {0};
+		int64		all;
+		int64		oldest = rate->slice - SLICES + 1;
+
+		for (int i = 0; i < SLICES; i++)
 		{
-			sum -= rate->counts[oldest % SLICES];
-			when = (oldest + SLICES) * SLICE_LENGTH;
+			for (int c = 0; c < OMNI_RATE_CLASSES; c++)
+				used[c] += rate->counts[i][c];
+		}
+		all = used[OMNI_RATE_CALL] + used[OMNI_RATE_JOB] + used[OMNI_RATE_POLL];
+
+		/* there is room for it when enough of the oldest no longer count */
+		while (!has_room(rate, class, limit, used, all) && oldest <= rate->slice)
+		{
+			for (int c = 0; c < OMNI_RATE_CLASSES; c++)
+			{
+				used[c] -= rate->counts[oldest % SLICES][c];
+				all -= rate->counts[oldest % SLICES][c];
+			}
+			oldest++;
+			when = (oldest + SLICES - 1) * SLICE_LENGTH;
 		}
 	}
+
+	if (when == 0)
+		rate->counts[rate->slice % SLICES][class]++;
 	else
-		rate->counts[rate->slice % SLICES]++;
+		rate->refused[class] = rate->slice;
 	LWLockRelease(&shared->lock);
 	return when;
+}
+
+/*
+ * Whether a class may make one more request, with so many used in a minute: if
+ * it has not had its share, or if the others that have been refused lately keep
+ * what is left of theirs.
+ */
+static bool
+has_room(const Rate *rate, OmniRateClass class, int limit, const uint32 *used, int64 all)
+{
+	int64		kept = 0;
+
+	for (int c = 0; c < OMNI_RATE_CLASSES; c++)
+	{
+		int64		share = Max(limit / shares[c], 1);
+
+		if (c == class && used[c] < share)
+			return all < limit;
+		if (c != class && rate->refused[c] > rate->slice - SLICES && used[c] < share)
+			kept += share - used[c];
+	}
+	return all + kept < limit;
 }
 
 /* Lets nothing more be sent before a time. */
@@ -145,19 +195,22 @@ find_rate(uint64 id)
 	if (slice < rate->slice)
 	{
 		/* the clock was set back: all counts as of now */
-		uint32		sum = 0;
+		uint32		sums[OMNI_RATE_CLASSES] = {0};
 
 		for (int i = 0; i < SLICES; i++)
-			sum += rate->counts[i];
+		{
+			for (int c = 0; c < OMNI_RATE_CLASSES; c++)
+				sums[c] += rate->counts[i][c];
+		}
 		memset(rate->counts, 0, sizeof(rate->counts));
-		rate->counts[slice % SLICES] = sum;
+		memcpy(rate->counts[slice % SLICES], sums, sizeof(sums));
 	}
 	else if (slice - rate->slice >= SLICES)
 		memset(rate->counts, 0, sizeof(rate->counts));
 	else
 	{
 		for (int64 i = rate->slice + 1; i <= slice; i++)
-			rate->counts[i % SLICES] = 0;
+			memset(rate->counts[i % SLICES], 0, sizeof(rate->counts[0]));
 	}
 	rate->slice = slice;
 

@@ -21,12 +21,6 @@
 #include "compat.h"
 #include "omni_refresh.h"
 
-/*
- * How long the names of a list may be together, in bytes.  Servers refuse longer
- * URLs than this, and libcurl longer ones than 8 MB.
- */
-#define MAX_LIST			500000
-
 /* A name in the list of schemas or of tables */
 typedef struct ListedName
 {
@@ -34,15 +28,16 @@ typedef struct ListedName
 	int			position;		/* in the list, from 0 */
 } ListedName;
 
-static void call_worker(const OmniRequest *request, ArrayType *schemas, ArrayType *tables,
-						int64 *job_id, OmniError *error);
-static void fill_request(FunctionCallInfo fcinfo, OmniRequest *request,
-						 ArrayType **schemas, ArrayType **tables);
+static void read_arguments(FunctionCallInfo fcinfo, OmniJob *job);
+static Datum disabled(const OmniJob *job);
+static bool may_request(const OmniJob *job, OmniError *error);
+static void call_worker(OmniJob *job, OmniError *error);
 static ArrayType *check_list(FunctionCallInfo fcinfo, int argno, const char *name);
 static void check_name(const ListedName *element, const char *name);
 static int	compare_names(const void *a, const void *b);
 
 PG_FUNCTION_INFO_V1(omni_refresh);
+PG_FUNCTION_INFO_V1(omni_refresh_on_commit);
 
 /*
  * Asks for a refresh now, waits for Omni's answer and returns the job's row.
@@ -50,81 +45,64 @@ PG_FUNCTION_INFO_V1(omni_refresh);
 Datum
 omni_refresh(PG_FUNCTION_ARGS)
 {
-	OmniRequest request;
-	ArrayType  *schemas;
-	ArrayType  *tables;
+	OmniJob		job = {0};
 	OmniError	error = {0};
-	int64		job_id = 0;
-	Datum		row;
 
-	fill_request(fcinfo, &request, &schemas, &tables);
-	if (!omni_tables_find())
-		elog(ERROR, "extension \"%s\" does not exist", OMNI_EXTENSION);
+	read_arguments(fcinfo, &job);
 	if (!omni_enabled)
-	{
-		ereport(NOTICE,
-				(errmsg("the request was canceled because \"omni_refresh.enabled\" is off")));
-		PG_RETURN_DATUM(omni_job_form(&request, schemas, tables, "canceled", NULL));
-	}
+		PG_RETURN_DATUM(disabled(&job));
 	if (TransactionIdIsValid(GetTopTransactionIdIfAny()))
 		ereport(WARNING,
 				(errmsg("this transaction has made changes that Omni cannot see yet"),
-				 errhint("Commit before you call omni_refresh().")));
+				 errhint("Commit before you call omni_refresh(), or call omni_refresh_on_commit().")));
 
-	call_worker(&request, schemas, tables, &job_id, &error);
+	if (may_request(&job, &error))
+		call_worker(&job, &error);
 	if (error.sqlstate != 0)
 		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
-	if (job_id == 0)
-		PG_RETURN_DATUM(omni_job_form(&request, schemas, tables, "failed", omni_error_text(&error)));
+	if (job.id == 0)
+		PG_RETURN_DATUM(omni_job_form(&job, "failed", omni_error_text(&error)));
 
 	if (!omni_tables_find())
 		elog(ERROR, "extension \"%s\" was dropped meanwhile", OMNI_EXTENSION);
-	SPI_connect();
-	row = omni_job_read(job_id);
-	SPI_finish();
+	PG_RETURN_DATUM(omni_job_read(job.id));
+}
+
+/*
+ * Asks for a refresh once this transaction has committed, and returns the job's
+ * row, which is part of the transaction.
+ */
+Datum
+omni_refresh_on_commit(PG_FUNCTION_ARGS)
+{
+	OmniJob		job = {.queued = true};
+	OmniError	error = {0};
+	Datum		row;
+
+	read_arguments(fcinfo, &job);
+	if (!omni_enabled)
+		PG_RETURN_DATUM(disabled(&job));
+	if (!may_request(&job, &error))
+	{
+		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
+		PG_RETURN_DATUM(omni_job_form(&job, "failed", omni_error_text(&error)));
+	}
+
+	row = omni_job_queue(&job);
+	omni_wake_on_commit();
 	PG_RETURN_DATUM(row);
 }
 
 /*
- * Has the worker carry out a request.  Sets *job_id if there is a job, and *error
- * if the request failed.
- */
-static void
-call_worker(const OmniRequest *request, ArrayType *schemas, ArrayType *tables,
-			int64 *job_id, OmniError *error)
-{
-	OmniTarget	target;
-	dsm_segment *segment;
-	OmniCall   *call;
-
-	if (RecoveryInProgress())
-	{
-		omni_error_set(error, ERRCODE_READ_ONLY_SQL_TRANSACTION,
-					   "cannot send requests to Omni during recovery");
-		omni_error_hint(error, "Call the function on the primary.");
-		return;
-	}
-	if (!omni_target_find(NameStr(request->server), request->role, &target, error))
-		return;
-
-	call = omni_call_create(request, schemas, tables, &segment);
-	if (omni_call_run(segment, error))
-		*error = call->error;
-	*job_id = call->job_id;
-	omni_call_end(segment);
-}
-
-/*
  * Checks the five arguments that all functions that ask for a refresh have, and
- * makes a request of them.
+ * makes a job of them.
  */
 static void
-fill_request(FunctionCallInfo fcinfo, OmniRequest *request,
-			 ArrayType **schemas, ArrayType **tables)
+read_arguments(FunctionCallInfo fcinfo, OmniJob *job)
 {
+	OmniRequest *request = &job->request;
 	bool		selective;
 
-	memset(request, 0, sizeof(*request));
 	if (PG_ARGISNULL(0))
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
@@ -134,11 +112,11 @@ fill_request(FunctionCallInfo fcinfo, OmniRequest *request,
 	request->has_branch = !PG_ARGISNULL(1);
 	if (request->has_branch)
 		request->branch = *PG_GETARG_UUID_P(1);
-	*schemas = check_list(fcinfo, 3, "schemas");
-	*tables = check_list(fcinfo, 4, "tables");
+	job->schemas = check_list(fcinfo, 3, "schemas");
+	job->tables = check_list(fcinfo, 4, "tables");
 
 	/* Omni's default is a hard refresh, which is always of the whole model */
-	selective = *schemas != NULL || *tables != NULL;
+	selective = job->schemas != NULL || job->tables != NULL;
 	request->hard_named = selective || !PG_ARGISNULL(2);
 	request->hard = PG_ARGISNULL(2) ? !selective : PG_GETARG_BOOL(2);
 	if (request->hard && selective)
@@ -152,6 +130,49 @@ fill_request(FunctionCallInfo fcinfo, OmniRequest *request,
 	request->role = GetUserId();
 	namestrcpy(&request->requested_by, GetUserNameFromId(request->role, false));
 	request->requested_at = GetCurrentTimestamp();
+	if (!omni_tables_find())
+		elog(ERROR, "extension \"%s\" does not exist", OMNI_EXTENSION);
+}
+
+/* The row of a job that is not even queued because omni_refresh.enabled is off. */
+static Datum
+disabled(const OmniJob *job)
+{
+	ereport(NOTICE,
+			(errmsg("the request was canceled because \"omni_refresh.enabled\" is off")));
+	return omni_job_form(job, "canceled", NULL);
+}
+
+/* Whether this user may make requests to the server, as far as one sees from here. */
+static bool
+may_request(const OmniJob *job, OmniError *error)
+{
+	OmniTarget	target;
+
+	if (RecoveryInProgress())
+	{
+		omni_error_set(error, ERRCODE_READ_ONLY_SQL_TRANSACTION,
+					   "cannot send requests to Omni during recovery");
+		omni_error_hint(error, "Call the function on the primary.");
+		return false;
+	}
+	return omni_target_find(NameStr(job->request.server), job->request.role, &target, error);
+}
+
+/*
+ * Has the worker carry out a job.  Sets job->id if it was written down, and *error
+ * if it failed.
+ */
+static void
+call_worker(OmniJob *job, OmniError *error)
+{
+	dsm_segment *segment;
+	OmniCall   *call = omni_call_create(&job->request, job->schemas, job->tables, &segment);
+
+	if (omni_call_run(segment, error))
+		*error = call->error;
+	job->id = call->job_id;
+	omni_call_end(segment);
 }
 
 /*
@@ -193,11 +214,11 @@ check_list(FunctionCallInfo fcinfo, int argno, const char *name)
 					 errmsg("%s must not contain nulls", name),
 					 errdetail("Element %d is null.", i + 1)));
 		length += VARSIZE_ANY_EXHDR(DatumGetPointer(elements[i]));
-		if (length > MAX_LIST)
+		if (length > OMNI_MAX_LIST)
 			ereport(ERROR,
 					(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 					 errmsg("%s is too long", name),
-					 errdetail("Its names may have %d bytes together.", MAX_LIST),
+					 errdetail("Its names may have %d bytes together.", OMNI_MAX_LIST),
 					 errhint("Leave it out to refresh all of them.")));
 		names[i].text = TextDatumGetCString(elements[i]);
 		names[i].position = i;

@@ -22,6 +22,11 @@
  *
  * A worker that cannot start says why in the segment of its starter's call.
  *
+ * A transaction that has queued something wakes the worker when it has committed, or
+ * starts it.  Nobody watches over such a start: if nothing comes of it, the slot
+ * stays as it is for a while, so that a worker that cannot start is not tried by
+ * each commit; a call takes the slot over then.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -43,7 +48,7 @@
 #include "omni_refresh.h"
 
 /* To be raised with each change of the structs below */
-#define SHARED_NAME			"omni_refresh layout 1"
+#define SHARED_NAME			"omni_refresh layout 2"
 
 /* Together under 20 kB, which 16 and older have to spare */
 #define MAX_DATABASES		96
@@ -55,6 +60,9 @@
 /* How long to try to get a background worker of the server's, in ms */
 #define START_PATIENCE		5000
 #define START_RETRY			20
+
+/* How long an unwatched start may take before it is taken for failed, in ms */
+#define UNWATCHED_START		5000
 
 /* How many workers may die under one call before it gives up */
 #define MAX_STARTS			3
@@ -72,11 +80,16 @@ typedef enum SlotState
 	SLOT_RUNNING
 } SlotState;
 
+#define NOBODY				(-1)
+
 typedef struct Slot
 {
 	SlotState	state;
 	Oid			database;
-	int			owner;			/* PGPROC of the worker, or of its starter */
+	bool		flag;			/* something was queued */
+	int			owner;			/* PGPROC of the worker, or of its starter, or
+								 * NOBODY */
+	TimestampTz made_at;
 	uint64		generation;		/* never the same again */
 	int			first;			/* oldest entry of the ring */
 	int			count;			/* entries in use */
@@ -115,6 +128,7 @@ typedef struct Waiter
 typedef enum HandOver
 {
 	HANDED_OVER,
+	HANDED_OVER_UNWATCHED,		/* to a worker whose start nobody watches */
 	RING_FULL,
 	NO_WORKER,					/* max_worker_processes are in use */
 	NO_SLOT,					/* MAX_DATABASES are in use */
@@ -126,16 +140,20 @@ static dsm_segment *kept_segment = NULL;	/* of this backend's calls */
 static LOCKTAG worker_lock;		/* held by the worker of the database */
 static dsm_segment *starter_call = NULL;	/* in a worker that is starting */
 static emit_log_hook_type next_emit_log_hook = NULL;
+static bool has_queued = false; /* this transaction, in this backend */
 
 static void attach_shared(void);
 static void init_shared(OMNI_SHARED_INIT_ARGS);
 static Slot *find_slot(Oid database);
-static Slot *make_slot(Oid database, SlotState state);
+static Slot *make_slot(Oid database, SlotState state, int owner);
 static void free_slot(Slot *slot);
 static int	my_proc(void);
 static void set_latch(int proc);
 static HandOver hand_over(Waiter *waiter);
-static bool start_worker(Waiter *waiter);
+static bool start_worker(dsm_segment *segment, BackgroundWorkerHandle **handle);
+static HandOver see_to_worker(bool flag);
+static bool start_has_failed(const Slot *slot);
+static void at_transaction_end(XactEvent event, void *arg);
 static void explain(HandOver result, const OmniCall *call, OmniError *error);
 static void wait_for_room(void);
 static void wait_for_latch(long timeout);
@@ -246,6 +264,8 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 
 			if (result == HANDED_OVER)
 				wait_for_latch(-1);
+			else if (result == HANDED_OVER_UNWATCHED)
+				wait_for_latch(UNWATCHED_START);
 			else if (result == RING_FULL)
 				wait_for_room();
 			else if (result == NO_WORKER &&
@@ -261,11 +281,11 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 	}
 }
 
-/* Says why there is no worker. */
+/* Says why there is no worker, for a call if it is not NULL. */
 static void
 explain(HandOver result, const OmniCall *call, OmniError *error)
 {
-	if (call->job_id != 0)
+	if (call != NULL && call->job_id != 0)
 		omni_call_lost(call, error);
 	else if (result == NO_WORKER)
 	{
@@ -348,6 +368,12 @@ hand_over(Waiter *waiter)
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(MyDatabaseId);
 
+	if (slot != NULL && start_has_failed(slot))
+	{
+		free_slot(slot);
+		slot = NULL;
+	}
+
 	if (slot != NULL && slot->state == SLOT_STARTING && slot->owner == my_proc() &&
 		GetBackgroundWorkerPid(waiter->start, &pid) == BGWH_STOPPED)
 	{
@@ -358,13 +384,15 @@ hand_over(Waiter *waiter)
 	{
 		if (waiter->starts == MAX_STARTS)
 			result = START_FAILED;
-		else if ((slot = make_slot(MyDatabaseId, SLOT_STARTING)) == NULL)
+		else if ((slot = make_slot(MyDatabaseId, SLOT_STARTING, my_proc())) == NULL)
 			result = NO_SLOT;
-		else if (!start_worker(waiter))
+		else if (!start_worker(waiter->segment, &waiter->start))
 		{
 			free_slot(slot);
 			result = NO_WORKER;
 		}
+		else
+			waiter->starts++;
 	}
 
 	if (result == HANDED_OVER && slot->generation != waiter->generation)
@@ -382,19 +410,127 @@ hand_over(Waiter *waiter)
 				set_latch(slot->owner);
 		}
 	}
+	if (result == HANDED_OVER && slot->owner == NOBODY)
+		result = HANDED_OVER_UNWATCHED;
 	LWLockRelease(&shared->lock);
 	return result;
 }
 
 /*
- * Asks the postmaster for a worker, which will tell us by our latch when it
- * starts and when it ends.  Returns false if it has none to give.
+ * Sees to it, after the commit of a transaction that has queued something, or
+ * just before it, that there is a worker or one on its way.  With flag, it shall
+ * look at the queue.  Raises no error.
+ */
+static HandOver
+see_to_worker(bool flag)
+{
+	HandOver	result = HANDED_OVER;
+	Slot	   *slot;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(MyDatabaseId);
+	if (slot != NULL && start_has_failed(slot))
+	{
+		free_slot(slot);
+		slot = NULL;
+	}
+	if (slot == NULL)
+	{
+		slot = make_slot(MyDatabaseId, SLOT_STARTING, NOBODY);
+		if (slot == NULL)
+			result = NO_SLOT;
+		else if (!start_worker(NULL, NULL))
+		{
+			free_slot(slot);
+			result = NO_WORKER;
+		}
+	}
+	if (flag && result == HANDED_OVER && !slot->flag)
+	{
+		slot->flag = true;
+		if (slot->state == SLOT_RUNNING)
+			set_latch(slot->owner);
+	}
+	LWLockRelease(&shared->lock);
+	return result;
+}
+
+/*
+ * To be called in a transaction that queues something: wakes the worker once it
+ * has committed.
+ */
+void
+omni_wake_on_commit(void)
+{
+	static bool registered = false;
+
+	attach_shared();
+	if (!registered)
+		RegisterXactCallback(at_transaction_end, NULL);
+	registered = true;
+	has_queued = true;
+}
+
+/*
+ * Before the commit is the time to complain, after it the time to act, where an
+ * error would bring the server down.  A savepoint that is rolled back may have
+ * queued it all: then the worker looks in vain.  COMMIT PREPARED does not come by
+ * here; what it commits waits for the next time that the worker looks.
+ */
+static void
+at_transaction_end(XactEvent event, void *arg)
+{
+	HandOver	result;
+
+	if (!has_queued)
+		return;
+	if (event == XACT_EVENT_PRE_COMMIT)
+	{
+		result = see_to_worker(false);
+		if (result != HANDED_OVER)
+		{
+			OmniError	error;
+
+			explain(result, NULL, &error);
+			ereport(WARNING,
+					(errcode(error.sqlstate),
+					 errmsg("the requests to Omni are queued, but nobody can send them now: %s",
+							error.message),
+					 errdetail_internal("%s", error.detail),
+					 errhint("%s", error.hint)));
+		}
+		return;
+	}
+	if (event == XACT_EVENT_COMMIT)
+		(void) see_to_worker(true);
+	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE)
+		has_queued = false;
+}
+
+/* Called with the lock held. */
+static bool
+start_has_failed(const Slot *slot)
+{
+	return slot->state == SLOT_STARTING && slot->owner == NOBODY &&
+		TimestampDifferenceExceeds(slot->made_at, GetCurrentTimestamp(), UNWATCHED_START);
+}
+
+/*
+ * Asks the postmaster for a worker.  Returns false if it has none to give, and
+ * raises no error.  If there is a segment, of a call, the worker says there why
+ * it could not start, and our latch is set when it starts and when it ends.
  */
 static bool
-start_worker(Waiter *waiter)
+start_worker(dsm_segment *segment, BackgroundWorkerHandle **handle)
 {
 	BackgroundWorker worker = {0};
-	StartInfo	info = {.layout = SHARED_NAME,.call = dsm_segment_handle(waiter->segment)};
+	StartInfo	info = {.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID};
+
+	if (segment != NULL)
+	{
+		info.call = dsm_segment_handle(segment);
+		worker.bgw_notify_pid = MyProcPid;
+	}
 
 	snprintf(worker.bgw_name, BGW_MAXLEN, "omni_refresh worker for database %u", MyDatabaseId);
 	strlcpy(worker.bgw_type, "omni_refresh worker", BGW_MAXLEN);
@@ -404,12 +540,8 @@ start_worker(Waiter *waiter)
 	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
 	worker.bgw_restart_time = BGW_NEVER_RESTART;
 	worker.bgw_main_arg = ObjectIdGetDatum(MyDatabaseId);
-	worker.bgw_notify_pid = MyProcPid;
 	memcpy(worker.bgw_extra, &info, sizeof(info));
-	if (!RegisterDynamicBackgroundWorker(&worker, &waiter->start))
-		return false;
-	waiter->starts++;
-	return true;
+	return RegisterDynamicBackgroundWorker(&worker, handle);
 }
 
 /*
@@ -452,7 +584,8 @@ omni_worker_begin(void)
 				 errmsg("the library of omni_refresh is not the one that the session has loaded"),
 				 errhint("It was replaced, by an upgrade: open a new session.")));
 
-	starter_call = dsm_attach(info.call);
+	if (info.call != DSM_HANDLE_INVALID)
+		starter_call = dsm_attach(info.call);
 	if (starter_call != NULL)
 		dsm_pin_mapping(starter_call);
 	next_emit_log_hook = emit_log_hook;
@@ -496,7 +629,7 @@ omni_worker_attach(void)
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(MyDatabaseId);
 	if (slot == NULL)
-		slot = make_slot(MyDatabaseId, SLOT_RUNNING);
+		slot = make_slot(MyDatabaseId, SLOT_RUNNING, my_proc());
 	if (slot != NULL)
 	{
 		slot->state = SLOT_RUNNING;
@@ -543,7 +676,7 @@ omni_worker_leave_if_idle(void)
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(MyDatabaseId);
-	idle = slot == NULL || slot->count == 0;
+	idle = slot == NULL || (slot->count == 0 && !slot->flag);
 	if (idle && slot != NULL)
 	{
 		/* the next worker must not find the lock taken */
@@ -569,6 +702,22 @@ leave_slot(int code, Datum arg)
 	if (slot != NULL && slot->state == SLOT_RUNNING && slot->owner == my_proc())
 		free_slot(slot);
 	LWLockRelease(&shared->lock);
+}
+
+/* Whether something was queued since this was asked last. */
+bool
+omni_worker_take_flag(void)
+{
+	Slot	   *slot;
+	bool		flag;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(MyDatabaseId);
+	flag = slot != NULL && slot->flag;
+	if (flag)
+		slot->flag = false;
+	LWLockRelease(&shared->lock);
+	return flag;
 }
 
 /*
@@ -682,17 +831,21 @@ find_slot(Oid database)
 
 /* Returns NULL when there is none left. */
 static Slot *
-make_slot(Oid database, SlotState state)
+make_slot(Oid database, SlotState state, int owner)
 {
 	for (int i = 0; i < MAX_DATABASES; i++)
 	{
 		Slot	   *slot = &shared->slots[i];
 
+		if (start_has_failed(slot))
+			free_slot(slot);
 		if (slot->state == SLOT_FREE)
 		{
 			slot->state = state;
 			slot->database = database;
-			slot->owner = my_proc();
+			slot->flag = false;
+			slot->owner = owner;
+			slot->made_at = GetCurrentTimestamp();
 			slot->generation = ++shared->generation;
 			slot->first = 0;
 			slot->count = 0;

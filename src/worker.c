@@ -6,14 +6,19 @@
  * The worker goes round one loop.  Each turn moves every job it has in hand one
  * step further, then waits for the network, for a caller, or for a time:
  *
- *	NEW			taken from the ring; nothing is written
- *	PENDING		its row says "pending": it must wait for the rate limit, or for
- *				the next attempt after one that failed
+ *	NEW			taken from the ring, and nothing is written; or from the queue,
+ *				where its row says "pending"
+ *	PENDING		a call's row says "pending": it must wait for the rate limit, or
+ *				for the next attempt after one that failed
  *	SENDING		its row says "sending", committed and flushed; from here on the
  *				request may be, or have been, on its way
  *	ANSWERED	there is an outcome, which is not written yet
- *	then its row bears the outcome; it is PENDING again, or its caller is told
- *	and it is let go
+ *	then its row bears the outcome; a call is PENDING again, or its caller is told
+ *	and it is let go; a queued job is let go, and may be "pending" again
+ *
+ * What is queued stays in its table until it can be sent at once.  The queue is
+ * looked at when a commit has set our flag, when something in it is due, and when
+ * there is room again for more at a server.
  *
  * Each step is a transaction of its own, and none is open while the network is
  * waited for.  An error ends the transaction, not the worker, and leaves the job
@@ -37,6 +42,8 @@
 #include "postmaster/bgworker.h"
 #include "postmaster/interrupt.h"
 #include "tcop/tcopprot.h"
+#include "utils/builtins.h"
+#include "utils/hsearch.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/timeout.h"
@@ -56,6 +63,10 @@
 									 * doubled */
 #define BACKOFF_MAX			(5 * 60 * 1000)
 
+/* After a look at the queue, the next for what is new waits so many times longer */
+#define LOOK_PAUSE			4
+#define LOOK_PAUSE_MAX		(INT64CONST(200) * 1000)	/* microseconds */
+
 typedef enum Step
 {
 	NEW,
@@ -68,12 +79,14 @@ typedef enum Step
 typedef struct Work
 {
 	dlist_node	node;
-	OmniJob		job;			/* job.context holds all of this */
+	MemoryContext context;		/* holds all of this */
+	OmniJob		job;
 	Step		step;
 	TimestampTz taken_at;
-	dsm_segment *segment;		/* of the call; NULL once the caller knows all */
+	dsm_segment *segment;		/* of a call; NULL once the caller knows all */
 	OmniCall   *call;			/* in that segment */
-	TimestampTz deadline;		/* of the call */
+	TimestampTz deadline;		/* no attempt begins after it, but a queued
+								 * job's first */
 	TimestampTz run_at;			/* if PENDING: the next attempt */
 	bool		beginning;		/* it is to begin in this turn */
 	bool		may_have_arrived;	/* some attempt ended without an answer */
@@ -81,15 +94,31 @@ typedef struct Work
 	int			write_failures;
 
 	/* the attempt that is about to begin, or under way */
-	MemoryContext attempt;		/* holds what follows, within job.context */
+	MemoryContext attempt;		/* holds what follows, within context */
 	OmniTarget	target;
 	uint64		rate_id;
 	char	   *url;
 	OmniTransfer *transfer;		/* NULL before it is sent */
 	TimestampTz delayed_until;	/* by the rate limit, else 0 */
+	bool		gone;			/* the row is not pending any more */
 	bool		settled;		/* outcome is set */
 	OmniOutcome outcome;
 } Work;
+
+/* A role whose rate limit at a server leaves no room for queued jobs for a while */
+typedef struct Held
+{
+	NameData	server;
+	Oid			role;
+	TimestampTz until;
+} Held;
+
+/* When something of a merge key was sent from the queue last */
+typedef struct LastSent
+{
+	int64		merge_key;		/* hash key */
+	TimestampTz sent_at;
+} LastSent;
 
 typedef enum Transacted
 {
@@ -99,7 +128,15 @@ typedef enum Transacted
 } Transacted;
 
 static dlist_head works = DLIST_STATIC_INIT(works);
-static bool begun_any = false;	/* so what was left behind is settled */
+static bool settled_all = false;	/* what was left behind */
+static TimestampTz look_at = DT_NOBEGIN;	/* the queue, next time */
+static bool look_for_new = true;	/* and then merge */
+static TimestampTz look_for_new_from = DT_NOBEGIN;	/* not before this time */
+static int	look_failures = 0;
+static bool queue_left = true;	/* there is something in the queue */
+static TimestampTz next_due = DT_NOEND; /* what is left, and is not due yet */
+static List *held = NIL;		/* of Held */
+static HTAB *last_sent = NULL;	/* of LastSent */
 static TimestampTz busy_at;		/* when there was something in hand */
 static TimestampTz looked_round_at = 0; /* for who else wants the database */
 static uint32 wait_event;
@@ -109,20 +146,35 @@ PGDLLEXPORT void omni_refresh_worker_main(Datum main_arg);
 static void override_settings(void);
 static Transacted transact(bool (*body) (void *), void *arg, bool flush, OmniError *error);
 static bool turn(void);
-static bool tables_exist(void *unused);
+static bool is_extension_same(void *unused);
 static long move_on(void);
 static void take_calls(void);
+static Work *make_work(void);
 static ArrayType *copy_list(MemoryContext context, OmniCall *call, Size offset);
+static long queue_delay(void);
+static void look_at_queue(void);
+static bool claimed_any(void);
+static bool claim(void *unused);
+static bool claim_due(TimestampTz now);
+static ArrayType *list_held(TimestampTz now);
+static int	in_flight(const NameData *server);
+static TimestampTz held_until(OmniJob *job, TimestampTz now);
+static void note_sent(int64 merge_key, TimestampTz sent_at);
+static void settle_left_behind(void);
 static bool begin_due(void);
 static bool is_late(Work *work);
 static bool choose(Work *work);
 static bool begin(void *only);
 static void begin_one(Work *work);
+static void hold(Work *work, TimestampTz until);
+static TimestampTz rate_held_until(Work *work);
 static bool find_target(Work *work, OmniError *error);
 static void begun(Work *work);
 static void send_request(Work *work);
 static bool finish(Work *work);
+static bool finished(Work *work);
 static bool record(void *arg);
+static bool is_about_resources(int sqlstate);
 static void consider_retry(Work *work);
 static void withdraw(Work *work);
 static void settle(Work *work, const char *status, const OmniError *error);
@@ -201,6 +253,11 @@ override_settings(void)
 		{"idle_in_transaction_session_timeout", "0"},
 		{"lock_timeout", "5s"},
 		{"jit", "off"},
+
+		/* plans that were made for empty tables must do for full ones */
+		{"plan_cache_mode", "force_generic_plan"},
+		{"enable_seqscan", "off"},
+		{"enable_bitmapscan", "off"},
 	};
 
 	for (int i = 0; i < lengthof(settings); i++)
@@ -269,12 +326,14 @@ turn(void)
 	{
 		ConfigReloadPending = false;
 		ProcessConfigFile(PGC_SIGHUP);
+		look_for_new = true;
+		look_at = DT_NOBEGIN;
 	}
 
 	delay = move_on();
 	pgstat_report_stat(false);
 
-	if (dlist_is_empty(&works))
+	if (dlist_is_empty(&works) && !queue_left)
 	{
 		long		idle_left = omni_idle_timeout -
 		TimestampDifferenceMilliseconds(busy_at, GetCurrentTimestamp());
@@ -289,7 +348,7 @@ turn(void)
 	{
 		looked_round_at = now;
 		if (!is_waited_for() &&
-			(omni_worker_is_unwanted() || transact(tables_exist, NULL, false, &error) != COMMITTED) &&
+			(omni_worker_is_unwanted() || transact(is_extension_same, NULL, false, &error) != COMMITTED) &&
 			omni_worker_leave_if_idle())
 			return false;
 	}
@@ -298,9 +357,9 @@ turn(void)
 }
 
 static bool
-tables_exist(void *unused)
+is_extension_same(void *unused)
 {
-	return omni_tables_find();
+	return omni_extension_is_same();
 }
 
 /* Whether some caller waits for one of the jobs in hand. */
@@ -313,7 +372,7 @@ is_waited_for(void)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
 
-		if (!is_forsaken(work))
+		if (work->segment != NULL && !is_forsaken(work))
 			return true;
 	}
 	return false;
@@ -330,6 +389,16 @@ move_on(void)
 	long		delay = LOOK_ROUND;
 
 	take_calls();
+	if (look_for_new_from <= GetCurrentTimestamp() && omni_worker_take_flag())
+	{
+		look_for_new = true;
+		look_at = DT_NOBEGIN;
+	}
+	if (look_at <= GetCurrentTimestamp() && (!look_for_new || look_for_new_from <= GetCurrentTimestamp()))
+		look_at_queue();
+	if (queue_left)
+		busy_at = GetCurrentTimestamp();
+	delay = Min(delay, queue_delay());
 	if (dlist_is_empty(&works))
 		return delay;
 
@@ -353,7 +422,7 @@ move_on(void)
 		else if (work->step == PENDING && !work->beginning)
 			delay = Min(delay, TimestampDifferenceMilliseconds(GetCurrentTimestamp(), work->run_at));
 	}
-	return delay;
+	return Min(delay, queue_delay());
 }
 
 static void
@@ -363,23 +432,32 @@ take_calls(void)
 
 	while ((segment = omni_worker_next_call()) != NULL)
 	{
-		MemoryContext context = AllocSetContextCreate(TopMemoryContext, "omni_refresh job",
-													  ALLOCSET_SMALL_SIZES);
-		Work	   *work = MemoryContextAllocZero(context, sizeof(Work));
+		Work	   *work = make_work();
 		OmniCall   *call = dsm_segment_address(segment);
 
-		work->job.context = context;
-		work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
-											  ALLOCSET_SMALL_SIZES);
 		work->job.request = call->request;
-		work->job.schemas = copy_list(context, call, call->schemas);
-		work->job.tables = copy_list(context, call, call->tables);
+		work->job.schemas = copy_list(work->context, call, call->schemas);
+		work->job.tables = copy_list(work->context, call, call->tables);
 		work->deadline = call->deadline;
-		work->taken_at = GetCurrentTimestamp();
 		work->segment = segment;
 		work->call = call;
-		dlist_push_tail(&works, &work->node);
 	}
+}
+
+/* Takes a job in hand. */
+static Work *
+make_work(void)
+{
+	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "omni_refresh job",
+												  ALLOCSET_SMALL_SIZES);
+	Work	   *work = MemoryContextAllocZero(context, sizeof(Work));
+
+	work->context = context;
+	work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
+										  ALLOCSET_SMALL_SIZES);
+	work->taken_at = GetCurrentTimestamp();
+	dlist_push_tail(&works, &work->node);
+	return work;
 }
 
 /* Copies a list that lies at an offset in a call; NULL if there is none. */
@@ -394,6 +472,281 @@ copy_list(MemoryContext context, OmniCall *call, Size offset)
 	copy = MemoryContextAlloc(context, VARSIZE(list));
 	memcpy(copy, list, VARSIZE(list));
 	return copy;
+}
+
+/*
+ * How long to wait, in ms, for the queue's sake.  What is new is not looked for more
+ * often than it is worth; see look_at_queue().
+ */
+static long
+queue_delay(void)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz next = look_for_new ? Max(look_at, look_for_new_from) : look_at;
+
+	if (look_for_new_from > now)
+		next = Min(next, look_for_new_from);	/* for the flag */
+	return TimestampDifferenceMilliseconds(now, next);
+}
+
+/*
+ * Takes in hand what of the queue can be sent now, and decides when to look again.
+ *
+ * To look for what is new takes time with the length of the queue, and steals the
+ * processor from those whose commits have woken us.  So there is a pause after it,
+ * the longer the look has taken, and the longer the more often it was in vain.
+ * Nothing is sent that has not been looked at so.
+ */
+static void
+look_at_queue(void)
+{
+	static int64 pause = 0;		/* microseconds */
+	TimestampTz began = GetCurrentTimestamp();
+	dlist_mutable_iter iter;
+	OmniError	error;
+	Transacted	result;
+
+	if (next_due <= began)
+		look_for_new = true;
+	look_at = DT_NOEND;
+	result = transact(claim, NULL, false, &error);
+	if (result == COMMITTED)
+	{
+		settled_all = true;
+		look_failures = 0;
+		if (!look_for_new)		/* else there is more to merge */
+		{
+			if (began > look_for_new_from + LOOK_PAUSE_MAX || claimed_any())
+				pause = 0;
+			pause = Min(Max(2 * pause, LOOK_PAUSE * (GetCurrentTimestamp() - began)), LOOK_PAUSE_MAX);
+			look_for_new_from = GetCurrentTimestamp() + pause;
+		}
+		return;
+	}
+
+	dlist_foreach_modify(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
+		if (work->job.queued && work->step == NEW)
+			let_go(work);
+	}
+	if (result == FAILED && look_failures == 0)
+		ereport(LOG,
+				(errcode(error.sqlstate),
+				 errmsg("could not look at the queue of omni_refresh, will try again: %s",
+						error.message)));
+	look_for_new = true;
+	look_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), result == NOT_NOW ? RETRY_DELAY :
+										  Min(RETRY_DELAY << Min(look_failures, 10), RETRY_DELAY_MAX));
+	look_failures++;
+}
+
+/* Whether there are jobs that were taken from the queue in this turn. */
+static bool
+claimed_any(void)
+{
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
+		if (work->job.queued && work->step == NEW)
+			return true;
+	}
+	return false;
+}
+
+/* The body of that transaction. */
+static bool
+claim(void *unused)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	bool		more = false;
+	ListCell   *cell;
+
+	if (!omni_tables_find())
+	{
+		queue_left = false;
+		return true;
+	}
+	if (!omni_tables_lock())
+		return false;
+	settle_left_behind();
+
+	if (omni_enabled)
+	{
+		if (look_for_new)
+		{
+			int64		longest = Max(OMNI_MAX_WAIT, omni_min_interval * INT64CONST(1000));
+
+			omni_job_reclock(now, now + longest + USECS_PER_HOUR);
+			look_for_new = more = omni_job_merge(now);
+		}
+		if (!more)
+			more = claim_due(now);
+	}
+
+	queue_left = omni_job_next(now, &next_due);
+	if (!omni_enabled)
+		next_due = DT_NOEND;	/* SIGHUP ends the wait */
+	look_at = more ? now : next_due;
+	foreach(cell, held)
+		look_at = Min(look_at, ((Held *) lfirst(cell))->until);
+	return true;
+}
+
+/*
+ * Takes in hand what is due and may be sent now.  Returns true if there may be
+ * more of it.
+ */
+static bool
+claim_due(TimestampTz now)
+{
+	bool		any = false;
+	int			count;
+
+	do
+	{
+		OmniJob    *jobs = omni_job_due(now, list_held(now), &count);
+
+		for (int i = 0; i < count; i++)
+		{
+			OmniJob    *job = &jobs[i];
+			TimestampTz until;
+			Work	   *work;
+			MemoryContext context;
+
+			if (in_flight(&job->request.server) >= omni_max_in_flight)
+				continue;		/* the next round leaves them out */
+			if ((until = held_until(job, now)) != 0)
+			{
+				omni_job_defer(job->id, until);
+				continue;
+			}
+			work = make_work();
+			work->job = *job;
+			context = MemoryContextSwitchTo(work->context);
+			if (job->schemas != NULL)
+				work->job.schemas = DatumGetArrayTypePCopy(PointerGetDatum(job->schemas));
+			if (job->tables != NULL)
+				work->job.tables = DatumGetArrayTypePCopy(PointerGetDatum(job->tables));
+			MemoryContextSwitchTo(context);
+			work->deadline = job->request.requested_at + omni_retry_for * USECS_PER_SEC;
+			any = true;
+		}
+	} while (count == OMNI_MAX_DUE && !any);
+	return count == OMNI_MAX_DUE;
+}
+
+/*
+ * Who can be sent nothing from the queue at the moment, as omni_job_due() wants
+ * it: servers with enough in flight, and roles that have reached a rate limit.
+ */
+static ArrayType *
+list_held(TimestampTz now)
+{
+	ArrayBuildState *names = initArrayResult(TEXTOID, CurrentMemoryContext, false);
+	const char *last = "";
+	ListCell   *cell;
+	dlist_iter	iter;
+
+	foreach(cell, held)
+	{
+		Held	   *this = lfirst(cell);
+
+		if (this->until > now)
+		{
+			char	   *name = psprintf("%s %u", NameStr(this->server), this->role);
+
+			accumArrayResult(names, CStringGetTextDatum(name), false, TEXTOID, CurrentMemoryContext);
+		}
+		else
+		{
+			pfree(this);
+			held = foreach_delete_current(held, cell);
+		}
+	}
+	dlist_foreach(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+		NameData   *server = &work->job.request.server;
+
+		if (work->job.queued && strcmp(NameStr(*server), last) != 0 &&
+			in_flight(server) >= omni_max_in_flight)
+		{
+			last = NameStr(*server);
+			accumArrayResult(names, CStringGetTextDatum(last), false, TEXTOID, CurrentMemoryContext);
+		}
+	}
+	return DatumGetArrayTypeP(makeArrayResult(names, CurrentMemoryContext));
+}
+
+/* How many queued jobs of a server are in hand. */
+static int
+in_flight(const NameData *server)
+{
+	int			n = 0;
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
+		if (work->job.queued && strcmp(NameStr(work->job.request.server), NameStr(*server)) == 0)
+			n++;
+	}
+	return n;
+}
+
+/*
+ * Until when a job must wait since something alike was sent a short while ago; 0
+ * if it need not.  What has been tried before has its own time to wait for.
+ */
+static TimestampTz
+held_until(OmniJob *job, TimestampTz now)
+{
+	TimestampTz until = 0;
+	LastSent   *sent;
+	dlist_iter	iter;
+
+	if (job->attempts > 0 || omni_min_interval == 0)
+		return 0;
+	dlist_foreach(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
+		if (work->job.queued && work->job.merge_key == job->merge_key)
+			until = TimestampTzPlusMilliseconds(now, omni_min_interval);
+	}
+	sent = hash_search(last_sent, &job->merge_key, HASH_FIND, NULL);
+	if (until == 0 && sent != NULL && sent->sent_at <= now)
+		until = TimestampTzPlusMilliseconds(sent->sent_at, omni_min_interval);
+	return until > now ? until : 0;
+}
+
+static void
+note_sent(int64 merge_key, TimestampTz sent_at)
+{
+	LastSent   *sent = hash_search(last_sent, &merge_key, HASH_ENTER, NULL);
+
+	sent->sent_at = sent_at;
+}
+
+/* Settles what an earlier worker has left, and learns what it has sent. */
+static void
+settle_left_behind(void)
+{
+	HASHCTL		info = {.keysize = sizeof(int64),.entrysize = sizeof(LastSent)};
+
+	if (settled_all)
+		return;
+	omni_job_settle();
+	if (last_sent != NULL)
+		hash_destroy(last_sent);
+	last_sent = hash_create("omni_refresh last sent", 64, &info, HASH_ELEM | HASH_BLOBS);
+	omni_job_recent(GetCurrentTimestamp() - omni_min_interval * INT64CONST(1000), note_sent);
 }
 
 /*
@@ -427,6 +780,13 @@ begin_due(void)
 		if (own == FAILED && count > 1)
 			own = transact(begin, work, true, &error);
 
+		if (work->job.queued && (own == NOT_NOW || (own == FAILED && is_about_resources(error.sqlstate))))
+		{
+			let_go(work);		/* it stays in the queue */
+			look_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
+												  own == NOT_NOW ? RETRY_DELAY : RETRY_DELAY_MAX / 10);
+			continue;
+		}
 		if (own == NOT_NOW && is_late(work))
 		{
 			omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
@@ -439,7 +799,7 @@ begin_due(void)
 
 		if (own == COMMITTED)
 			begun(work);
-		else if (own == FAILED && work->step == NEW)
+		else if (own == FAILED && work->job.id == 0)
 			tell(work, 0, &error);
 		else if (own == FAILED)
 		{
@@ -448,6 +808,16 @@ begin_due(void)
 		}
 	}
 	return result != NOT_NOW;
+}
+
+/* Whether an error is this server's state, and not the job's fault. */
+static bool
+is_about_resources(int sqlstate)
+{
+	int			category = ERRCODE_TO_CATEGORY(sqlstate);
+
+	return category == ERRCODE_INSUFFICIENT_RESOURCES ||
+		category == ERRCODE_OPERATOR_INTERVENTION || category == ERRCODE_SYSTEM_ERROR;
 }
 
 /* Whether an attempt has waited too long for our tables. */
@@ -496,8 +866,7 @@ begin(void *only)
 	if (!omni_tables_lock())
 		return false;
 
-	if (!begun_any)
-		omni_job_settle();
+	settle_left_behind();
 	dlist_foreach(iter, &works)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
@@ -515,17 +884,21 @@ begin(void *only)
 static void
 begin_one(Work *work)
 {
+	TimestampTz now = GetCurrentTimestamp();
 	OmniError	error;
 	TimestampTz when;
 	bool		blocked;
 
-	if (work->step == NEW)
+	if (work->step == NEW && !work->job.queued)
 		work->job.id = 0;		/* this may be the second try */
 	end_attempt(work);
 	work->settled = false;
 	work->delayed_until = 0;
+	work->gone = false;
 
-	if (work->step == NEW && work->call->job_id != 0)
+	if (work->job.queued && (work->delayed_until = rate_held_until(work)) != 0)
+		return;					/* others of its kind have tried just now */
+	if (work->step == NEW && !work->job.queued && work->call->job_id != 0)
 	{
 		/* it was an earlier worker's, and is settled now */
 		work->job.id = work->call->job_id;
@@ -536,17 +909,27 @@ begin_one(Work *work)
 	if (!find_target(work, &error))
 	{
 		settle(work, "failed", &error);
+		if (work->job.queued && work->target.base_url != NULL && now < work->deadline)
+		{
+			/* it lacks its key, which may come back */
+			work->outcome.status = "pending";
+			work->outcome.attempt_event = "attempt_failed";
+			work->outcome.run_at = TimestampTzPlusMilliseconds(now, BACKOFF_MAX);
+		}
 		omni_job_refuse(&work->job, &work->outcome);
 		return;
 	}
 
-	when = omni_rate_take(work->rate_id, work->target.rate_limit, &blocked);
+	when = omni_rate_take(work->rate_id, work->job.queued ? OMNI_RATE_JOB : OMNI_RATE_CALL,
+						  work->target.rate_limit, &blocked);
 	if (when == 0)
-		omni_job_begin(&work->job, work->url);
-	else if (when < work->deadline)
+		work->gone = !omni_job_begin(&work->job, work->url);
+	else if (when < work->deadline || work->job.queued)
 	{
 		work->delayed_until = when;
 		omni_job_delay(&work->job, when);
+		if (work->job.queued)
+			hold(work, when);
 	}
 	else if (work->job.attempts > 0)
 	{
@@ -568,6 +951,37 @@ begin_one(Work *work)
 		settle(work, "canceled", &error);
 		omni_job_refuse(&work->job, &work->outcome);
 	}
+}
+
+/* Lets what a role has queued for a server wait. */
+static void
+hold(Work *work, TimestampTz until)
+{
+	MemoryContext context = MemoryContextSwitchTo(TopMemoryContext);
+	Held	   *new = palloc(sizeof(Held));
+
+	new->server = work->job.request.server;
+	new->role = work->job.request.role;
+	new->until = until;
+	held = lappend(held, new);
+	MemoryContextSwitchTo(context);
+}
+
+/* Until when hold() lets a queued job wait, or 0. */
+static TimestampTz
+rate_held_until(Work *work)
+{
+	ListCell   *cell;
+
+	foreach(cell, held)
+	{
+		Held	   *this = lfirst(cell);
+
+		if (this->role == work->job.request.role && this->until > GetCurrentTimestamp() &&
+			strcmp(NameStr(this->server), NameStr(work->job.request.server)) == 0)
+			return this->until;
+	}
+	return 0;
 }
 
 /*
@@ -615,11 +1029,28 @@ find_target(Work *work, OmniError *error)
 static void
 begun(Work *work)
 {
-	begun_any = true;
+	settled_all = true;
 	work->beginning = false;
-	work->call->job_id = work->job.id;
-	if (work->settled)
-		tell(work, work->job.id, &work->outcome.error);
+	if (work->call != NULL)
+		work->call->job_id = work->job.id;
+
+	if (work->gone && work->call == NULL)
+		let_go(work);			/* canceled or deleted meanwhile */
+	else if (work->gone)
+	{
+		OmniError	error;
+
+		omni_error_set(&error, ERRCODE_NO_DATA_FOUND,
+					   "job " INT64_FORMAT " was deleted or ended by another session before it was sent", work->job.id);
+		tell(work, work->job.id, &error);
+	}
+	else if (work->settled)
+		finished(work);
+	else if (work->delayed_until != 0 && work->job.queued)
+	{
+		look_at = Min(look_at, work->delayed_until);
+		let_go(work);
+	}
 	else if (work->delayed_until != 0)
 	{
 		work->run_at = work->delayed_until;
@@ -629,6 +1060,8 @@ begun(Work *work)
 	{
 		work->job.attempts++;
 		work->step = SENDING;
+		if (work->job.queued)
+			note_sent(work->job.merge_key, GetCurrentTimestamp());
 	}
 }
 
@@ -645,7 +1078,7 @@ send_request(Work *work)
 		.ca_file = work->target.ca_file,
 		.proxy = work->target.proxy,
 		.connect_timeout = work->target.connect_timeout,
-		.timeout = Max(Min(work->target.timeout, left), 1),
+		.timeout = work->job.queued ? work->target.timeout : Max(Min(work->target.timeout, left), 1),
 		.is_wanted = is_wanted,
 		.arg = work
 	};
@@ -679,20 +1112,7 @@ finish(Work *work)
 	int			delay;
 
 	if (result == COMMITTED)
-	{
-		bool		at_end = work->outcome.run_at == 0;
-
-		if (at_end)
-			tell(work, work->job.id, &work->outcome.error);
-		else
-		{
-			work->run_at = work->outcome.run_at;
-			work->write_at = 0;
-			work->write_failures = 0;
-			work->step = PENDING;
-		}
-		return at_end;
-	}
+		return finished(work);
 
 	if (result == NOT_NOW)
 		omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
@@ -708,7 +1128,7 @@ finish(Work *work)
 	work->write_failures++;
 	if (work->segment != NULL && GetCurrentTimestamp() >= work->deadline)
 	{
-		char	   *why = MemoryContextStrdup(work->job.context, error.message);
+		char	   *why = MemoryContextStrdup(work->context, error.message);
 
 		omni_error_set(&error, error.sqlstate,
 					   "could not write down the outcome of job " INT64_FORMAT ": %s",
@@ -718,6 +1138,33 @@ finish(Work *work)
 		work->segment = NULL;
 	}
 	return false;
+}
+
+/*
+ * The outcome is committed: tells the caller of a job that is at its end and lets go
+ * of it.  Returns true if it was let go.
+ */
+static bool
+finished(Work *work)
+{
+	if (work->job.queued)
+	{
+		if (work->outcome.run_at != 0)
+			look_at = Min(look_at, work->outcome.run_at);
+		if (queue_left && in_flight(&work->job.request.server) <= omni_max_in_flight * 3 / 4 + 1)
+			look_at = DT_NOBEGIN;	/* there is room for more */
+		queue_left |= work->outcome.run_at != 0;
+	}
+	else if (work->outcome.run_at != 0)
+	{
+		work->run_at = work->outcome.run_at;
+		work->write_at = 0;
+		work->write_failures = 0;
+		work->step = PENDING;
+		return false;
+	}
+	tell(work, work->job.id, &work->outcome.error);
+	return true;
 }
 
 static bool
@@ -745,7 +1192,8 @@ record(void *arg)
 
 /*
  * Decides whether there is another attempt: if it can begin before the end of the
- * call.  The wait doubles with each attempt and is drawn by lot, so that those who
+ * call, or of the time that a queued job has.  What is queued is tried again
+ * whenever there was no answer.  The wait doubles with each attempt and is drawn by lot, so that those who
  * failed together do not come back together; Retry-After is a floor.
  */
 static void
@@ -760,7 +1208,7 @@ consider_retry(Work *work)
 	work->may_have_arrived |= outcome->may_have_arrived;
 	if (work->may_have_arrived && outcome->attempt_event != NULL)
 		outcome->status = "unknown";
-	if (!outcome->retryable)
+	if (!outcome->retryable && !(work->job.queued && outcome->http_status == 0))
 		return;
 
 	if (work->job.attempts < 10)
@@ -829,14 +1277,15 @@ let_go(Work *work)
 	end_attempt(work);
 	if (work->segment != NULL)
 		dsm_detach(work->segment);
-	MemoryContextDelete(work->job.context);
+	MemoryContextDelete(work->context);
 }
 
 /* Whether nobody waits for a job any more. */
 static bool
 is_forsaken(Work *work)
 {
-	return work->segment == NULL || pg_atomic_read_u32(&work->call->forsaken) != 0;
+	return !work->job.queued &&
+		(work->segment == NULL || pg_atomic_read_u32(&work->call->forsaken) != 0);
 }
 
 /* The same question, for libcurl's callback. */

@@ -172,7 +172,7 @@ like(($test->outcome("CREATE TABLE t (); SELECT status FROM omni_refresh('$model
 	'a transaction that has written nothing gets no warning');
 is_deeply([ $test->outcome("BEGIN; CREATE TABLE u (); SELECT status FROM omni_refresh('$model'); ROLLBACK") ],
 	[ 'accepted', "WARNING:  01000: this transaction has made changes that Omni cannot see yet\n"
-	  . 'HINT:  Commit before you call omni_refresh().' ], 'a transaction that has written is warned');
+	  . 'HINT:  Commit before you call omni_refresh(), or call omni_refresh_on_commit().' ], 'a transaction that has written is warned');
 
 # Inside of PL/pgSQL, where an error is caught
 $omni->reset;
