@@ -13,7 +13,7 @@ use OmniFault;
 use OmniLife;
 
 my $omni = OmniAPI->start;
-my $node = OmniFault::node('ddl', conf => "log_min_messages = debug1\nmax_connections = 50\n");
+my $node = OmniFault::node('ddl', conf => "log_min_messages = debug1\nmax_connections = 50\nautovacuum = off\n");
 my $refresh = q{SELECT status FROM omni_refresh('} . $omni->model . q{')};
 my $count = 0;
 my $workers_of = q{SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker' AND datname =};
