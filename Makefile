@@ -3,19 +3,20 @@
 #	make && make install	for the pg_config in PATH, or for PG_CONFIG=/path/to/pg_config
 #	make installcheck		all tests, by an unprivileged user; they start servers of their own
 #
-# On Debian and Ubuntu two more targets need nothing but git and make (see test/private.sh):
+# On Debian and Ubuntu more targets need nothing but git and make (see test/private.sh):
 #
 #	make demo				shows a refresh; with OMNI_URL=... OMNI_KEY_FILE=... OMNI_MODEL=...
 #							(and OMNI_BRANCH=...) of a real instance
 #	make test				builds and tests a copy, and leaves this directory as it is
+#	make check-asan			the same with AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # One test of each kind alone, also with installcheck; an empty list skips a kind:
 #
 #	make test REGRESS=option ISOLATION= TAP_TESTS=
 #	make test REGRESS= ISOLATION= PROVE_TESTS=test/t/001_call.pl PROVE_FLAGS=-v
 #
-# PG_MAJOR=17 chooses another PostgreSQL, KEEP=1 keeps the temporary directory, and COPT= adds
-# flags for the compiler, as in COPT='-DUSE_ASSERT_CHECKING -fsanitize=undefined -fno-sanitize-recover'.
+# PG_MAJOR=17 chooses another PostgreSQL, KEEP=1 keeps the temporary directory, and CC= and COPT=
+# choose the compiler and add flags for it, as in CC=clang COPT=-DUSE_ASSERT_CHECKING.
 
 EXTENSION = omni_refresh
 EXTVERSION := $(shell sed -n "s/^default_version *= *'\(.*\)'.*/\1/p" $(EXTENSION).control)
@@ -37,9 +38,10 @@ ENCODING = UTF8
 NO_LOCALE = 1
 
 goals := $(or $(MAKECMDGOALS),all)
+private := test demo check-asan
 
 # libcurl. The floor is RHEL 9's; src/compat.h repeats it.
-ifneq ($(filter-out test demo clean distclean maintainer-clean uninstall %installcheck,$(goals)),)
+ifneq ($(filter-out $(private) clean distclean maintainer-clean uninstall %installcheck,$(goals)),)
 CURL_FLOOR = 7.76.1
 CURL_VERSION := $(shell pkg-config --modversion libcurl 2>/dev/null || curl-config --version 2>/dev/null | sed 's/^libcurl *//')
 ifeq ($(CURL_VERSION),)
@@ -58,8 +60,8 @@ ifneq ($(findstring clang,$(CC)),)
 PG_CFLAGS = -Wno-unknown-warning-option -Wno-ignored-optimization-argument -Wno-ignored-attributes
 endif
 
-# PostgreSQL. The two targets that install it themselves must do without.
-ifneq ($(filter-out test demo,$(goals)),)
+# PostgreSQL. The targets that install it themselves must do without.
+ifneq ($(filter-out $(private),$(goals)),)
 PG_CONFIG = pg_config
 PGXS := $(shell $(PG_CONFIG) --pgxs 2>/dev/null)
 ifeq ($(wildcard $(PGXS)),)
@@ -78,8 +80,10 @@ prove_installcheck:
 	$(prove_installcheck)
 endif
 
-.PHONY: test demo
+.PHONY: $(private)
 test:
 	@test/run
 demo:
 	@test/demo
+check-asan:
+	@test/asan

@@ -101,7 +101,7 @@ private()
 private_install()
 {
 	echo "Building for PostgreSQL $major"
-	private make -j "$(nproc)" COPT="${COPT:-}"
+	private make -j "$(nproc)" ${CC:+CC="$CC"} COPT="${COPT:-}"
 	private make install
 }
 
