@@ -9,6 +9,7 @@
 #							(and OMNI_BRANCH=...) of a real instance
 #	make test				builds and tests a copy, and leaves this directory as it is
 #	make check-asan			the same with AddressSanitizer and UndefinedBehaviorSanitizer
+#	make check-valgrind		every fault of the stand-in for Omni, with a server run by valgrind
 #
 # One test of each kind alone, also with installcheck; an empty list skips a kind:
 #
@@ -38,7 +39,7 @@ ENCODING = UTF8
 NO_LOCALE = 1
 
 goals := $(or $(MAKECMDGOALS),all)
-private := test demo check-asan
+private := test demo check-asan check-valgrind
 
 # libcurl. The floor is RHEL 9's; src/compat.h repeats it.
 ifneq ($(filter-out $(private) clean distclean maintainer-clean uninstall %installcheck,$(goals)),)
@@ -87,3 +88,5 @@ demo:
 	@test/demo
 check-asan:
 	@test/asan
+check-valgrind:
+	@test/valgrind
