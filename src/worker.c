@@ -203,7 +203,7 @@ omni_refresh_worker_main(Datum main_arg)
 	wait_event = WaitEventExtensionNew("OmniRefreshWorker");
 
 	StartTransactionCommand();
-	if (!omni_tables_find())
+	if (!omni_extension_is_same())
 		ereport(FATAL,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("extension \"%s\" does not exist in this database", OMNI_EXTENSION),
@@ -985,8 +985,8 @@ rate_held_until(Work *work)
 }
 
 /*
- * Finds out where the request goes, in the committed view.  The caller has seen
- * server and mapping, and that he may use them: if we do not, his transaction is
+ * Finds out where the request goes, in the committed view.  The caller of a call has
+ * seen server and mapping, and that he may use them: if we do not, his transaction is
  * not committed, or another one just was.
  */
 static bool
@@ -1004,9 +1004,11 @@ find_target(Work *work, OmniError *error)
 		/* a new namesake must not lend its key */
 		omni_error_set(error, ERRCODE_UNDEFINED_OBJECT,
 					   "role \"%s\" was dropped or renamed", NameStr(request->requested_by));
-		omni_error_hint(error, "If this transaction has created or renamed it, commit first.");
+		if (!work->job.queued)
+			omni_error_hint(error, "If this transaction has created or renamed it, commit first.");
 	}
-	else if (!(found = omni_target_find(NameStr(request->server), request->role, &work->target, error)))
+	else if (!(found = omni_target_find(NameStr(request->server), request->role, &work->target, error)) &&
+			 !work->job.queued)
 	{
 		char	   *why = pstrdup(error->message);
 
@@ -1016,7 +1018,7 @@ find_target(Work *work, OmniError *error)
 		omni_error_detail(error, "It sees only what is committed: %s.", why);
 		omni_error_hint(error, "If this transaction has created or granted what is missing, commit first.");
 	}
-	else if ((found = omni_target_read_key(&work->target, error)))
+	else if (found && (found = omni_target_read_key(&work->target, error)))
 	{
 		work->rate_id = omni_rate_id(omni_api_host(work->target.base_url, false), work->target.key);
 		work->url = omni_api_refresh_url(work->target.base_url, &work->job);

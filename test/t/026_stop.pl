@@ -115,6 +115,11 @@ SKIP:
 			unlike($held->{err}, qr/ERROR/, '... none fails');
 		}
 	}
+	is($node->safe_psql('postgres', "$refresh; ALTER EXTENSION omni_refresh UPDATE TO '1.1'"), 'accepted', 'after an update');
+	ok($node->poll_query_until('postgres', q{
+			SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker'}),
+		'... the worker makes way for the one of the new version');
+	is($node->safe_psql('postgres', $refresh), 'accepted', '... and then calls go on');
 }
 
 $node->stop('fast');
