@@ -10,6 +10,8 @@
 #	make test				builds and tests a copy, and leaves this directory as it is
 #	make check-asan			the same with AddressSanitizer and UndefinedBehaviorSanitizer
 #	make check-valgrind		every fault of the stand-in for Omni, with a server run by valgrind
+#	make soak				random kills and faults for ten minutes, or MINUTES=30; SEED= of a
+#							run that failed repeats its schedule
 #
 # One test of each kind alone, also with installcheck; an empty list skips a kind:
 #
@@ -39,7 +41,7 @@ ENCODING = UTF8
 NO_LOCALE = 1
 
 goals := $(or $(MAKECMDGOALS),all)
-private := test demo check-asan check-valgrind
+private := test soak demo check-asan check-valgrind
 
 # libcurl. The floor is RHEL 9's; src/compat.h repeats it.
 ifneq ($(filter-out $(private) clean distclean maintainer-clean uninstall %installcheck,$(goals)),)
@@ -84,6 +86,9 @@ endif
 .PHONY: $(private)
 test:
 	@test/run
+soak:
+	@REGRESS= ISOLATION= PROVE_TESTS=test/t/040_soak.pl PROVE_FLAGS=-v \
+		OMNI_SOAK_MINUTES='$(or $(MINUTES),10)' OMNI_SOAK_SEED='$(SEED)' test/run
 demo:
 	@test/demo
 check-asan:
