@@ -799,8 +799,13 @@ begin_due(void)
 
 		if (own == COMMITTED)
 			begun(work);
-		else if (own == FAILED && work->job.id == 0)
-			tell(work, 0, &error);
+		else if (own == FAILED && work->call != NULL && work->step == NEW)
+		{
+			/* an earlier worker's job, which may have been sent, is there */
+			if (work->call->job_id != 0)
+				omni_call_lost(work->call, &error);
+			tell(work, work->call->job_id, &error);
+		}
 		else if (own == FAILED)
 		{
 			settle(work, "failed", &error);
@@ -909,9 +914,9 @@ begin_one(Work *work)
 	if (!find_target(work, &error))
 	{
 		settle(work, "failed", &error);
-		if (work->job.queued && work->target.base_url != NULL && now < work->deadline)
+		if (work->job.queued && work->target.key_file != NULL && now < work->deadline)
 		{
-			/* it lacks its key, which may come back */
+			/* the file cannot be read, but may come back */
 			work->outcome.status = "pending";
 			work->outcome.attempt_event = "attempt_failed";
 			work->outcome.run_at = TimestampTzPlusMilliseconds(now, BACKOFF_MAX);

@@ -99,6 +99,34 @@ for my $case ([ 'omni_refresh_job', 'ACCESS EXCLUSIVE' ], [ 'omni_refresh_event'
 	$_->quit for $flight, $locker, $patient, $hasty;
 }
 
+# The worker ends while one call is on its way, and somebody's lock keeps the next one from settling it.
+
+for my $on_failure ('error', 'warning')
+{
+	$omni->reset;
+	$omni->fault('hang');
+	my ($flight, $locker) = map { OmniLife::session($node, 'postgres') } 1 .. 2;
+	$flight->query("SET omni_refresh.on_failure = $on_failure; SET omni_refresh.call_timeout = '3 s'");
+	$flight->send($refresh);
+	$omni->wait_for_requests(1);
+	$locker->query('BEGIN; LOCK TABLE omni_refresh_job IN SHARE MODE');
+	$node->safe_psql('postgres', "SELECT pg_terminate_backend($worker, 5000)");
+	my ($out, $err) = $flight->answer;
+	like($err, qr/^\U$on_failure\E:  08007: the background worker ended before job \d+ was finished/m,
+		"a call whose worker has ended, while a lock keeps the next one: $on_failure");
+	unlike($err, qr/[Nn]othing was sent/, '... does not say that nothing was sent');
+	is($out, $on_failure eq 'warning' ? 'sending' : '', '... and has its row, if that is what was asked for');
+	$omni->fault('none');
+	$locker->query('ROLLBACK');
+	is($node->safe_psql('postgres', $refresh), 'accepted', '... calls go on');
+	is($node->safe_psql('postgres', q{
+			SELECT string_agg(status, ' ' ORDER BY id) FROM (SELECT * FROM omni_refresh_job ORDER BY id DESC LIMIT 2) AS j}),
+		'unknown accepted', '... the next one has settled it');
+	is(scalar(() = $omni->requests), 2, '... and it was not sent again');
+	$worker = OmniFault::worker($node);
+	$_->quit for $flight, $locker;
+}
+
 # An answer comes, and its outcome cannot be written for a while. The disk is full for some rows only,
 # by a trigger that looks into a table of its own.
 
@@ -169,5 +197,5 @@ is(OmniFault::worker($node), $worker, 'all with one worker');
 
 $node->stop('fast');
 OmniLife::clean($node, 'the log is clean', qr/could not write down/, qr/server "nobody" does not exist/,
-	qr/terminating background worker/);
+	qr/terminating background worker/, qr/the background worker ended before job/);
 done_testing();
