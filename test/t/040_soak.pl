@@ -2,7 +2,7 @@
 # backends and the server are killed, Omni misbehaves and tables are locked. Afterwards the job rows,
 # their events, the stand-in's record and what the callers were told must agree.
 #
-# OMNI_SOAK_MINUTES says how long, OMNI_SOAK_SEED repeats what was drawn by lot (but not what became
+# OMNI_SOAK_MINUTES says how long, OMNI_SOAK_SEED repeats what was drawn by lot (but not what becomes
 # of it: that is up to the scheduler).
 #
 # Each call names a schema that no other call names, by which all that is known of it is found: its
@@ -250,9 +250,10 @@ load('request', 'name text, at float8, answer text',
 
 # A line may have been cut off by the end of its psql.
 my $time = qr/(\d{4}-\S+ \d\S+)$/m;
-my %call;
+my (%call, %heard);
 for my $text (map { slurp_file($_) } glob "$directory/client?")
 {
+	$heard{$2} = $1 while $text =~ /(began (\w+) .*?)(?=began |\z)/gs;
 	$call{$1} = [ $1, $2 ] while $text =~ /began (\w+) $time/g;
 	push @{ $call{$1} }, $5, $2, map { /^:/ ? undef : $_ } $3, $4
 		while $text =~ /told (\w+) (\w{5}) (\S+) (\S+) $time/g;
@@ -346,8 +347,8 @@ my @invariants = (
 for (@invariants)
 {
 	my ($name, $table, $condition) = @$_;
-	is($node->safe_psql('postgres', "SELECT $table FROM $table WHERE ($condition) IS NOT TRUE LIMIT 10"),
-		'', $name);
+	my $rows = $node->safe_psql('postgres', "SELECT $table FROM $table WHERE ($condition) IS NOT TRUE LIMIT 10");
+	is($rows, '', $name) or diag(map { $heard{$_} // () } $rows =~ /\bc\d_\d+\b/g);
 }
 is($node->safe_psql('postgres', q{
 		SELECT worker FROM (SELECT worker, lag(worker) OVER (ORDER BY n) AS before FROM turn) AS t
@@ -364,5 +365,5 @@ $node->stop('fast');
 is(join("\n", grep { /PANIC|TRAP|signal (?!9\b)\d/ } split /\n/, slurp_file($node->logfile)), '',
 	'nothing has died that was not killed');
 is(OmniFault::segments($node), '', 'no segment of shared memory is left');
-diag("to repeat it: OMNI_SOAK_MINUTES=$minutes OMNI_SOAK_SEED=$seed") if !Test::More->builder->is_passing;
+diag("to repeat it: make soak MINUTES=$minutes SEED=$seed, with KEEP=1 to keep the log") if !Test::More->builder->is_passing;
 done_testing();
