@@ -135,6 +135,9 @@ for (1 .. 3)
 	cmp_ok($call->{seconds}, '<', 5, '... is not kept by it');
 }
 OmniFault::kill_client($hanging);
+# Before its backend has left, the end of the request would be followed by another attempt.
+ok($node->poll_query_until('postgres', q{SELECT count(*) = 0 FROM pg_stat_activity WHERE application_name = 'hanging'}),
+	'... nor by its end');
 $omni->reset;
 OmniFault::poll_segments($node, $segments, 'nothing is left in shared memory');
 
