@@ -62,6 +62,7 @@
 #define BACKOFF_FIRST		1000	/* before a second attempt at most, then
 									 * doubled */
 #define BACKOFF_MAX			(5 * 60 * 1000)
+#define SHORTEST_ATTEMPT	100 /* no attempt with less time than that */
 
 /* After a look at the queue, the next for what is new waits so many times longer */
 #define LOOK_PAUSE			4
@@ -1226,7 +1227,7 @@ consider_retry(Work *work)
 	if (outcome->slow_down)
 		omni_rate_block(work->rate_id, run_at);
 
-	if (run_at < work->deadline && !is_forsaken(work))
+	if (run_at < TimestampTzPlusMilliseconds(work->deadline, -SHORTEST_ATTEMPT) && !is_forsaken(work))
 	{
 		outcome->status = "pending";
 		outcome->run_at = run_at;

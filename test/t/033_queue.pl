@@ -283,7 +283,7 @@ sql("SET omni_refresh.enabled = on; SELECT omni_refresh_on_commit('$model')");
 sql('CREATE DATABASE copy TEMPLATE postgres');
 $node->append_conf('postgresql.conf', "omni_refresh.enabled = on\n");
 $node->reload;
-$node->safe_psql('copy', "SET omni_refresh.server = other; SELECT omni_refresh_on_commit('$model')");
+$node->safe_psql('copy', "SET omni_refresh.server = other; SELECT omni_refresh_on_commit('" . $other->model . "')");
 ok($node->poll_query_until('copy', q{SELECT string_agg(status, ' ' ORDER BY id) = 'canceled accepted' FROM omni_refresh_job}),
 	'a copy of a database does not send what the other one has queued');
 is($omni->stats->{requests}, 0, '... not at all');
