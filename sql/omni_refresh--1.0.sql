@@ -177,3 +177,10 @@ CREATE FUNCTION omni_refresh_on_commit(
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_on_commit(uuid, uuid, bool, text[], text[]) IS
 	'queues a refresh of a model, which is sent if and when the transaction commits, and returns the job';
+
+CREATE FUNCTION omni_refresh_wake()
+	RETURNS bool
+	AS 'MODULE_PATHNAME', 'omni_refresh_wake'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_wake() IS
+	'starts the background worker if any job is unfinished, and returns whether there is one';

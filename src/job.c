@@ -115,6 +115,15 @@ static Statement select_job = {
 	.argtypes = {INT8OID}
 };
 
+static Statement select_unfinished = {
+	.table = &job_table,
+	.in_backend = true,
+	.read = true,
+	.text = "SELECT FROM %s WHERE status = ANY ('{pending, sending, running}') AND database = $1 LIMIT 1",
+	.nargs = 1,
+	.argtypes = {OIDOID}
+};
+
 static Statement update_job = {
 	.table = &job_table,
 	.text = "UPDATE %s SET status = $2, job_id = $3, finished_at = $4, error = $5,"
@@ -944,6 +953,19 @@ add_events(int64 job, const NameData *requested_by, const Event *first, const Ev
 		null[5] = event->detail != NULL ? ' ' : 'n';
 	}
 	(void) run(&insert_events, values, nulls);
+}
+
+/* Whether there is a job that is not at its end, in a backend. */
+bool
+omni_job_any_unfinished(void)
+{
+	Datum		values[1] = {ObjectIdGetDatum(MyDatabaseId)};
+	bool		any;
+
+	SPI_connect();
+	any = run(&select_unfinished, values, NULL) > 0;
+	SPI_finish();
+	return any;
 }
 
 /*

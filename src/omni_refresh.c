@@ -94,6 +94,9 @@ _PG_init(void)
 							&omni_retention, 30 * 24 * 60, -1, INT_MAX,
 							PGC_SIGHUP, GUC_UNIT_MIN, NULL, NULL, NULL);
 	MarkGUCPrefixReserved("omni_refresh");
+
+	if (process_shared_preload_libraries_in_progress && !IsBinaryUpgrade)
+		omni_launcher_register();
 }
 
 /*

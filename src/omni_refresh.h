@@ -11,6 +11,7 @@
 #include "datatype/timestamp.h"
 #include "fmgr.h"
 #include "port/atomics.h"
+#include "postmaster/bgworker.h"
 #include "storage/dsm.h"
 #include "utils/array.h"
 #include "utils/uuid.h"
@@ -235,7 +236,10 @@ extern bool omni_call_run(dsm_segment *segment, OmniError *error);
 extern void omni_call_end(dsm_segment *segment);
 extern void omni_call_lost(const OmniCall *call, OmniError *error);
 extern void omni_wake_on_commit(void);
-extern void omni_worker_begin(void);
+extern bool omni_worker_wake(OmniError *error);
+extern bool omni_worker_launch(Oid database, BackgroundWorkerHandle **handle);
+extern bool omni_worker_begin(void);
+extern void omni_worker_turn_back(void);
 extern void omni_worker_attach(void);
 extern bool omni_worker_is_unwanted(void);
 extern bool omni_worker_leave_if_idle(void);
@@ -243,6 +247,9 @@ extern bool omni_worker_take_flag(void);
 extern dsm_segment *omni_worker_next_call(void);
 extern void omni_call_finish(dsm_segment *segment, int64 job_id,
 							 const OmniError *error);
+
+/* in launcher.c */
+extern void omni_launcher_register(void);
 
 /* in job.c */
 extern bool omni_tables_find(void);
@@ -260,6 +267,7 @@ extern OmniJob *omni_job_due(TimestampTz now, ArrayType *held, int *count);
 extern bool omni_job_next(TimestampTz now, TimestampTz *next);
 extern void omni_job_recent(TimestampTz since,
 							void (*tell) (int64 merge_key, TimestampTz sent_at));
+extern bool omni_job_any_unfinished(void);
 extern Datum omni_job_queue(OmniJob *job);
 extern Datum omni_job_read(int64 id);
 extern Datum omni_job_form(const OmniJob *job, const char *status,

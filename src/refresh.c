@@ -30,6 +30,7 @@ typedef struct ListedName
 
 static void read_arguments(FunctionCallInfo fcinfo, OmniJob *job);
 static Datum disabled(const OmniJob *job);
+static bool in_recovery(OmniError *error);
 static bool may_request(const OmniJob *job, OmniError *error);
 static void call_worker(OmniJob *job, OmniError *error);
 static ArrayType *check_list(FunctionCallInfo fcinfo, int argno, const char *name);
@@ -38,6 +39,7 @@ static int	compare_names(const void *a, const void *b);
 
 PG_FUNCTION_INFO_V1(omni_refresh);
 PG_FUNCTION_INFO_V1(omni_refresh_on_commit);
+PG_FUNCTION_INFO_V1(omni_refresh_wake);
 
 /*
  * Asks for a refresh now, waits for Omni's answer and returns the job's row.
@@ -91,6 +93,25 @@ omni_refresh_on_commit(PG_FUNCTION_ARGS)
 	row = omni_job_queue(&job);
 	omni_wake_on_commit();
 	PG_RETURN_DATUM(row);
+}
+
+/*
+ * Sees to it that what is unfinished goes on.  Returns whether there is any.
+ */
+Datum
+omni_refresh_wake(PG_FUNCTION_ARGS)
+{
+	OmniError	error;
+	bool		any;
+
+	if (in_recovery(&error))
+		omni_error_report(&error, ERROR);
+	if (!omni_tables_find())
+		elog(ERROR, "extension \"%s\" does not exist", OMNI_EXTENSION);
+	any = omni_job_any_unfinished();
+	if (any && !omni_worker_wake(&error))
+		omni_error_report(&error, ERROR);
+	PG_RETURN_BOOL(any);
 }
 
 /*
@@ -149,14 +170,20 @@ may_request(const OmniJob *job, OmniError *error)
 {
 	OmniTarget	target;
 
-	if (RecoveryInProgress())
-	{
-		omni_error_set(error, ERRCODE_READ_ONLY_SQL_TRANSACTION,
-					   "cannot send requests to Omni during recovery");
-		omni_error_hint(error, "Call the function on the primary.");
+	return !in_recovery(error) &&
+		omni_target_find(NameStr(job->request.server), job->request.role, &target, error);
+}
+
+/* A standby has no worker, which writes. */
+static bool
+in_recovery(OmniError *error)
+{
+	if (!RecoveryInProgress())
 		return false;
-	}
-	return omni_target_find(NameStr(job->request.server), job->request.role, &target, error);
+	omni_error_set(error, ERRCODE_READ_ONLY_SQL_TRANSACTION,
+				   "cannot send requests to Omni during recovery");
+	omni_error_hint(error, "Call the function on the primary.");
+	return true;
 }
 
 /*

@@ -111,7 +111,8 @@ StaticAssertDecl(sizeof(Shared) < 20 * 1024, "too much shared memory");
 typedef struct StartInfo
 {
 	char		layout[sizeof(SHARED_NAME)];	/* of the starter's library */
-	dsm_handle	call;
+	dsm_handle	call;			/* of the starter's, or DSM_HANDLE_INVALID */
+	bool		leave_at_once;	/* if there is nothing to do */
 } StartInfo;
 
 StaticAssertDecl(sizeof(StartInfo) <= BGW_EXTRALEN, "too much for bgw_extra");
@@ -150,8 +151,9 @@ static void free_slot(Slot *slot);
 static int	my_proc(void);
 static void set_latch(int proc);
 static HandOver hand_over(Waiter *waiter);
-static bool start_worker(dsm_segment *segment, BackgroundWorkerHandle **handle);
-static HandOver see_to_worker(bool flag);
+static bool start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handle);
+static HandOver see_to_worker(Oid database, bool flag, bool leave_at_once,
+							  BackgroundWorkerHandle **handle);
 static bool start_has_failed(const Slot *slot);
 static void at_transaction_end(XactEvent event, void *arg);
 static void explain(HandOver result, const OmniCall *call, OmniError *error);
@@ -361,6 +363,7 @@ static HandOver
 hand_over(Waiter *waiter)
 {
 	OmniCall   *call = dsm_segment_address(waiter->segment);
+	StartInfo	info = {.layout = SHARED_NAME,.call = dsm_segment_handle(waiter->segment)};
 	HandOver	result = HANDED_OVER;
 	Slot	   *slot;
 	pid_t		pid;
@@ -386,7 +389,7 @@ hand_over(Waiter *waiter)
 			result = START_FAILED;
 		else if ((slot = make_slot(MyDatabaseId, SLOT_STARTING, my_proc())) == NULL)
 			result = NO_SLOT;
-		else if (!start_worker(waiter->segment, &waiter->start))
+		else if (!start_worker(MyDatabaseId, &info, &waiter->start))
 		{
 			free_slot(slot);
 			result = NO_WORKER;
@@ -417,18 +420,22 @@ hand_over(Waiter *waiter)
 }
 
 /*
- * Sees to it, after the commit of a transaction that has queued something, or
- * just before it, that there is a worker or one on its way.  With flag, it shall
- * look at the queue.  Raises no error.
+ * Sees to it that a database has a worker, or one on its way, whose start nobody
+ * watches.  With flag, it shall look at the queue.  Sets *handle, unless NULL, if
+ * it was started.  With handle being NULL, raises no error: it is called when a
+ * transaction has committed.
  */
 static HandOver
-see_to_worker(bool flag)
+see_to_worker(Oid database, bool flag, bool leave_at_once, BackgroundWorkerHandle **handle)
 {
+	StartInfo	info = {
+		.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = leave_at_once
+	};
 	HandOver	result = HANDED_OVER;
 	Slot	   *slot;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	slot = find_slot(MyDatabaseId);
+	slot = find_slot(database);
 	if (slot != NULL && start_has_failed(slot))
 	{
 		free_slot(slot);
@@ -436,10 +443,10 @@ see_to_worker(bool flag)
 	}
 	if (slot == NULL)
 	{
-		slot = make_slot(MyDatabaseId, SLOT_STARTING, NOBODY);
+		slot = make_slot(database, SLOT_STARTING, NOBODY);
 		if (slot == NULL)
 			result = NO_SLOT;
-		else if (!start_worker(NULL, NULL))
+		else if (!start_worker(database, &info, handle))
 		{
 			free_slot(slot);
 			result = NO_WORKER;
@@ -453,6 +460,30 @@ see_to_worker(bool flag)
 	}
 	LWLockRelease(&shared->lock);
 	return result;
+}
+
+/*
+ * Starts the worker of a database, for the launcher, unless it is there; then
+ * *handle stays as it is.  Returns false if none is to be had at the moment.
+ */
+bool
+omni_worker_launch(Oid database, BackgroundWorkerHandle **handle)
+{
+	attach_shared();
+	return see_to_worker(database, false, true, handle) == HANDED_OVER;
+}
+
+/* Has the worker look at the queue.  Returns false, and says why, if there is none. */
+bool
+omni_worker_wake(OmniError *error)
+{
+	HandOver	result;
+
+	attach_shared();
+	result = see_to_worker(MyDatabaseId, true, false, NULL);
+	if (result != HANDED_OVER)
+		explain(result, NULL, error);
+	return result == HANDED_OVER;
 }
 
 /*
@@ -486,7 +517,7 @@ at_transaction_end(XactEvent event, void *arg)
 		return;
 	if (event == XACT_EVENT_PRE_COMMIT)
 	{
-		result = see_to_worker(false);
+		result = see_to_worker(MyDatabaseId, false, false, NULL);
 		if (result != HANDED_OVER)
 		{
 			OmniError	error;
@@ -502,7 +533,7 @@ at_transaction_end(XactEvent event, void *arg)
 		return;
 	}
 	if (event == XACT_EVENT_COMMIT)
-		(void) see_to_worker(true);
+		(void) see_to_worker(MyDatabaseId, true, false, NULL);
 	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE)
 		has_queued = false;
 }
@@ -516,31 +547,26 @@ start_has_failed(const Slot *slot)
 }
 
 /*
- * Asks the postmaster for a worker.  Returns false if it has none to give, and
- * raises no error.  If there is a segment, of a call, the worker says there why
- * it could not start, and our latch is set when it starts and when it ends.
+ * Asks the postmaster for a worker.  Returns false if it has none to give.  With a
+ * handle, our latch is set when it starts and when it ends; without one, nothing is
+ * allocated and no error raised.
  */
 static bool
-start_worker(dsm_segment *segment, BackgroundWorkerHandle **handle)
+start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handle)
 {
 	BackgroundWorker worker = {0};
-	StartInfo	info = {.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID};
 
-	if (segment != NULL)
-	{
-		info.call = dsm_segment_handle(segment);
-		worker.bgw_notify_pid = MyProcPid;
-	}
-
-	snprintf(worker.bgw_name, BGW_MAXLEN, "omni_refresh worker for database %u", MyDatabaseId);
+	snprintf(worker.bgw_name, BGW_MAXLEN, "omni_refresh worker for database %u", database);
 	strlcpy(worker.bgw_type, "omni_refresh worker", BGW_MAXLEN);
 	strlcpy(worker.bgw_library_name, OMNI_EXTENSION, BGW_MAXLEN);
 	strlcpy(worker.bgw_function_name, "omni_refresh_worker_main", BGW_MAXLEN);
 	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
 	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
 	worker.bgw_restart_time = BGW_NEVER_RESTART;
-	worker.bgw_main_arg = ObjectIdGetDatum(MyDatabaseId);
-	memcpy(worker.bgw_extra, &info, sizeof(info));
+	worker.bgw_main_arg = ObjectIdGetDatum(database);
+	if (handle != NULL)
+		worker.bgw_notify_pid = MyProcPid;
+	memcpy(worker.bgw_extra, info, sizeof(*info));
 	return RegisterDynamicBackgroundWorker(&worker, handle);
 }
 
@@ -571,8 +597,9 @@ forsake_call(dsm_segment *segment, Datum arg)
 /*
  * The first thing that a worker does: checks that its library is its starter's,
  * and lets the starter know what errors it meets before omni_worker_attach().
+ * Returns whether to leave at once if there is nothing to do.
  */
-void
+bool
 omni_worker_begin(void)
 {
 	StartInfo	info;
@@ -590,6 +617,21 @@ omni_worker_begin(void)
 		dsm_pin_mapping(starter_call);
 	next_emit_log_hook = emit_log_hook;
 	emit_log_hook = keep_reason;
+	return info.leave_at_once;
+}
+
+/* Instead of omni_worker_attach(): who comes next may start another one. */
+void
+omni_worker_turn_back(void)
+{
+	Slot	   *slot;
+
+	attach_shared();
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(MyDatabaseId);
+	if (slot != NULL && slot->state == SLOT_STARTING && slot->owner == NOBODY)
+		free_slot(slot);
+	LWLockRelease(&shared->lock);
 }
 
 /* Called for each message that is logged. */

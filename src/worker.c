@@ -138,7 +138,7 @@ static bool queue_left = true;	/* there is something in the queue */
 static TimestampTz next_due = DT_NOEND; /* what is left, and is not due yet */
 static List *held = NIL;		/* of Held */
 static HTAB *last_sent = NULL;	/* of LastSent */
-static TimestampTz busy_at;		/* when there was something in hand */
+static TimestampTz busy_at = 0;	/* when there was something to do, or long ago */
 static TimestampTz looked_round_at = 0; /* for who else wants the database */
 static uint32 wait_event;
 
@@ -194,16 +194,22 @@ omni_refresh_worker_main(Datum main_arg)
 {
 	MemoryContext context = CurrentMemoryContext;
 	volatile bool leave = false;
+	bool		leave_at_once;
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
-	omni_worker_begin();
+	leave_at_once = omni_worker_begin();
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(main_arg), InvalidOid, 0);
 	override_settings();
 	wait_event = WaitEventExtensionNew("OmniRefreshWorker");
 
 	StartTransactionCommand();
+	if (leave_at_once && !omni_extension_is_same())
+	{
+		omni_worker_turn_back();
+		return;
+	}
 	if (!omni_extension_is_same())
 		ereport(FATAL,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -212,7 +218,8 @@ omni_refresh_worker_main(Datum main_arg)
 	omni_worker_attach();
 	CommitTransactionCommand();
 
-	busy_at = GetCurrentTimestamp();
+	if (!leave_at_once)
+		busy_at = GetCurrentTimestamp();
 	while (!leave)
 	{
 		PG_TRY();
@@ -337,7 +344,7 @@ turn(void)
 	if (dlist_is_empty(&works) && !queue_left)
 	{
 		long		idle_left = omni_idle_timeout -
-		TimestampDifferenceMilliseconds(busy_at, GetCurrentTimestamp());
+		Min(TimestampDifferenceMilliseconds(busy_at, GetCurrentTimestamp()), INT_MAX);
 
 		if (idle_left <= 0 && omni_worker_leave_if_idle())
 			return false;

@@ -1,0 +1,145 @@
+/*-------------------------------------------------------------------------
+ *
+ * launcher.c
+ *		The launcher: with shared_preload_libraries, starts the worker once in each
+ *		database after a start of the server or a promotion, so that what is queued
+ *		there goes on by itself.
+ *
+ * A worker that finds nothing to do leaves at once.  The launcher then sleeps for
+ * ever: after a crash of some backend the postmaster starts it again with all
+ * others, which it would not do had it left.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/heapam.h"
+#include "access/tableam.h"
+#include "access/xact.h"
+#include "catalog/pg_database.h"
+#include "miscadmin.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/latch.h"
+#include "tcop/tcopprot.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+#include "utils/wait_event.h"
+
+#include "compat.h"
+#include "omni_refresh.h"
+
+/* Before a launcher that has failed is started again, in s */
+#define RESTART_AFTER		60
+
+/* How long a worker that has just been started is waited for, in ms */
+#define PATIENCE			1000
+
+PGDLLEXPORT void omni_refresh_launcher_main(Datum main_arg);
+
+static List *list_databases(void);
+static void launch(Oid database);
+
+/* Called when the library is preloaded. */
+void
+omni_launcher_register(void)
+{
+	BackgroundWorker worker = {
+		.bgw_name = "omni_refresh launcher",
+		.bgw_type = "omni_refresh launcher",
+		.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION,
+		.bgw_start_time = BgWorkerStart_RecoveryFinished,
+		.bgw_restart_time = RESTART_AFTER,
+		.bgw_library_name = OMNI_EXTENSION,
+		.bgw_function_name = "omni_refresh_launcher_main"
+	};
+
+	RegisterBackgroundWorker(&worker);
+}
+
+void
+omni_refresh_launcher_main(Datum main_arg)
+{
+	List	   *databases;
+	ListCell   *cell;
+
+	pqsignal(SIGTERM, die);
+	BackgroundWorkerUnblockSignals();
+	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
+
+	databases = list_databases();
+	foreach(cell, databases)
+		launch(lfirst_oid(cell));
+
+	for (;;)
+	{
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_EXIT_ON_PM_DEATH, 0,
+						 WaitEventExtensionNew("OmniRefreshLauncher"));
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
+}
+
+/* The databases that one can connect to and that are not meant to be copied. */
+static List *
+list_databases(void)
+{
+	MemoryContext context = CurrentMemoryContext;
+	List	   *result = NIL;
+	Relation	relation;
+	TableScanDesc scan;
+	HeapTuple	tuple;
+
+	StartTransactionCommand();
+	(void) GetTransactionSnapshot();
+	relation = table_open(DatabaseRelationId, AccessShareLock);
+	scan = table_beginscan_catalog(relation, 0, NULL);
+	while ((tuple = heap_getnext(scan, ForwardScanDirection)) != NULL)
+	{
+		Form_pg_database database = (Form_pg_database) GETSTRUCT(tuple);
+
+		if (database->datallowconn && !database->datistemplate && database->datconnlimit >= -1)
+		{
+			MemoryContext old = MemoryContextSwitchTo(context);
+
+			result = lappend_oid(result, database->oid);
+			MemoryContextSwitchTo(old);
+		}
+	}
+	table_endscan(scan);
+	table_close(relation, AccessShareLock);
+	CommitTransactionCommand();
+	return result;
+}
+
+/*
+ * Starts the worker of a database and gives it a moment to find out whether it has
+ * anything to do, so that no more than a few of max_worker_processes are in use
+ * at a time.  While there is none to be had, it waits.
+ */
+static void
+launch(Oid database)
+{
+	BackgroundWorkerHandle *handle = NULL;
+	TimestampTz began;
+	pid_t		pid;
+
+	while (!omni_worker_launch(database, &handle))
+	{
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, PATIENCE,
+						 WaitEventExtensionNew("OmniRefreshLauncher"));
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
+
+	began = GetCurrentTimestamp();
+	while (handle != NULL && GetBackgroundWorkerPid(handle, &pid) != BGWH_STOPPED &&
+		   !TimestampDifferenceExceeds(began, GetCurrentTimestamp(), PATIENCE))
+	{
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, PATIENCE,
+						 WaitEventExtensionNew("OmniRefreshLauncher"));
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
+}
