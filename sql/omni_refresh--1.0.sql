@@ -127,6 +127,24 @@ CREATE INDEX omni_refresh_event_job_idx ON omni_refresh_event (job);
 COMMENT ON INDEX omni_refresh_event_job_idx IS 'the events of a job';
 
 /*
+ * What logical replication brings is another database's, and may well bear the OID
+ * of this one: these triggers keep it out.  They fire for nothing else.
+ */
+CREATE FUNCTION omni_refresh_keep_out()
+	RETURNS trigger
+	AS 'MODULE_PATHNAME', 'omni_refresh_keep_out'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_keep_out() IS 'keeps out rows that logical replication brings';
+CREATE TRIGGER omni_refresh_job_keep_out BEFORE INSERT ON omni_refresh_job
+	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
+CREATE TRIGGER omni_refresh_event_keep_out BEFORE INSERT ON omni_refresh_event
+	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
+COMMENT ON TRIGGER omni_refresh_job_keep_out ON omni_refresh_job IS 'keeps out jobs that logical replication brings';
+COMMENT ON TRIGGER omni_refresh_event_keep_out ON omni_refresh_event IS 'keeps out events that logical replication brings';
+ALTER TABLE omni_refresh_job ENABLE REPLICA TRIGGER omni_refresh_job_keep_out;
+ALTER TABLE omni_refresh_event ENABLE REPLICA TRIGGER omni_refresh_event_keep_out;
+
+/*
  * Everyone sees the jobs of the roles whose privileges they have, monitors see
  * all.  The array is made once a statement, and a dropped role is no error.
  */

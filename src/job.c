@@ -30,6 +30,7 @@
 #include "catalog/pg_class.h"
 #include "catalog/pg_extension.h"
 #include "catalog/pg_type.h"
+#include "commands/trigger.h"
 #include "executor/spi.h"
 #include "funcapi.h"
 #include "miscadmin.h"
@@ -953,6 +954,19 @@ add_events(int64 job, const NameData *requested_by, const Event *first, const Ev
 		null[5] = event->detail != NULL ? ' ' : 'n';
 	}
 	(void) run(&insert_events, values, nulls);
+}
+
+PG_FUNCTION_INFO_V1(omni_refresh_keep_out);
+
+/* A trigger that lets no row in: fires for what logical replication brings. */
+Datum
+omni_refresh_keep_out(PG_FUNCTION_ARGS)
+{
+	if (!CALLED_AS_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("omni_refresh_keep_out() must be called as a trigger")));
+	PG_RETURN_POINTER(NULL);
 }
 
 /* Whether there is a job that is not at its end, in a backend. */

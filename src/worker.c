@@ -138,7 +138,7 @@ static bool queue_left = true;	/* there is something in the queue */
 static TimestampTz next_due = DT_NOEND; /* what is left, and is not due yet */
 static List *held = NIL;		/* of Held */
 static HTAB *last_sent = NULL;	/* of LastSent */
-static TimestampTz busy_at = 0;	/* when there was something to do, or long ago */
+static TimestampTz busy_at = 0; /* when there was something to do, or long ago */
 static TimestampTz looked_round_at = 0; /* for who else wants the database */
 static uint32 wait_event;
 
