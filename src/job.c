@@ -262,7 +262,10 @@ static Statement reclock_jobs = {
 #define MERGE_KEY \
 	"hashtextextended(concat_ws(' ', server, requested_by_oid, kind, model_id, branch_id, policy), 0)"
 
-/* the first jobs that are due, but for some servers and some roles at some servers */
+/*
+ * The first jobs that are due, but for some servers and some roles at some servers,
+ * and for those that somebody else is about to change.
+ */
 static Statement select_due = {
 	.table = &job_table,
 	.text = "SELECT id::bigint, server::name, requested_by::name, requested_by_oid::oid,"
@@ -271,7 +274,7 @@ static Statement select_due = {
 	" FROM %s AS job"
 	" WHERE status = 'pending' AND origin <> 'call' AND database = $1 AND run_at <= $2"
 	"  AND server::text <> ALL ($3) AND concat_ws(' ', server, requested_by_oid) <> ALL ($3)"
-	" ORDER BY run_at, id LIMIT $4",
+	" ORDER BY run_at, id LIMIT $4 FOR NO KEY UPDATE SKIP LOCKED",
 	.nargs = 4,
 	.argtypes = {OIDOID, TIMESTAMPTZOID, TEXTARRAYOID, INT8OID}
 };
@@ -553,6 +556,19 @@ omni_job_delay(OmniJob *job, TimestampTz run_at)
 	add_events(job->id, &job->request.requested_by, &requested, &limited);
 }
 
+/*
+ * Keeps a pending job from being changed by others until the end of the transaction.
+ * Returns false if it is not pending any more, or somebody else is about to
+ * change it, for whom nobody waits.
+ */
+bool
+omni_job_lock(int64 id)
+{
+	Datum		values[1] = {Int64GetDatum(id)};
+
+	return run(&lock_job, values, NULL) > 0;
+}
+
 /* Lets a pending job wait. */
 void
 omni_job_defer(int64 id, TimestampTz run_at)
@@ -824,7 +840,7 @@ add_members(HeapTuple set, TupleDesc desc, Datum *members, Datum *carriers, int 
 	deconstruct_array(DatumGetArrayTypeP(values[0]), INT8OID, sizeof(int64),
 					  FLOAT8PASSBYVAL, TYPALIGN_DOUBLE, &ids, NULL, &nids);
 	values[0] = ids[0];
-	if (run(&lock_job, values, NULL) == 0)
+	if (!omni_job_lock(DatumGetInt64(ids[0])))
 		return;
 	(void) run(&widen_job, values, nulls);
 	for (int i = 1; i < nids && *count < MERGE_LIMIT; i++)

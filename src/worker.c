@@ -101,7 +101,8 @@ typedef struct Work
 	char	   *url;
 	OmniTransfer *transfer;		/* NULL before it is sent */
 	TimestampTz delayed_until;	/* by the rate limit, else 0 */
-	bool		gone;			/* the row is not pending any more */
+	bool		gone;			/* the row is not pending any more, or is
+								 * locked */
 	bool		settled;		/* outcome is set */
 	OmniOutcome outcome;
 } Work;
@@ -909,8 +910,14 @@ begin_one(Work *work)
 	work->delayed_until = 0;
 	work->gone = false;
 
-	if (work->job.queued && (work->delayed_until = rate_held_until(work)) != 0)
-		return;					/* others of its kind have tried just now */
+	if (work->job.queued)
+	{
+		work->gone = !omni_job_lock(work->job.id);
+		work->delayed_until = rate_held_until(work);	/* set just now, by others of
+														 * its kind */
+		if (work->gone || work->delayed_until != 0)
+			return;
+	}
 	if (work->step == NEW && !work->job.queued && work->call->job_id != 0)
 	{
 		/* it was an earlier worker's, and is settled now */
@@ -1050,7 +1057,11 @@ begun(Work *work)
 		work->call->job_id = work->job.id;
 
 	if (work->gone && work->call == NULL)
-		let_go(work);			/* canceled or deleted meanwhile */
+	{
+		/* somebody has changed it meanwhile, or is about to */
+		look_at = Min(look_at, TimestampTzPlusMilliseconds(GetCurrentTimestamp(), RETRY_DELAY));
+		let_go(work);
+	}
 	else if (work->gone)
 	{
 		OmniError	error;

@@ -1,0 +1,274 @@
+# What is alike is merged, exactly: Omni is asked for all that was requested, for no more, and no more
+# often than it takes.
+
+use strict;
+use warnings FATAL => 'all';
+
+use JSON::PP;
+use HTTP::Tiny;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes ();
+
+use OmniAPI;
+use OmniFault;
+use OmniLife;
+
+my $seed = $ENV{OMNI_MERGE_SEED} || int(Time::HiRes::time * 1000) % 2**31;
+my $omni = OmniAPI->start;
+my $node = OmniFault::node('merge', conf => "omni_refresh.min_interval = 0\nomni_refresh.max_in_flight = 16\n");
+my $all_done = q{SELECT count(*) = 0 FROM omni_refresh_job WHERE status IN ('pending', 'sending')};
+
+END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
+
+note("OMNI_MERGE_SEED=$seed");
+srand($seed);
+OmniFault::server($node, $_, url => $omni->http, key => $omni->key, rate_limit => 0) for 'omni', 'twin';
+$node->safe_psql('postgres', 'CREATE ROLE one LOGIN; CREATE ROLE two LOGIN; GRANT one, two TO CURRENT_USER');
+
+# In the configuration file this holds what is queued, or lets it go.
+sub enable
+{
+	my ($value) = @_;
+
+	$node->append_conf('postgresql.conf', "omni_refresh.enabled = $value\n");
+	$node->reload;
+	return;
+}
+
+# Begins anew, with so many models.
+sub clear
+{
+	my ($models) = @_;
+
+	enable('off');
+	$omni->reset;
+	$omni->set(models => $models);
+	my $list = "/api/v1/models?pageSize=100";
+	my (@ids, $cursor);
+	do
+	{
+		my $page = decode_json(HTTP::Tiny->new(http_proxy => undef, proxy => undef)->get(
+				$omni->http . $list . (defined $cursor ? '&cursor=' . $cursor =~ s/([+=])/sprintf '%%%02X', ord $1/ger : ''),
+				{ headers => { Authorization => 'Bearer ' . $omni->key } })->{content});
+		push @ids, map { $_->{id} } @{ $page->{records} };
+		$cursor = $page->{pageInfo}{nextCursor};
+	} while (defined $cursor);
+	$node->safe_psql('postgres', 'TRUNCATE omni_refresh_job, omni_refresh_event');
+	return @ids;
+}
+
+# The SQL of a request: { model, branch, hard, schemas, tables }, of which all but the first may be missing.
+sub sql
+{
+	my ($request) = @_;
+	my @arguments = ("'$request->{model}'");
+
+	push @arguments, "branch => '$request->{branch}'" if $request->{branch};
+	push @arguments, 'hard => ' . ($request->{hard} ? 'true' : 'false') if defined $request->{hard};
+	for my $list (qw(schemas tables))
+	{
+		push @arguments, "$list => '{" . join(',', @{ $request->{$list} }) . "}'" if $request->{$list};
+	}
+	return 'SELECT FROM omni_refresh_on_commit(' . join(', ', @arguments) . ')';
+}
+
+# What a request asks for, in words of which two are equal if it is the same.
+sub extent
+{
+	my ($request) = @_;
+	my ($schemas, $tables) = map { $request->{$_} ? do { my %set = map { $_ => 1 } @{ $request->{$_} }; join ',', sort keys %set } : undef } qw(schemas tables);
+
+	return 'hard' if $request->{hard} || (!defined $request->{hard} && !defined $schemas && !defined $tables);
+	return 'soft' if !defined $schemas && !defined $tables;
+	return join ' ', (defined $schemas ? "schemas $schemas" : ()), (defined $tables ? "tables $tables" : ());
+}
+
+# What must be sent for some requests for one model and branch: by the rules, one after the other.
+sub expected
+{
+	my (@requests) = @_;
+	my @extents = map { extent($_) } @requests;
+	my (%schemas, %tables, %both);
+
+	return ('hard') if grep { $_ eq 'hard' } @extents;
+	return ('soft') if grep { $_ eq 'soft' } @extents;
+	for my $request (@requests)
+	{
+		if ($request->{schemas} && $request->{tables}) { $both{ extent($request) } = 1 }
+		elsif ($request->{schemas}) { $schemas{$_} = 1 for @{ $request->{schemas} } }
+		else { $tables{$_} = 1 for @{ $request->{tables} } }
+	}
+	return sort keys %both, (%schemas ? 'schemas ' . join(',', sort keys %schemas) : ()), (%tables ? 'tables ' . join(',', sort keys %tables) : ());
+}
+
+# What was sent, as "MODEL BRANCH" => [ extents ].
+sub sent
+{
+	my %sent;
+
+	for my $request ($omni->requests(qr/refresh$/))
+	{
+		my %parameters = map { my ($name, $value) = split /=/; $value =~ s/%([0-9a-f]{2})/chr hex $1/gie; $name => $value }
+			split /&/, $request->{query} // '';
+		my ($model) = $request->{path} =~ m{models/([^/]*)/};
+		my %lists = map { $_ => [ split /,/, $parameters{$_} ] } grep { defined $parameters{$_} } qw(schemas tables);
+		my $hard = defined $parameters{hard_refresh} ? $parameters{hard_refresh} eq 'true' : undef;
+		push @{ $sent{ $model . ' ' . ($parameters{branch_id} // '') } }, extent({ hard => $hard, %lists });
+	}
+	return map { $_ => [ sort @{ $sent{$_} } ] } keys %sent;
+}
+
+# Random requests for many models: each model and branch is a case of its own
+
+sub some
+{
+	my @names = @_;
+	my @chosen = grep { rand() < 0.4 } @names;
+
+	return @chosen ? \@chosen : [ $names[ rand @names ] ];
+}
+
+sub random_request
+{
+	my ($model) = @_;
+	my %request = (model => $model);
+	my $kind = rand;
+
+	$request{branch} = '00000000-0000-0000-0000-00000000000' . int rand 2 if rand() < 0.3;
+	if ($kind < 0.05) { }
+	elsif ($kind < 0.1) { $request{hard} = 1 }
+	elsif ($kind < 0.2) { $request{hard} = 0 }
+	else
+	{
+		$request{schemas} = some(qw(a b c d)) if $kind < 0.75;
+		$request{tables} = some(qw(u v w)) if $kind >= 0.5;
+		$request{hard} = 0 if rand() < 0.3;
+	}
+	return \%request;
+}
+
+for my $round (1 .. 3)
+{
+	my @models = clear(250);
+	my (%requests, @sql);
+
+	for my $model (@models)
+	{
+		for (1 .. 1 + rand 7)
+		{
+			my $request = random_request($model);
+			push @{ $requests{ $model . ' ' . ($request->{branch} // '') } }, $request;
+			push @sql, [ rand, sql($request) . ';' ];
+		}
+	}
+	@sql = map { $_->[1] } sort { $a->[0] <=> $b->[0] } @sql;
+	# in transactions of several
+	for (my $i = 0; $i < @sql; $i += 1 + int rand 5) { $sql[$i] = "COMMIT; BEGIN; $sql[$i]" }
+	$node->safe_psql('postgres', "SET client_min_messages = error; SET omni_refresh.enabled = on; BEGIN;\n" . join("\n", @sql) . "\nCOMMIT");
+	enable('on');
+	ok($node->poll_query_until('postgres', $all_done), 'round ' . $round . ': ' . @sql . ' requests');
+
+	my %sent = sent();
+	my %expected = map { $_ => [ expected(@{ $requests{$_} }) ] } keys %requests;
+	is_deeply(\%sent, \%expected, '... make just those that are needed')
+		or diag("OMNI_MERGE_SEED=$seed");
+	is($node->safe_psql('postgres', q{
+			SELECT count(*) FROM omni_refresh_job AS job LEFT JOIN omni_refresh_job AS carrier ON carrier.id = job.merged_into
+			WHERE (job.status = 'merged') <> (job.merged_into IS NOT NULL)
+				OR job.status = 'merged' AND NOT (carrier.id < job.id AND carrier.model_id = job.model_id
+					AND carrier.branch_id IS NOT DISTINCT FROM job.branch_id AND carrier.attempts = 1
+					AND (carrier.hard >= job.hard) AND (carrier.schemas IS NULL OR job.schemas <@ carrier.schemas)
+					AND (carrier.tables IS NULL OR job.tables <@ carrier.tables) AND job.finished_at <= carrier.finished_at
+					AND (carrier.schemas IS NULL OR job.schemas IS NOT NULL) AND (carrier.tables IS NULL OR job.tables IS NOT NULL))}),
+		'0', '... each is merged into an older one that does for it');
+	is($node->safe_psql('postgres', q{
+			SELECT count(*) FROM (
+				SELECT job.status, string_agg(event, ' ' ORDER BY e.id) AS story, min(e.occurred_at) = job.requested_at AS dated_back
+				FROM omni_refresh_job AS job JOIN omni_refresh_event AS e ON e.job = job.id GROUP BY job.id) AS s
+			WHERE NOT dated_back OR story <> CASE status WHEN 'merged' THEN 'requested merged' WHEN 'accepted' THEN 'requested sending accepted'
+				ELSE 'requested sending refused failed' END}), '0', '... as the events tell');
+}
+
+# What stays apart
+
+my ($model) = clear(1);
+my $queue = "SELECT FROM omni_refresh_on_commit('$model')";
+$node->safe_psql('postgres', "SET omni_refresh.enabled = on; $queue; SET ROLE one; $queue; SET ROLE two; $queue; RESET ROLE;
+	SET omni_refresh.server = twin; $queue; $queue");
+enable('on');
+ok($node->poll_query_until('postgres', $all_done), 'requests of three roles, and for another server');
+is(scalar(() = $omni->requests(qr/refresh$/)), 4, '... are not merged with one another');
+
+# One that is on its way has perhaps been too early for a newer one.
+
+($model) = clear(1);
+enable('on');
+$omni->fault('hang');
+$node->safe_psql('postgres', "$queue");
+$omni->wait_for_requests(1, qr/refresh$/);
+$node->safe_psql('postgres', $queue) for 1, 2;
+$omni->wait_for_requests(2, qr/refresh$/);
+ok($node->poll_query_until('postgres', q{SELECT bool_or(status = 'accepted') FROM omni_refresh_job}), 'what comes while one is on its way is sent');
+is($node->safe_psql('postgres', q{SELECT string_agg(status, ' ' ORDER BY id) FROM omni_refresh_job WHERE status <> 'merged'}),
+	$node->safe_psql('postgres', q{SELECT count(*) FROM omni_refresh_job WHERE status = 'merged'}) ? 'sending accepted' : 'sending accepted accepted', '... by itself');
+$omni->fault('none');
+ok($node->poll_query_until('postgres', $all_done), '... and the other one goes on');
+
+# One that waits for another attempt may carry newer ones.
+
+($model) = clear(1);
+enable('on');
+$omni->fault('answer', status => 503, headers => { 'Retry-After' => 1 });
+$node->safe_psql('postgres', "SELECT FROM omni_refresh_on_commit('$model', schemas => '{a}')");
+$omni->wait_for_requests(1, qr/refresh$/);
+$node->safe_psql('postgres', "SELECT FROM omni_refresh_on_commit('$model', schemas => '{b}')");
+ok($node->poll_query_until('postgres', $all_done), 'what waits for another attempt');
+is($node->safe_psql('postgres', q{SELECT string_agg(concat_ws(' ', status, attempts, schemas), '; ' ORDER BY id) FROM omni_refresh_job}),
+	'accepted 2 {a,b}; merged 0 {b}', '... carries newer ones out');
+
+# Somebody is about to cancel the oldest, or another one: nobody waits, and nothing is lost.
+
+for my $n (0, 1)
+{
+	($model) = clear(1);
+	$node->safe_psql('postgres', "SET omni_refresh.enabled = on; " . join ';', map { "SELECT FROM omni_refresh_on_commit('$model', schemas => '{$_}')" } 'a' .. 'c');
+	my $session = OmniLife::session($node, 'postgres');
+	$session->query("BEGIN; UPDATE omni_refresh_job SET status = 'canceled', finished_at = now() WHERE id = (SELECT id FROM omni_refresh_job ORDER BY id OFFSET $n LIMIT 1)");
+	enable('on');
+	my $name = $n == 0 ? 'the oldest' : 'another one';
+	$omni->wait_for_requests(1, qr/refresh$/);
+	ok($node->poll_query_until('postgres', q{SELECT count(*) >= 1 FROM omni_refresh_job WHERE status = 'accepted'}), "while $name is locked, the others go on");
+	$session->query('COMMIT');
+	$session->quit;
+	ok($node->poll_query_until('postgres', $all_done), '... and all come to an end');
+	my %sent = sent();
+	my $names = join ' ', map { @$_ } values %sent;
+	like($names, qr/\b$_\b/, "... $_ is sent") for grep { $_ ne ($n == 0 ? 'a' : 'b') } 'a' .. 'c';
+	is($node->safe_psql('postgres', q{SELECT count(*) FROM omni_refresh_job WHERE status = 'canceled'}), '1', '... but not what was canceled');
+}
+
+# Lists that would be too long together stay apart.
+
+($model) = clear(1);
+$node->safe_psql('postgres', "SET omni_refresh.enabled = on;
+	SELECT count(omni_refresh_on_commit('$model', schemas => ARRAY(SELECT n || '_' || i || repeat('x', 90) FROM generate_series(1, 3000) AS i))) FROM generate_series(1, 2) AS n");
+enable('on');
+ok($node->poll_query_until('postgres', $all_done), 'lists that would be too long together');
+is($node->safe_psql('postgres', q{SELECT string_agg(attempts::text, ' ') FROM omni_refresh_job}), '1 1', '... stay apart');
+
+# A great many pairs
+
+clear(1);
+$node->safe_psql('postgres', q{SET omni_refresh.enabled = on;
+	SELECT count(omni_refresh_on_commit(model, schemas => ARRAY[n::text]))
+	FROM (SELECT gen_random_uuid() AS model FROM generate_series(1, 5000)) AS m, generate_series(1, 2) AS n});
+enable('on');
+my $seconds = OmniLife::timed(sub { $node->poll_query_until('postgres', q{SELECT count(*) = 5000 FROM omni_refresh_job WHERE status = 'merged'}) });
+is($node->safe_psql('postgres', q{SELECT count(*) FROM omni_refresh_job WHERE status = 'merged'}), '5000', 'five thousand pairs are merged');
+note("in $seconds s");
+
+$node->stop('fast');
+OmniLife::clean($node, 'the log is clean', qr/terminating background worker/);
+done_testing();
