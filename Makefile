@@ -31,7 +31,8 @@ DATA = $(wildcard sql/*.sql)
 REGRESS := $(patsubst test/sql/%.sql,%,$(wildcard test/sql/*.sql))
 REGRESS_OPTS = --inputdir=test --temp-instance=tmp_check_regress --temp-config=test/omni_refresh.conf
 ISOLATION := $(patsubst test/specs/%.spec,%,$(wildcard test/specs/*.spec))
-ISOLATION_OPTS = --inputdir=test --outputdir=. --temp-instance=tmp_check_iso --temp-config=test/omni_refresh.conf
+ISOLATION_OPTS = --inputdir=test --outputdir=. --temp-instance=tmp_check_iso --temp-config=test/omni_refresh.conf \
+	--temp-config=test/specs/held.conf
 TAP_TESTS := $(wildcard test/t/*.pl)
 PROVE_TESTS ?= test/t/*.pl
 EXTRA_CLEAN = tmp_check_regress
