@@ -10,8 +10,9 @@
 #	make test				builds and tests a copy, and leaves this directory as it is
 #	make check-asan			the same with AddressSanitizer and UndefinedBehaviorSanitizer
 #	make check-valgrind		every fault of the stand-in for Omni, with a server run by valgrind
-#	make soak				random kills and faults for ten minutes, or MINUTES=30; SEED= of a
-#							run that failed repeats its schedule
+#	make soak				random kills and faults, of calls and then of what is queued, for ten
+#							minutes each, or MINUTES=30; SEED= of a run that failed repeats its
+#							schedule
 #
 # One test of each kind alone, also with installcheck; an empty list skips a kind:
 #
@@ -88,7 +89,7 @@ endif
 test:
 	@test/run
 soak:
-	@REGRESS= ISOLATION= PROVE_TESTS=test/t/040_soak.pl PROVE_FLAGS=-v \
+	@REGRESS= ISOLATION= PROVE_TESTS='test/t/04?_*.pl' PROVE_FLAGS=-v \
 		OMNI_SOAK_MINUTES='$(or $(MINUTES),10)' OMNI_SOAK_SEED='$(SEED)' test/run
 demo:
 	@test/demo

@@ -30,9 +30,10 @@ import urllib.parse
 import uuid
 from collections import defaultdict, deque
 
-# Random, so that a client which talks to the instance of another test is refused.
-KEY = "omni_osk_" + secrets.token_hex(24)
-MODEL = str(uuid.uuid4())
+# Random, so that a client which talks to the instance of another test is refused; unless this is
+# to take the place of one that was killed.
+KEY = os.environ.get("OMNI_API_KEY") or "omni_osk_" + secrets.token_hex(24)
+MODEL = os.environ.get("OMNI_API_MODEL") or str(uuid.uuid4())
 BRANCH = str(uuid.uuid4())
 
 # What POST /control/set can change. Of several values the first is the default.
@@ -54,6 +55,11 @@ SETTINGS = {
     "job_forbidden": (False, True),         # polls are answered 403
     "record": (True, False),                # a long benchmark saves memory by only counting
 }
+
+# Where the plain http address is, and the file, if any, to which each request is added: as it
+# arrives, and once more as it is answered. So the record outlives a kill -9.
+PORT = int(os.environ.get("OMNI_API_PORT") or 0)
+RECORD = os.environ.get("OMNI_API_RECORD")
 
 PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -92,6 +98,11 @@ def make_models(count):
             "branches": [{"id": branch, "name": f"branch-{i}"}] if kind == "SHARED" else [],
         }
     return models
+
+
+def keep(request, file=RECORD and os.open(RECORD, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)):
+    if file:
+        os.write(file, json.dumps({"process": os.getpid(), **request}).encode() + b"\n")
 
 
 class Omni:
@@ -160,6 +171,7 @@ class Omni:
             request["n"] = self.stats["requests"]
             if self.settings["record"]:
                 self.requests.append(request)
+            keep(request)
             for fault in self.faults:
                 if fault["times"] != 0 and fault["path"].search(request["path"]):
                     fault["times"] -= 1     # -1 never gets to 0
@@ -170,6 +182,7 @@ class Omni:
     def leave(self, connection, request, status):
         with self.lock:
             request["status"] = status
+            keep(request)
             self.stats["in_flight"] -= 1
             self.faulty.discard(connection)
 
@@ -543,9 +556,9 @@ class Connection:
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
-def listen(handle):
+def listen(handle, port=0):
     """Calls handle(socket) for each connection, in a new thread; returns the port."""
-    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    listener = socket.create_server(("127.0.0.1", port), backlog=1024)
 
     def accept():
         while True:
@@ -645,7 +658,8 @@ def main():
             ports[name] = listen(lambda sock, context=context:
                                  Connection(server, sock, context).run())
         urls = {name: f"https://127.0.0.1:{port}" for name, port in ports.items()}
-        urls["http"] = f"http://127.0.0.1:{listen(lambda sock: Connection(server, sock).run())}"
+        port = listen(lambda sock: Connection(server, sock).run(), PORT)
+        urls["http"] = f"http://127.0.0.1:{port}"
         ready = {**urls, "ca": f"{directory}/ca.pem", "key": KEY, "model": MODEL, "branch": BRANCH}
         print(json.dumps(ready), flush=True)
 

@@ -16,18 +16,34 @@ use warnings FATAL => 'all';
 
 use Carp qw(croak);
 use File::Basename qw(dirname);
+use File::Path qw(rmtree);
 use File::Spec;
 use HTTP::Tiny;
+use IO::Socket::INET;
 use IPC::Open2 qw(open2);
 use JSON::PP;
 
 my $script = File::Spec->rel2abs(dirname(__FILE__) . '/../omni_api.py');
 
-# Starts a server and waits until it serves.
+# Starts a server and waits until it serves. If a file is named, to which each request is added,
+# it can be killed, and revived in the same place.
 sub start
 {
-	my ($class) = @_;
+	my ($class, $record) = @_;
+	my $self = bless { owner => $$, record => $record }, $class;	# a forked child must not stop its parent's server
+
+	# Bound, but not listening: nobody else gets the port while the server is dead.
+	$self->{place} = IO::Socket::INET->new(LocalAddr => '127.0.0.1', Proto => 'tcp', ReuseAddr => 1)
+		// die "no port: $@\n" if defined $record;
+	return $self->revive;
+}
+
+sub revive
+{
+	my ($self) = @_;
 	my $python = $ENV{OMNI_PYTHON} // (-x '/usr/bin/python3' ? '/usr/bin/python3' : 'python3');
+	local @ENV{qw(OMNI_API_PORT OMNI_API_RECORD)} = ($self->{place}->sockport, $self->{record}) if $self->{place};
+	local @ENV{qw(OMNI_API_KEY OMNI_API_MODEL)} = ($self->key, $self->model) if $self->{ready};
 	my $pid = open2(my $out, my $in, $python, $script);
 	my $line = do { local $/ = "\n"; <$out> };
 	if (!defined $line)
@@ -35,14 +51,12 @@ sub start
 		waitpid($pid, 0);
 		die "omni_api.py ended before it was ready\n";
 	}
-	return bless {
-		pid => $pid,
-		owner => $$,			# a forked child must not stop its parent's server
-		in => $in,
-		ready => decode_json($line),
-		# Not by way of a proxy that the environment may name.
-		client => HTTP::Tiny->new(http_proxy => undef, proxy => undef),
-	}, $class;
+	$self->{pid} = $pid;
+	$self->{in} = $in;
+	$self->{ready} = decode_json($line);
+	# Not by way of a proxy that the environment may name.
+	$self->{client} = HTTP::Tiny->new(http_proxy => undef, proxy => undef);
+	return $self;
 }
 
 # What the server told when it was ready: addresses, path of the CA, key, model and branch.
@@ -131,13 +145,32 @@ sub control
 # Stops the server. Harmless when repeated, in an END block, and in a forked child.
 sub stop
 {
-	my ($self) = @_;
+	my ($self, $signal) = @_;
 	my $pid = delete $self->{pid};
 	return if !defined $pid || $self->{owner} != $$;
 
 	local ($!, $?);				# the exit status of the test is not waitpid's to change
-	kill 'TERM', $pid;
+	CORE::kill($signal // 'TERM', $pid);
 	waitpid($pid, 0);
+	return;
+}
+
+# Ends it without a word, wherever it is.
+sub kill
+{
+	my ($self) = @_;
+	$self->stop('KILL');
+	rmtree(dirname($self->ca));
+	return;
+}
+
+# Lets it do nothing for a while: what is sent to it meanwhile, it reads afterwards.
+sub freeze
+{
+	my ($self, $seconds) = @_;
+	CORE::kill('STOP', $self->{pid});
+	select(undef, undef, undef, $seconds);
+	CORE::kill('CONT', $self->{pid});
 	return;
 }
 

@@ -147,6 +147,33 @@ sub until_true
 	return ok($result, $name);
 }
 
+# Kills a server. Returns true once nothing of it is left, so that it can be started again.
+sub kill_server
+{
+	my ($node) = @_;
+	my ($postmaster) = slurp_file($node->data_dir . '/postmaster.pid') =~ /^(\d+)/;
+	my $end = time + 30;
+
+	kill 'STOP', $postmaster;	# what is not there now will not be
+	my @children = map { /^(\d+) \(.*\) \S $postmaster /s ? $1 : () } map { eval { slurp_file($_) } // () } glob '/proc/[0-9]*/stat';
+	$node->kill9;
+	while (kill(0, $postmaster) || grep { alive($_) } @children)
+	{
+		return 0 if time > $end;
+		select(undef, undef, undef, 0.02);
+	}
+	return 1;
+}
+
+# Whether a process is there; one whose parent does not care about its end is not.
+sub alive
+{
+	my ($pid) = @_;
+	my $stat = eval { slurp_file("/proc/$pid/stat") };
+
+	return kill(0, $pid) && !(defined $stat && $stat =~ /\) Z/);
+}
+
 # Waits for the end of a crash restart, which is over when sessions are let in.
 sub recovered
 {

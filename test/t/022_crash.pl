@@ -40,15 +40,6 @@ my @steps = (
 	[ 'with an answer that cannot be written', 'omni', sub { $omni->fault('delay', delay => 0.3) }, 1,
 	  'sending: requested sending', 'unknown: requested sending unknown' ]);
 
-# Whether a process is there; one whose parent does not care about its end is not.
-sub alive
-{
-	my ($pid) = @_;
-	my $stat = eval { slurp_file("/proc/$pid/stat") };
-
-	return kill(0, $pid) && !(defined $stat && $stat =~ /\) Z/);
-}
-
 # Who dies, and what the caller hears of it
 my @deaths = (
 	[ 'the worker is terminated', qr/^ERROR:  08007: /m, 0, sub {
@@ -57,11 +48,7 @@ my @deaths = (
 	[ 'the worker is killed', undef, 1, sub { kill 'KILL', $_[0] } ],
 	[ 'the caller is killed', undef, 1, sub { kill 'KILL', $_[1] } ],
 	[ 'the server is killed', undef, 1, sub {
-			my @pids = split /\n/, $node->safe_psql('postgres', 'SELECT pid FROM pg_stat_activity');
-			my ($postmaster) = slurp_file($node->data_dir . '/postmaster.pid') =~ /^(\d+)/;
-			$node->kill9;
-			OmniLife::until_true('the server is dead, and so is everything of it',
-				sub { !kill(0, $postmaster) && !grep { alive($_) } @pids });
+			ok(OmniLife::kill_server($node), 'the server is dead, and so is everything of it');
 			$node->start;
 		} ]);
 

@@ -21,9 +21,9 @@ use Time::HiRes qw(sleep time);
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniSoak qw(one_of);
 
-my $minutes = $ENV{OMNI_SOAK_MINUTES} || 0.3;
-my $seed = $ENV{OMNI_SOAK_SEED} || int(time * 1000) % 2**31;
+my ($minutes, $seed) = OmniSoak::lottery(0.3);
 
 # How much later than it was sent the stand-in may come to read a request, and than it was decided an
 # attempt may begin, in s: nobody promises that a process gets its turn, but this is more than enough
@@ -32,60 +32,16 @@ my $short_slack = 2;
 
 my $omni = OmniAPI->start;
 my $node = OmniFault::node('soak', conf => "log_timezone = 'UTC'\n");
+my $soak = OmniSoak->new($node);
 my $directory = $node->basedir;
-my (@clients, @lockers);
+my @clients;
 
 END { my $rc = $?; kill 'TERM', @clients; $omni->stop if $omni; $? = $rc; }
 
-note("OMNI_SOAK_MINUTES=$minutes OMNI_SOAK_SEED=$seed");
-srand($seed);
-
 OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0, timeout => '2 s');
 OmniFault::server($node, 'limited', url => $omni->http, key => $omni->key, rate_limit => 600, timeout => '300 ms');
-$node->safe_psql('postgres', q{
-	CREATE ROLE loader LOGIN;
-	CREATE TABLE turn (n bigint GENERATED ALWAYS AS IDENTITY, worker text);
-	CREATE FUNCTION note_turn() RETURNS trigger LANGUAGE plpgsql AS $$
-	BEGIN
-		INSERT INTO public.turn (worker)
-		SELECT concat_ws(' ', pid, backend_start) FROM pg_stat_get_activity(pg_backend_pid());
-		RETURN NULL;
-	END$$;
-	CREATE TRIGGER note_turn AFTER INSERT OR UPDATE ON omni_refresh_job
-		FOR EACH ROW EXECUTE FUNCTION note_turn()});
-
-sub one_of { return $_[rand @_] }
-
-# Starts psql with a script; what it says is added to a file.
-sub start_psql
-{
-	my ($file, $sql, @options) = @_;
-
-	open(my $script, '>', "$file.sql") or die;
-	print $script $sql;
-	close $script;
-	my $pid = fork // die;
-	return $pid if $pid != 0;
-	open(STDIN, '<', '/dev/null') && open(STDOUT, '>>', $file) && open(STDERR, '>>', $file)
-		&& exec($node->installed_command('psql'), '-XAtq', '-v', 'VERBOSITY=verbose',
-			'-d', $node->connstr('postgres'), '-f', "$file.sql", @options);
-	POSIX::_exit(1);
-}
-
-# Runs statements as a superuser, again and again if the server is not there.
-sub admin
-{
-	my ($sql) = @_;
-	my $end = time + $PostgreSQL::Test::Utils::timeout_default;
-	my ($out, $err);
-
-	while ($node->psql('postgres', $sql, stdout => \$out, stderr => \$err) != 0)
-	{
-		die $err if time > $end;
-		sleep 0.05;
-	}
-	return $out;
-}
+$node->safe_psql('postgres', 'CREATE ROLE loader LOGIN');
+$soak->watch_workers;
 
 # The clients. One writes down when a call begins and, unless it is cut off, what it is told: SQLSTATE,
 # id, status. That goes by way of the standard error, which has no buffer to be lost with psql.
@@ -122,7 +78,7 @@ sub client
 	srand($seed + $number);
 	while (time < $end && getppid == $test)
 	{
-		my $psql = start_psql("$directory/client$number",
+		my $psql = $soak->start_psql("$directory/client$number",
 			join('', map { any_call("c${number}_" . ++$n) } 1 .. 1 + int rand 5), '-U', 'loader');
 		if (rand() < 0.1)
 		{
@@ -137,62 +93,28 @@ sub client
 
 # The havoc: each kind once, in a random order, then again. Faults are there for a few requests.
 
-sub pids
-{
-	my ($whose) = @_;
-	return split /\n/, admin("SELECT pid FROM pg_stat_activity WHERE $whose");
-}
-
-sub worker { return pids(q{backend_type = 'omni_refresh worker'}) }
-
 # Of a caller that waits, if there is one
 sub waiting
 {
-	my @pids = pids(q{usename = 'loader' AND state = 'active' AND wait_event_type = 'Extension'});
+	my @pids = $soak->pids(q{usename = 'loader' AND state = 'active' AND wait_event_type = 'Extension'});
 	return @pids ? one_of(@pids) : ();
 }
 
-sub fault
-{
-	my ($name, %extras) = @_;
-	return [ $name, sub { $omni->fault($name, times => 1 + int rand 5, %extras) } ];
-}
-
-sub unavailable
-{
-	my ($status, %headers) = @_;
-	my (undef, $function) = @{ fault('answer', status => $status, body => '', headers => \%headers) };
-	return [ "HTTP $status", $function ];
-}
-
-sub lock_table
-{
-	my $table = one_of('omni_refresh_job', 'omni_refresh_event');
-	my $seconds = one_of(0.2, 1, 6);		# calls are patient for five
-
-	push @lockers, start_psql("$directory/locker" . @lockers, qq{
-		SET lock_timeout = '5 s';
-		BEGIN; LOCK TABLE $table IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep($seconds); COMMIT;});
-	return;
-}
-
 my @havoc = (
-	unavailable(503), unavailable(503, 'Retry-After' => 3), unavailable(429, 'Retry-After' => 1),
-	unavailable(500), unavailable(404),
-	(map { fault($_) } qw(hang hang_middle reset close drip html_502 truncated not_utf8 nested)),
-	fault('delay', delay => 0.4), fault('huge', size => 2 << 20),
+	OmniSoak::faults($omni),
 	([ 'no more faults', sub { $omni->fault('none') } ]) x 4,
-	([ 'a call is canceled', sub { admin("SELECT pg_cancel_backend($_)") for waiting() } ]) x 3,
-	([ 'a caller is terminated', sub { admin("SELECT pg_terminate_backend($_)") for waiting() } ]) x 2,
-	([ 'the worker is terminated', sub { admin("SELECT pg_terminate_backend($_)") for worker() } ]) x 2,
-	[ 'the worker is killed', sub { kill 'KILL', $_ for worker() } ],
+	([ 'a call is canceled', sub { $soak->admin("SELECT pg_cancel_backend($_)") for waiting() } ]) x 3,
+	([ 'a caller is terminated', sub { $soak->admin("SELECT pg_terminate_backend($_)") for waiting() } ]) x 2,
+	([ 'the worker is terminated', sub { $soak->admin("SELECT pg_terminate_backend($_)") for $soak->worker } ]) x 2,
+	[ 'the worker is killed', sub { kill 'KILL', $_ for $soak->worker } ],
 	[ 'a caller is killed', sub { kill 'KILL', $_ for waiting() } ],
 	[ 'the server is restarted', sub { $node->stop('fast'); $node->start } ],
 	[ 'the server is restarted at once', sub { $node->stop('immediate'); $node->start } ],
-	[ 'a table is locked', \&lock_table ],
+	# calls are patient for five seconds
+	[ 'a table is locked', sub { $soak->lock_table(0.2, 1, 6) } ],
 	[ 'the configuration is loaded anew', sub {
 			my $timeout = one_of('0', '1 s', '10 min');
-			admin("ALTER SYSTEM SET omni_refresh.idle_timeout = '$timeout'; SELECT pg_reload_conf()");
+			$soak->admin("ALTER SYSTEM SET omni_refresh.idle_timeout = '$timeout'; SELECT pg_reload_conf()");
 		} ]);
 
 my $end = time + 60 * $minutes;
@@ -222,9 +144,9 @@ while (time < $end)
 $omni->fault('none');
 OmniLife::until_true('every client comes to its end',
 	sub { !(@clients = grep { waitpid($_, WNOHANG) == 0 } @clients) }, 60);
-waitpid($_, 0) for @lockers;
-admin('ALTER SYSTEM RESET omni_refresh.idle_timeout; SELECT pg_reload_conf()');
-waitpid(start_psql("$directory/client0", call('last'), '-U', 'loader'), 0);
+$soak->wait_for_lockers;
+$soak->admin('ALTER SYSTEM RESET omni_refresh.idle_timeout; SELECT pg_reload_conf()');
+waitpid($soak->start_psql("$directory/client0", call('last'), '-U', 'loader'), 0);
 like(slurp_file("$directory/client0"), qr/^told last 00000 \d+ accepted /m, 'a last call succeeds');
 ok($node->poll_query_until('postgres', q{
 		SELECT NOT EXISTS (SELECT FROM omni_refresh_job WHERE status IN ('pending', 'sending'))}),
@@ -233,19 +155,7 @@ OmniLife::until_true('no request is left unanswered', sub { $omni->stats->{in_fl
 
 # What the stand-in, the clients and the server's log know
 
-sub load
-{
-	my ($table, $columns, @rows) = @_;
-	my $file = "$directory/$table";
-
-	open(my $out, '>', $file) or die;
-	print $out join("\t", map { $_ // '\N' } @$_), "\n" for @rows;
-	close $out;
-	$node->safe_psql('postgres', "CREATE TABLE $table ($columns); COPY $table FROM '$file'");
-	return;
-}
-
-load('request', 'name text, at float8, answer text',
+$soak->load('request', 'name text, at float8, answer text',
 	map { [ $_->{query} =~ /schemas=(\w+)/ ? $1 : undef, $_->{time}, $_->{status} ] } $omni->requests);
 
 # A line may have been cut off by the end of its psql.
@@ -258,7 +168,7 @@ for my $text (map { slurp_file($_) } glob "$directory/client?")
 	push @{ $call{$1} }, $5, $2, map { /^:/ ? undef : $_ } $3, $4
 		while $text =~ /told (\w+) (\w{5}) (\S+) (\S+) $time/g;
 }
-load('call', 'name text PRIMARY KEY, began timestamptz, ended timestamptz, sqlstate text, id bigint, outcome text',
+$soak->load('call', 'name text PRIMARY KEY, began timestamptz, ended timestamptz, sqlstate text, id bigint, outcome text',
 	map { [ (@$_, (undef) x 4)[0 .. 5] ] } values %call);
 
 # Between a crash and the server's return, outcomes of the last moment may be lost.
@@ -272,7 +182,7 @@ for (split /\n/, slurp_file($node->logfile))
 		undef $began;
 	}
 }
-load('crash', 'began timestamptz, ended timestamptz', @crashes);
+$soak->load('crash', 'began timestamptz, ended timestamptz', @crashes);
 
 $node->safe_psql('postgres', q{
 	CREATE INDEX ON request (name);
@@ -344,16 +254,8 @@ my @invariants = (
 		q{sqlstate IN ('00000', '08001', '08006', '08007', '08P01', '22023', '28000',
 			'42501', '42704', '38000', '53000', '53400', '55P03', '57014')} ]);
 
-for (@invariants)
-{
-	my ($name, $table, $condition) = @$_;
-	my $rows = $node->safe_psql('postgres', "SELECT $table FROM $table WHERE ($condition) IS NOT TRUE LIMIT 10");
-	is($rows, '', $name) or diag(map { $heard{$_} // () } $rows =~ /\bc\d_\d+\b/g);
-}
-is($node->safe_psql('postgres', q{
-		SELECT worker FROM (SELECT worker, lag(worker) OVER (ORDER BY n) AS before FROM turn) AS t
-		WHERE worker IS DISTINCT FROM before GROUP BY worker HAVING count(*) > 1}),
-	'', 'no two workers are at work at a time');
+$soak->holds(sub { map { $heard{$_} // () } $_[0] =~ /\bc\d_\d+\b/g }, @invariants);
+$soak->one_worker_at_a_time;
 
 note($node->safe_psql('postgres', $_)) for
 	q{SELECT 'jobs: ' || string_agg(concat_ws(' ', n, status), ', ') FROM (SELECT status, count(*) AS n FROM life GROUP BY 1) AS s},
@@ -361,9 +263,5 @@ note($node->safe_psql('postgres', $_)) for
 	q{SELECT 'requests: ' || string_agg(concat_ws(' ', n, answer), ', ') FROM (SELECT answer, count(*) AS n FROM request GROUP BY 1) AS s},
 	q{SELECT concat_ws(' ', (SELECT count(DISTINCT worker) FROM turn), 'workers,', (SELECT count(*) FROM crash), 'crashes')};
 
-$node->stop('fast');
-is(join("\n", grep { /PANIC|TRAP|signal (?!9\b)\d/ } split /\n/, slurp_file($node->logfile)), '',
-	'nothing has died that was not killed');
-is(OmniFault::segments($node), '', 'no segment of shared memory is left');
-diag("to repeat it: make soak MINUTES=$minutes SEED=$seed, with KEEP=1 to keep the log") if !Test::More->builder->is_passing;
+$soak->end;
 done_testing();
