@@ -39,6 +39,7 @@ static void read_acceptance(const OmniJob *job, const char *key,
 							const OmniAnswer *answer, OmniOutcome *outcome);
 static void set_malformed(const OmniJob *job, OmniOutcome *outcome, const char *what);
 static Jsonb *parse_json(const OmniAnswer *answer, char **why);
+static Jsonb *try_json(const char *text);
 static char *to_server(const OmniAnswer *answer, char **why);
 static char *ascii_only(const char *text);
 static bool nests_too_deep(const char *json);
@@ -374,9 +375,8 @@ set_malformed(const OmniJob *job, OmniOutcome *outcome, const char *what)
 static Jsonb *
 parse_json(const OmniAnswer *answer, char **why)
 {
-	MemoryContext context = CurrentMemoryContext;
 	char	   *text = to_server(answer, why);
-	Jsonb	   *volatile json = NULL;
+	Jsonb	   *json;
 
 	if (text == NULL)
 		return NULL;
@@ -385,11 +385,26 @@ parse_json(const OmniAnswer *answer, char **why)
 		*why = psprintf("it is nested more than %d levels deep", MAX_NESTING);
 		return NULL;
 	}
+	json = try_json(text);
+	if (json == NULL)
+	{
+		*why = plain_text(answer->body, answer->length);
+		*why = *why != NULL ? psprintf("it reads %s", *why) : "it is blank";
+	}
+	return json;
+}
 
-	/*
-	 * The parser touches nothing outside of its memory, so that catching its
-	 * errors needs no subtransaction; any other error is not ours to catch.
-	 */
+/*
+ * Parses JSON; NULL if it is none.  The parser touches nothing outside of its
+ * memory, so that catching its errors needs no subtransaction; any other error is not
+ * ours to catch.  (Not inline: the compiler would fear for its callers' variables.)
+ */
+static pg_noinline Jsonb *
+try_json(const char *text)
+{
+	MemoryContext context = CurrentMemoryContext;
+	Jsonb	   *volatile json = NULL;
+
 	PG_TRY();
 	{
 		json = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text)));
@@ -403,11 +418,8 @@ parse_json(const OmniAnswer *answer, char **why)
 			PG_RE_THROW();
 		MemoryContextSwitchTo(context);
 		FlushErrorState();
-		*why = plain_text(answer->body, answer->length);
-		*why = *why != NULL ? psprintf("it reads %s", *why) : "it is blank";
 	}
 	PG_END_TRY();
-
 	return json;
 }
 

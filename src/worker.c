@@ -913,8 +913,8 @@ begin_one(Work *work)
 	if (work->job.queued)
 	{
 		work->gone = !omni_job_lock(work->job.id);
-		work->delayed_until = rate_held_until(work);	/* set just now, by others of
-														 * its kind */
+		work->delayed_until = rate_held_until(work);	/* set just now, by
+														 * others of its kind */
 		if (work->gone || work->delayed_until != 0)
 			return;
 	}
