@@ -58,6 +58,11 @@
 #define pg_noreturn pg_attribute_noreturn()
 #endif
 
+/* 19 ends background workers that are in the way of DROP DATABASE and the like */
+#if PG_VERSION_NUM < 190000
+#define BGWORKER_INTERRUPTIBLE 0
+#endif
+
 /* 19 names a tranche when its id is taken; before, each process did */
 static inline int
 LWLockNewTrancheId_compat(const char *name)

@@ -560,7 +560,8 @@ start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handl
 	strlcpy(worker.bgw_type, "omni_refresh worker", BGW_MAXLEN);
 	strlcpy(worker.bgw_library_name, OMNI_EXTENSION, BGW_MAXLEN);
 	strlcpy(worker.bgw_function_name, "omni_refresh_worker_main", BGW_MAXLEN);
-	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
+	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION |
+		BGWORKER_INTERRUPTIBLE;
 	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
 	worker.bgw_restart_time = BGW_NEVER_RESTART;
 	worker.bgw_main_arg = ObjectIdGetDatum(database);
