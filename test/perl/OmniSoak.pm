@@ -60,16 +60,28 @@ sub start_psql
 	POSIX::_exit(1);
 }
 
-# Runs statements as a superuser, again and again if the server is not there.
+# Runs statements as a superuser. Returns what they print, or nothing if they fail; then it is in $@.
+sub try
+{
+	my ($self, $sql) = @_;
+	my ($out, $err);
+
+	# psql() dies if there is nobody to read what it writes: a psql that cannot connect is gone so fast.
+	my $status = eval { $self->{node}->psql('postgres', $sql, stdout => \$out, stderr => \$err) } // return;
+	$@ = $err;
+	return $status == 0 ? $out : undef;
+}
+
+# The same, again and again if the server is not there
 sub admin
 {
 	my ($self, $sql) = @_;
 	my $end = time + $PostgreSQL::Test::Utils::timeout_default;
-	my ($out, $err);
+	my $out;
 
-	while ($self->{node}->psql('postgres', $sql, stdout => \$out, stderr => \$err) != 0)
+	while (!defined($out = $self->try($sql)))
 	{
-		die $err if time > $end;
+		die $@ if time > $end;
 		sleep 0.05;
 	}
 	return $out;
