@@ -30,7 +30,6 @@
 #include "catalog/pg_class.h"
 #include "catalog/pg_extension.h"
 #include "catalog/pg_type.h"
-#include "commands/trigger.h"
 #include "executor/spi.h"
 #include "funcapi.h"
 #include "miscadmin.h"
@@ -899,8 +898,8 @@ omni_job_due(TimestampTz now, ArrayType *held, int *count)
 			request->branch = *DatumGetUUIDP(columns[6]);
 		request->hard = DatumGetBool(columns[7]);
 		request->hard_named = !request->hard;	/* it is Omni's default */
-		job->schemas = isnull[8] ? NULL : DatumGetArrayTypePCopy(columns[8]);
-		job->tables = isnull[9] ? NULL : DatumGetArrayTypePCopy(columns[9]);
+		job->schemas = isnull[8] ? NULL : DatumGetArrayTypeP(columns[8]);
+		job->tables = isnull[9] ? NULL : DatumGetArrayTypeP(columns[9]);
 		job->attempts = DatumGetInt32(columns[10]);
 		job->merge_key = DatumGetInt64(columns[11]);
 	}
@@ -970,19 +969,6 @@ add_events(int64 job, const NameData *requested_by, const Event *first, const Ev
 		null[5] = event->detail != NULL ? ' ' : 'n';
 	}
 	(void) run(&insert_events, values, nulls);
-}
-
-PG_FUNCTION_INFO_V1(omni_refresh_keep_out);
-
-/* A trigger that lets no row in: fires for what logical replication brings. */
-Datum
-omni_refresh_keep_out(PG_FUNCTION_ARGS)
-{
-	if (!CALLED_AS_TRIGGER(fcinfo))
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("omni_refresh_keep_out() must be called as a trigger")));
-	PG_RETURN_POINTER(NULL);
 }
 
 /* Whether there is a job that is not at its end, in a backend. */

@@ -40,6 +40,7 @@ PGDLLEXPORT void omni_refresh_launcher_main(Datum main_arg);
 
 static List *list_databases(void);
 static void launch(Oid database);
+static void wait_for_latch(long timeout);
 
 /* Called when the library is preloaded. */
 void
@@ -73,12 +74,7 @@ omni_refresh_launcher_main(Datum main_arg)
 		launch(lfirst_oid(cell));
 
 	for (;;)
-	{
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_EXIT_ON_PM_DEATH, 0,
-						 WaitEventExtensionNew("OmniRefreshLauncher"));
-		ResetLatch(MyLatch);
-		CHECK_FOR_INTERRUPTS();
-	}
+		wait_for_latch(-1);
 }
 
 /* The databases that one can connect to and that are not meant to be copied. */
@@ -126,20 +122,21 @@ launch(Oid database)
 	pid_t		pid;
 
 	while (!omni_worker_launch(database, &handle))
-	{
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, PATIENCE,
-						 WaitEventExtensionNew("OmniRefreshLauncher"));
-		ResetLatch(MyLatch);
-		CHECK_FOR_INTERRUPTS();
-	}
+		wait_for_latch(PATIENCE);
 
 	began = GetCurrentTimestamp();
 	while (handle != NULL && GetBackgroundWorkerPid(handle, &pid) != BGWH_STOPPED &&
 		   !TimestampDifferenceExceeds(began, GetCurrentTimestamp(), PATIENCE))
-	{
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, PATIENCE,
-						 WaitEventExtensionNew("OmniRefreshLauncher"));
-		ResetLatch(MyLatch);
-		CHECK_FOR_INTERRUPTS();
-	}
+		wait_for_latch(PATIENCE);
+}
+
+/* Waits until something happens, or so many ms have passed; -1 means no limit. */
+static void
+wait_for_latch(long timeout)
+{
+	(void) WaitLatch(MyLatch,
+					 WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | (timeout >= 0 ? WL_TIMEOUT : 0),
+					 timeout, WaitEventExtensionNew("OmniRefreshLauncher"));
+	ResetLatch(MyLatch);
+	CHECK_FOR_INTERRUPTS();
 }

@@ -13,6 +13,7 @@
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "catalog/pg_type.h"
+#include "commands/trigger.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
@@ -40,6 +41,7 @@ static int	compare_names(const void *a, const void *b);
 PG_FUNCTION_INFO_V1(omni_refresh);
 PG_FUNCTION_INFO_V1(omni_refresh_on_commit);
 PG_FUNCTION_INFO_V1(omni_refresh_wake);
+PG_FUNCTION_INFO_V1(omni_refresh_keep_out);
 
 /*
  * Asks for a refresh now, waits for Omni's answer and returns the job's row.
@@ -112,6 +114,17 @@ omni_refresh_wake(PG_FUNCTION_ARGS)
 	if (any && !omni_worker_wake(&error))
 		omni_error_report(&error, ERROR);
 	PG_RETURN_BOOL(any);
+}
+
+/* A trigger that lets no row in: fires for what logical replication brings. */
+Datum
+omni_refresh_keep_out(PG_FUNCTION_ARGS)
+{
+	if (!CALLED_AS_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("omni_refresh_keep_out() must be called as a trigger")));
+	PG_RETURN_POINTER(NULL);
 }
 
 /*

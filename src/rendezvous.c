@@ -154,6 +154,8 @@ static HandOver hand_over(Waiter *waiter);
 static bool start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handle);
 static HandOver see_to_worker(Oid database, bool flag, bool leave_at_once,
 							  BackgroundWorkerHandle **handle);
+static HandOver start_in_slot(Oid database, int owner, const StartInfo *info,
+							  BackgroundWorkerHandle **handle, Slot **slot);
 static bool start_has_failed(const Slot *slot);
 static void at_transaction_end(XactEvent event, void *arg);
 static void explain(HandOver result, const OmniCall *call, OmniError *error);
@@ -371,12 +373,6 @@ hand_over(Waiter *waiter)
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(MyDatabaseId);
 
-	if (slot != NULL && start_has_failed(slot))
-	{
-		free_slot(slot);
-		slot = NULL;
-	}
-
 	if (slot != NULL && slot->state == SLOT_STARTING && slot->owner == my_proc() &&
 		GetBackgroundWorkerPid(waiter->start, &pid) == BGWH_STOPPED)
 	{
@@ -387,14 +383,9 @@ hand_over(Waiter *waiter)
 	{
 		if (waiter->starts == MAX_STARTS)
 			result = START_FAILED;
-		else if ((slot = make_slot(MyDatabaseId, SLOT_STARTING, my_proc())) == NULL)
-			result = NO_SLOT;
-		else if (!start_worker(MyDatabaseId, &info, &waiter->start))
-		{
-			free_slot(slot);
-			result = NO_WORKER;
-		}
 		else
+			result = start_in_slot(MyDatabaseId, my_proc(), &info, &waiter->start, &slot);
+		if (result == HANDED_OVER)
 			waiter->starts++;
 	}
 
@@ -436,22 +427,8 @@ see_to_worker(Oid database, bool flag, bool leave_at_once, BackgroundWorkerHandl
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(database);
-	if (slot != NULL && start_has_failed(slot))
-	{
-		free_slot(slot);
-		slot = NULL;
-	}
 	if (slot == NULL)
-	{
-		slot = make_slot(database, SLOT_STARTING, NOBODY);
-		if (slot == NULL)
-			result = NO_SLOT;
-		else if (!start_worker(database, &info, handle))
-		{
-			free_slot(slot);
-			result = NO_WORKER;
-		}
-	}
+		result = start_in_slot(database, NOBODY, &info, handle, &slot);
 	if (flag && result == HANDED_OVER && !slot->flag)
 	{
 		slot->flag = true;
@@ -536,6 +513,22 @@ at_transaction_end(XactEvent event, void *arg)
 		(void) see_to_worker(MyDatabaseId, true, false, NULL);
 	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE)
 		has_queued = false;
+}
+
+/* Makes a slot and starts its worker.  Called with the lock held. */
+static HandOver
+start_in_slot(Oid database, int owner, const StartInfo *info, BackgroundWorkerHandle **handle,
+			  Slot **slot)
+{
+	*slot = make_slot(database, SLOT_STARTING, owner);
+	if (*slot == NULL)
+		return NO_SLOT;
+	if (!start_worker(database, info, handle))
+	{
+		free_slot(*slot);
+		return NO_WORKER;
+	}
+	return HANDED_OVER;
 }
 
 /* Called with the lock held. */
@@ -860,14 +853,21 @@ init_shared(OMNI_SHARED_INIT_ARGS)
 	ConditionVariableInit(&new->room);
 }
 
-/* The next four are called with the lock held. */
+/*
+ * The slot of a database, or NULL.  An unwatched start that has failed leaves one
+ * that is freed here.  The next four are called with the lock held, as this is.
+ */
 static Slot *
 find_slot(Oid database)
 {
 	for (int i = 0; i < MAX_DATABASES; i++)
 	{
-		if (shared->slots[i].state != SLOT_FREE && shared->slots[i].database == database)
-			return &shared->slots[i];
+		Slot	   *slot = &shared->slots[i];
+
+		if (start_has_failed(slot))
+			free_slot(slot);
+		if (slot->state != SLOT_FREE && slot->database == database)
+			return slot;
 	}
 	return NULL;
 }
@@ -880,8 +880,6 @@ make_slot(Oid database, SlotState state, int owner)
 	{
 		Slot	   *slot = &shared->slots[i];
 
-		if (start_has_failed(slot))
-			free_slot(slot);
 		if (slot->state == SLOT_FREE)
 		{
 			slot->state = state;

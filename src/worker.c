@@ -162,6 +162,7 @@ static ArrayType *list_held(TimestampTz now);
 static int	in_flight(const NameData *server);
 static TimestampTz held_until(OmniJob *job, TimestampTz now);
 static void note_sent(int64 merge_key, TimestampTz sent_at);
+static void forget_sent(TimestampTz before);
 static void settle_left_behind(void);
 static bool begin_due(void);
 static bool is_late(Work *work);
@@ -206,16 +207,16 @@ omni_refresh_worker_main(Datum main_arg)
 	wait_event = WaitEventExtensionNew("OmniRefreshWorker");
 
 	StartTransactionCommand();
-	if (leave_at_once && !omni_extension_is_same())
+	if (!omni_extension_is_same())
 	{
+		if (!leave_at_once)
+			ereport(FATAL,
+					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+					 errmsg("extension \"%s\" does not exist in this database", OMNI_EXTENSION),
+					 errhint("If it was created by the transaction that uses it, commit first.")));
 		omni_worker_turn_back();
 		return;
 	}
-	if (!omni_extension_is_same())
-		ereport(FATAL,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("extension \"%s\" does not exist in this database", OMNI_EXTENSION),
-				 errhint("If it was created by the transaction that uses it, commit first.")));
 	omni_worker_attach();
 	CommitTransactionCommand();
 
@@ -590,6 +591,7 @@ claim(void *unused)
 		{
 			int64		longest = Max(OMNI_MAX_WAIT, omni_min_interval * INT64CONST(1000));
 
+			forget_sent(now - omni_min_interval * INT64CONST(1000));
 			omni_job_reclock(now, now + longest + USECS_PER_HOUR);
 			look_for_new = more = omni_job_merge(now);
 		}
@@ -741,6 +743,21 @@ note_sent(int64 merge_key, TimestampTz sent_at)
 	LastSent   *sent = hash_search(last_sent, &merge_key, HASH_ENTER, NULL);
 
 	sent->sent_at = sent_at;
+}
+
+/* Nobody asks for what is so long ago that nothing needs to wait for it. */
+static void
+forget_sent(TimestampTz before)
+{
+	HASH_SEQ_STATUS status;
+	LastSent   *sent;
+
+	hash_seq_init(&status, last_sent);
+	while ((sent = hash_seq_search(&status)) != NULL)
+	{
+		if (sent->sent_at < before)
+			(void) hash_search(last_sent, &sent->merge_key, HASH_REMOVE, NULL);
+	}
 }
 
 /* Settles what an earlier worker has left, and learns what it has sent. */
