@@ -314,6 +314,15 @@ static Statement count_recoveries = {
 	.argtypes = {INT8OID}
 };
 
+/* an attempt that ended without an answer; an answer of 5xx is one */
+static Statement select_unanswered = {
+	.table = &event_table,
+	.text = "SELECT FROM %s WHERE job = $1 AND (event = 'recovered'"
+	" OR (event = 'attempt_failed' AND starts_with(detail, '08006:') AND coalesce(http_status, 0) < 500)) LIMIT 1",
+	.nargs = 1,
+	.argtypes = {INT8OID}
+};
+
 /* one or two events of a job; that it was requested is the first or nothing */
 static Statement insert_events = {
 	.table = &event_table,
@@ -773,6 +782,15 @@ recover(void)
 		}
 		omni_job_record(&job, &outcome);
 	}
+}
+
+/* Whether Omni may have got the request of an earlier attempt at a job. */
+bool
+omni_job_may_have_arrived(int64 id)
+{
+	Datum		values[1] = {Int64GetDatum(id)};
+
+	return run(&select_unanswered, values, NULL) > 0;
 }
 
 /*

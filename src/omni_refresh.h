@@ -261,6 +261,7 @@ extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
 extern void omni_job_record(OmniJob *job, const OmniOutcome *outcome);
 extern void omni_job_settle(void);
 extern bool omni_job_lock(int64 id);
+extern bool omni_job_may_have_arrived(int64 id);
 extern void omni_job_defer(int64 id, TimestampTz run_at);
 extern bool omni_job_merge(TimestampTz now);
 extern void omni_job_reclock(TimestampTz now, TimestampTz latest);

@@ -934,6 +934,8 @@ begin_one(Work *work)
 														 * others of its kind */
 		if (work->gone || work->delayed_until != 0)
 			return;
+		if (work->job.attempts > 0)
+			work->may_have_arrived = omni_job_may_have_arrived(work->job.id);
 	}
 	if (work->step == NEW && !work->job.queued && work->call->job_id != 0)
 	{

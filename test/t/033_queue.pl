@@ -160,6 +160,31 @@ $omni->fault('close');
 $id = queue();
 wait_for('... and if there was no answer, nobody knows', "status = 'unknown' FROM omni_refresh_job WHERE id = $id");
 
+# An attempt that may have arrived is not forgotten when a later one is refused.
+
+for my $fault ('hang_middle', 'close', 'worker')
+{
+	clear(retry_for => "'1 h'");
+	sql(q{ALTER SERVER omni OPTIONS (ADD timeout '300 ms')});
+	$omni->fault($fault eq 'worker' ? 'hang' : $fault);
+	$omni->fault('answer', status => 404);
+	$id = queue();
+	if ($fault eq 'worker')
+	{
+		$omni->wait_for_requests(1);
+		sql(q{SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker'});
+		queue_elsewhere();
+	}
+	wait_for("a refusal after an attempt that may have arrived: $fault", "status = 'unknown' AND attempts = 2 AND error ~ '^42704' FROM omni_refresh_job WHERE id = $id");
+	like(story($id), qr/^requested sending (recovered|attempt_failed) sending refused unknown$/, '... as the events tell');
+	sql(q{ALTER SERVER omni OPTIONS (DROP timeout)});
+}
+clear();
+$omni->fault('answer', status => 502);
+$omni->fault('answer', status => 404);
+$id = queue();
+wait_for('... but Omni has said no twice here', "status = 'failed' AND attempts = 2 FROM omni_refresh_job WHERE id = $id");
+
 # Those who may no longer
 
 clear(retry_for => "'1 h'", enabled => 'off');

@@ -310,6 +310,7 @@ $node->safe_psql('postgres', q{
 	ANALYZE});
 
 my $yes = q{'{200, delay, drip}'};
+my $perhaps = q{'{200, delay, drip, hang, hang_middle, reset, close}'};
 
 # The last attempt of a job, as the stand-in knows it. It was recorded between two lines of the log.
 my $last = q{SELECT FROM request WHERE names = life.names AND kind IS NOT DISTINCT FROM extent
@@ -339,13 +340,16 @@ $soak->holds(\&carriers,
 	[ 'the events of every job tell one life', 'life',
 		q{story ~ ('^requested( rate_limited)*( sending( attempt_failed| rate_limited| recovered)( rate_limited)*)*'
 			|| CASE status WHEN 'accepted' THEN ' sending accepted' WHEN 'failed' THEN ' sending (refused|attempt_failed) failed'
-			WHEN 'unknown' THEN ' sending unknown' ELSE ' merged' END || '$')} ],
+			WHEN 'unknown' THEN ' sending( refused| attempt_failed)? unknown' ELSE ' merged' END || '$')} ],
 	[ 'every attempt is in the event log', 'life', q{sendings = ARRAY(SELECT generate_series(1, attempts))} ],
-	[ 'only what was sent four times without an answer is unknown', 'life',
-		q{status <> 'unknown' OR story ~ '(sending recovered .*){3}sending unknown$'} ],
+	[ 'only what was sent four times without an answer, or refused after it had been sent without one, is unknown', 'life',
+		q{status <> 'unknown' OR story ~ '(sending recovered .*){3}sending unknown$'
+			OR story ~ 'sending (recovered|attempt_failed) .*sending (refused|attempt_failed) unknown$'} ],
 	[ 'every job that is accepted was accepted, as it stands in its row', 'life', qq{status <> 'accepted' OR job_id IS NOT NULL
 		AND EXISTS ($last AND answer = ANY ($yes))} ],
 	[ 'every job that is failed was refused', 'life', qq{status <> 'failed' OR error IS NOT NULL AND EXISTS ($last AND answer <> ALL ($yes))} ],
+	[ '... each time that it was sent', 'life', qq{status <> 'failed' OR extent IS NULL OR NOT EXISTS (SELECT FROM request
+		WHERE names <@ life.names AND kind = extent AND (answer IS NULL OR answer = ANY ($perhaps)))} ],
 	# ... which also tells of the merging
 	[ 'what is merged has a carrier', 'life', q{(status = 'merged') = (merged_into IS NOT NULL)} ],
 	[ '... that was asked for before, does the same and was sent later', 'life',
