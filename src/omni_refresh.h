@@ -251,31 +251,40 @@ extern void omni_call_finish(dsm_segment *segment, int64 job_id,
 /* in launcher.c */
 extern void omni_launcher_register(void);
 
-/* in job.c */
+/* in worker.c */
+extern bool omni_in_worker;
+
+/* in table.c */
 extern bool omni_tables_find(void);
 extern bool omni_extension_is_same(void);
 extern bool omni_tables_lock(void);
+
+/* in event.c */
+extern void omni_events_begin(void);
+extern void omni_events_write(void);
+extern bool omni_job_may_have_arrived(int64 id);
+
+/* in job.c */
 extern bool omni_job_begin(OmniJob *job, const char *url);
 extern void omni_job_delay(OmniJob *job, TimestampTz run_at);
 extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
 extern void omni_job_record(OmniJob *job, const OmniOutcome *outcome);
-extern void omni_job_settle(void);
-extern bool omni_job_lock(int64 id);
-extern bool omni_job_may_have_arrived(int64 id);
-extern void omni_job_defer(int64 id, TimestampTz run_at);
-extern bool omni_job_merge(TimestampTz now);
-extern void omni_job_reclock(TimestampTz now, TimestampTz latest);
-extern OmniJob *omni_job_due(TimestampTz now, ArrayType *held, int *count);
-extern bool omni_job_next(TimestampTz now, TimestampTz *next);
-extern void omni_job_recent(TimestampTz since,
-							void (*tell) (int64 merge_key, TimestampTz sent_at));
 extern bool omni_job_any_unfinished(void);
 extern Datum omni_job_queue(OmniJob *job);
 extern Datum omni_job_read(int64 id);
 extern Datum omni_job_form(const OmniJob *job, const char *status,
 						   const char *error);
 
-#define OMNI_MAX_DUE		100
+/* in queue.c */
+extern void omni_job_settle(void);
+extern bool *omni_job_lock(const int64 *ids, int count);
+extern void omni_job_defer(int64 id, TimestampTz run_at);
+extern bool omni_job_merge(TimestampTz now);
+extern void omni_job_reclock(TimestampTz now, TimestampTz latest);
+extern OmniJob *omni_job_due(TimestampTz now, ArrayType *held, int limit, int *count);
+extern bool omni_job_next(TimestampTz now, TimestampTz *next);
+extern void omni_job_recent(TimestampTz since,
+							void (*tell) (int64 merge_key, TimestampTz sent_at));
 
 /* in api.c */
 extern char *omni_api_host(const char *text, bool with_scheme);

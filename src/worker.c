@@ -64,6 +64,9 @@
 #define BACKOFF_MAX			(5 * 60 * 1000)
 #define SHORTEST_ATTEMPT	100 /* no attempt with less time than that */
 
+/* Jobs of the queue to read at a time, for those that must wait as well */
+#define SMALLEST_CLAIM		16
+
 /* After a look at the queue, the next for what is new waits so many times longer */
 #define LOOK_PAUSE			4
 #define LOOK_PAUSE_MAX		(INT64CONST(200) * 1000)	/* microseconds */
@@ -90,6 +93,7 @@ typedef struct Work
 								 * job's first */
 	TimestampTz run_at;			/* if PENDING: the next attempt */
 	bool		beginning;		/* it is to begin in this turn */
+	bool		recording;		/* its outcome is to be written in this turn */
 	bool		may_have_arrived;	/* some attempt ended without an answer */
 	TimestampTz write_at;		/* if ANSWERED: the next try to write it down */
 	int			write_failures;
@@ -128,6 +132,9 @@ typedef enum Transacted
 	NOT_NOW,					/* somebody holds a lock on our tables */
 	FAILED
 } Transacted;
+
+/* In this process settings and search_path are ours. */
+bool		omni_in_worker = false;
 
 static dlist_head works = DLIST_STATIC_INIT(works);
 static bool settled_all = false;	/* what was left behind */
@@ -168,15 +175,18 @@ static bool begin_due(void);
 static bool is_late(Work *work);
 static bool choose(Work *work);
 static bool begin(void *only);
+static void lock_queued(Work *only);
 static void begin_one(Work *work);
 static void hold(Work *work, TimestampTz until);
 static TimestampTz rate_held_until(Work *work);
 static bool find_target(Work *work, OmniError *error);
 static void begun(Work *work);
 static void send_request(Work *work);
-static bool finish(Work *work);
-static bool finished(Work *work);
-static bool record(void *arg);
+static void record_due(void);
+static bool record(void *only);
+static void record_later(Work *work, Transacted result, const OmniError *why);
+static void decide(Work *work);
+static void finished(Work *work);
 static bool is_about_resources(int sqlstate);
 static void consider_retry(Work *work);
 static void withdraw(Work *work);
@@ -204,6 +214,7 @@ omni_refresh_worker_main(Datum main_arg)
 	leave_at_once = omni_worker_begin();
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(main_arg), InvalidOid, 0);
 	override_settings();
+	omni_in_worker = true;
 	wait_event = WaitEventExtensionNew("OmniRefreshWorker");
 
 	StartTransactionCommand();
@@ -268,6 +279,8 @@ override_settings(void)
 		{"plan_cache_mode", "force_generic_plan"},
 		{"enable_seqscan", "off"},
 		{"enable_bitmapscan", "off"},
+		{"enable_hashjoin", "off"},
+		{"enable_mergejoin", "off"},
 	};
 
 	for (int i = 0; i < lengthof(settings); i++)
@@ -299,7 +312,10 @@ transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 		enable_timeout_after(STATEMENT_TIMEOUT, STATEMENT_LIMIT);
 		SPI_connect();
 		PushActiveSnapshot(GetTransactionSnapshot());
+		omni_events_begin();
 		result = body(arg) ? COMMITTED : NOT_NOW;
+		if (result == COMMITTED)
+			omni_events_write();
 		PopActiveSnapshot();
 		SPI_finish();
 		disable_timeout(STATEMENT_TIMEOUT, false);
@@ -395,7 +411,7 @@ is_waited_for(void)
 static long
 move_on(void)
 {
-	dlist_mutable_iter iter;
+	dlist_iter	iter;
 	long		delay = LOOK_ROUND;
 
 	take_calls();
@@ -417,7 +433,7 @@ move_on(void)
 	if (!begin_due())
 		delay = RETRY_DELAY;
 
-	dlist_foreach_modify(iter, &works)
+	dlist_foreach(iter, &works)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
 
@@ -425,8 +441,13 @@ move_on(void)
 			send_request(work);
 		if (work->step == SENDING && work->transfer->done)
 			work->step = ANSWERED;
-		if (work->step == ANSWERED && work->write_at <= GetCurrentTimestamp() && finish(work))
-			continue;
+	}
+	record_due();
+
+	dlist_foreach(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
 		if (work->step == ANSWERED)
 			delay = Min(delay, TimestampDifferenceMilliseconds(GetCurrentTimestamp(), work->write_at));
 		else if (work->step == PENDING && !work->beginning)
@@ -615,12 +636,13 @@ claim(void *unused)
 static bool
 claim_due(TimestampTz now)
 {
+	int			limit = Max(omni_max_in_flight, SMALLEST_CLAIM);
 	bool		any = false;
 	int			count;
 
 	do
 	{
-		OmniJob    *jobs = omni_job_due(now, list_held(now), &count);
+		OmniJob    *jobs = omni_job_due(now, list_held(now), limit, &count);
 
 		for (int i = 0; i < count; i++)
 		{
@@ -647,8 +669,8 @@ claim_due(TimestampTz now)
 			work->deadline = job->request.requested_at + omni_retry_for * USECS_PER_SEC;
 			any = true;
 		}
-	} while (count == OMNI_MAX_DUE && !any);
-	return count == OMNI_MAX_DUE;
+	} while (count == limit && !any);
+	return count == limit;
 }
 
 /*
@@ -898,6 +920,7 @@ begin(void *only)
 		return false;
 
 	settle_left_behind();
+	lock_queued(only);
 	dlist_foreach(iter, &works)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
@@ -906,6 +929,35 @@ begin(void *only)
 			begin_one(work);
 	}
 	return true;
+}
+
+/* Sets whether the jobs of the queue that are to begin are gone, or locked by others. */
+static void
+lock_queued(Work *only)
+{
+	List	   *queued = NIL;
+	ListCell   *cell;
+	int64	   *ids;
+	bool	   *locked;
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
+		work->gone = false;
+		if (work->beginning && work->job.queued && (only == NULL || only == work))
+			queued = lappend(queued, work);
+	}
+	if (queued == NIL)
+		return;
+
+	ids = palloc(list_length(queued) * sizeof(int64));
+	foreach(cell, queued)
+		ids[foreach_current_index(cell)] = ((Work *) lfirst(cell))->job.id;
+	locked = omni_job_lock(ids, list_length(queued));
+	foreach(cell, queued)
+		((Work *) lfirst(cell))->gone = !locked[foreach_current_index(cell)];
 }
 
 /*
@@ -925,11 +977,9 @@ begin_one(Work *work)
 	end_attempt(work);
 	work->settled = false;
 	work->delayed_until = 0;
-	work->gone = false;
 
 	if (work->job.queued)
 	{
-		work->gone = !omni_job_lock(work->job.id);
 		work->delayed_until = rate_held_until(work);	/* set just now, by
 														 * others of its kind */
 		if (work->gone || work->delayed_until != 0)
@@ -1145,19 +1195,54 @@ send_request(Work *work)
 }
 
 /*
- * Writes down what became of an attempt; the job then waits for the next one, or
- * its caller is told and it is let go.  If it could not be written, it stays in our
- * hands and is not sent again until it is.  Returns true if it was let go.
+ * Writes down what became of attempts, in one transaction for all whose answers
+ * have come meanwhile.  If that fails, each gets one of its own.
  */
-static bool
-finish(Work *work)
+static void
+record_due(void)
 {
+	dlist_mutable_iter iter;
 	OmniError	error;
-	Transacted	result = transact(record, work, false, &error);
-	int			delay;
+	Transacted	result = COMMITTED;
+	int			count = 0;
 
-	if (result == COMMITTED)
-		return finished(work);
+	dlist_foreach_modify(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
+		work->recording = work->step == ANSWERED && work->write_at <= GetCurrentTimestamp();
+		if (work->recording)
+			count++;
+	}
+	if (count > 0)
+		result = transact(record, NULL, false, &error);
+
+	dlist_foreach_modify(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+		Transacted	own = result;
+
+		if (!work->recording)
+			continue;
+		if (own == FAILED && count > 1)
+			own = transact(record, work, false, &error);
+		work->recording = false;
+		if (own == COMMITTED)
+			finished(work);
+		else
+			record_later(work, own, &error);
+	}
+}
+
+/*
+ * The outcome of a job could not be written: the job stays in our hands and is not
+ * sent again until it is.
+ */
+static void
+record_later(Work *work, Transacted result, const OmniError *why)
+{
+	OmniError	error = *why;
+	int			delay;
 
 	if (result == NOT_NOW)
 		omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
@@ -1173,23 +1258,22 @@ finish(Work *work)
 	work->write_failures++;
 	if (work->segment != NULL && GetCurrentTimestamp() >= work->deadline)
 	{
-		char	   *why = MemoryContextStrdup(work->context, error.message);
+		OmniError	late;
 
-		omni_error_set(&error, error.sqlstate,
+		omni_error_set(&late, error.sqlstate,
 					   "could not write down the outcome of job " INT64_FORMAT ": %s",
-					   work->job.id, why);
-		omni_error_hint(&error, "It will be in the row of the job as soon as possible.");
-		omni_call_finish(work->segment, work->job.id, &error);
+					   work->job.id, error.message);
+		omni_error_hint(&late, "It will be in the row of the job as soon as possible.");
+		omni_call_finish(work->segment, work->job.id, &late);
 		work->segment = NULL;
 	}
-	return false;
 }
 
 /*
  * The outcome is committed: tells the caller of a job that is at its end and lets go
- * of it.  Returns true if it was let go.
+ * of it.
  */
-static bool
+static void
 finished(Work *work)
 {
 	if (work->job.queued)
@@ -1206,17 +1290,38 @@ finished(Work *work)
 		work->write_at = 0;
 		work->write_failures = 0;
 		work->step = PENDING;
-		return false;
+		return;
 	}
 	tell(work, work->job.id, &work->outcome.error);
+}
+
+/* The body of that transaction, for one job, or for all if only is NULL. */
+static bool
+record(void *only)
+{
+	dlist_iter	iter;
+	bool		exists = omni_tables_find();	/* else the log was dropped
+												 * with the extension */
+
+	if (exists && !omni_tables_lock())
+		return false;
+	dlist_foreach(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
+		if (!work->recording || (only != NULL && only != work))
+			continue;
+		decide(work);
+		if (exists)
+			omni_job_record(&work->job, &work->outcome);
+	}
 	return true;
 }
 
-static bool
-record(void *arg)
+/* Finds out, once, what the answer to an attempt means for its job. */
+static void
+decide(Work *work)
 {
-	Work	   *work = arg;
-
 	if (!work->settled && work->transfer->answer.withdrawn)
 		withdraw(work);
 	if (!work->settled)
@@ -1226,13 +1331,6 @@ record(void *arg)
 		work->settled = true;
 		consider_retry(work);
 	}
-	if (!omni_tables_find())
-		return true;			/* the extension was dropped, and its log with
-								 * it */
-	if (!omni_tables_lock())
-		return false;
-	omni_job_record(&work->job, &work->outcome);
-	return true;
 }
 
 /*

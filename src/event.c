@@ -1,0 +1,179 @@
+/*-------------------------------------------------------------------------
+ *
+ * event.c
+ *		The event log, omni_refresh_event.
+ *
+ * The events of a job tell its life: each attempt has "sending" and, if it
+ * failed, what became of it; the last event of a finished job bears the name of
+ * its status.
+ *
+ * The events of a transaction are gathered in memory and written by one statement
+ * at its end.  See table.c for what the functions need and raise.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "compat.h"
+#include "omni_refresh.h"
+#include "table.h"
+
+#define COLUMNS				8
+
+/*
+ * That a job was requested is its first event, or none.  EXISTS would not do: its
+ * plan might read all of the log, to have it at hand for many jobs.
+ */
+static OmniStatement insert_events = {
+	.table = &omni_event_table,
+	.text = "INSERT INTO %s (job, requested_by, occurred_at, event, attempt, http_status, duration, detail)"
+	" SELECT job, requested_by, occurred_at, event, attempt, http_status, duration, detail"
+	" FROM unnest($1, $2, $3, $4, $5, $6, $7, $8) WITH ORDINALITY"
+	"  AS new (job, requested_by, occurred_at, event, attempt, http_status, duration, detail, turn)"
+	" WHERE event <> 'requested' OR (SELECT id FROM %s AS old WHERE old.job = new.job LIMIT 1) IS NULL"
+	" ORDER BY turn",
+	.nargs = COLUMNS,
+	.argtypes = {INT8ARRAYOID, NAMEARRAYOID, TIMESTAMPTZARRAYOID, TEXTARRAYOID, INT4ARRAYOID, INT4ARRAYOID,
+	INTERVALARRAYOID, TEXTARRAYOID}
+};
+
+static OmniStatement insert_merged = {
+	.table = &omni_event_table,
+	.text = "INSERT INTO %s (job, requested_by, occurred_at, event, detail)"
+	" SELECT job, requested_by, occurred_at, event, detail"
+	" FROM unnest($1, $2, $3, $4) AS merged (job, requested_by, requested_at, carrier),"
+	"  LATERAL (VALUES (1, 'requested', requested_at, NULL),"
+	"   (2, 'merged', clock_timestamp(), 'carried out by job ' || carrier))"
+	"  AS events (turn, event, occurred_at, detail)"
+	" WHERE event <> 'requested' OR (SELECT id FROM %s AS old WHERE old.job = merged.job LIMIT 1) IS NULL"
+	" ORDER BY job, turn",
+	.nargs = 4,
+	.argtypes = {INT8ARRAYOID, NAMEARRAYOID, TIMESTAMPTZARRAYOID, INT8ARRAYOID}
+};
+
+static OmniStatement select_recent = {
+	.table = &omni_event_table,
+	.text = "SELECT array_agg(DISTINCT job) FROM %s WHERE occurred_at > $1 AND event = 'sending'",
+	.nargs = 1,
+	.argtypes = {TIMESTAMPTZOID}
+};
+
+/* since there was an answer to the job */
+static OmniStatement count_recoveries = {
+	.table = &omni_event_table,
+	.text = "SELECT count(*) FROM %s WHERE job = $1 AND event = 'recovered'"
+	" AND id > coalesce((SELECT max(id) FROM %s WHERE job = $1 AND http_status IS NOT NULL), 0)",
+	.nargs = 1,
+	.argtypes = {INT8OID}
+};
+
+/* an attempt that ended without an answer; an answer of 5xx is one */
+static OmniStatement select_unanswered = {
+	.table = &omni_event_table,
+	.text = "SELECT FROM %s WHERE job = $1 AND (event = 'recovered'"
+	" OR (event = 'attempt_failed' AND starts_with(detail, '08006:') AND coalesce(http_status, 0) < 500)) LIMIT 1",
+	.nargs = 1,
+	.argtypes = {INT8OID}
+};
+
+/* The events of this transaction that are not written yet, by column */
+static ArrayBuildState *gathered[COLUMNS];
+
+static void gather(int column, Datum value, bool isnull);
+
+/* Begins a transaction's events: forgets what one that was rolled back has left. */
+void
+omni_events_begin(void)
+{
+	memset(gathered, 0, sizeof(gathered));
+}
+
+/* Adds a line about a job to the event log, as of omni_events_write(). */
+void
+omni_event_add(const OmniJob *job, const OmniEvent *event)
+{
+	Interval	duration = {.time = event->duration};
+
+	gather(0, Int64GetDatum(job->id), false);
+	gather(1, NameGetDatum(&job->request.requested_by), false);
+	gather(2, TimestampTzGetDatum(event->occurred_at), false);
+	gather(3, CStringGetTextDatum(event->event), false);
+	gather(4, Int32GetDatum(event->attempt), event->attempt == 0);
+	gather(5, Int32GetDatum(event->http_status), event->http_status == 0);
+	gather(6, IntervalPGetDatum(&duration), event->duration == 0);
+	gather(7, event->detail != NULL ? CStringGetTextDatum(event->detail) : (Datum) 0, event->detail == NULL);
+}
+
+static void
+gather(int column, Datum value, bool isnull)
+{
+	static const Oid types[COLUMNS] = {
+		INT8OID, NAMEOID, TIMESTAMPTZOID, TEXTOID, INT4OID, INT4OID, INTERVALOID, TEXTOID
+	};
+
+	if (gathered[column] == NULL)
+		gathered[column] = initArrayResult(types[column], CurrentMemoryContext, false);
+	(void) accumArrayResult(gathered[column], value, isnull, types[column], CurrentMemoryContext);
+}
+
+/* Writes the events of this transaction. */
+void
+omni_events_write(void)
+{
+	Datum		values[COLUMNS];
+
+	if (gathered[0] == NULL)
+		return;
+	for (int i = 0; i < COLUMNS; i++)
+		values[i] = makeArrayResult(gathered[i], CurrentMemoryContext);
+	omni_events_begin();
+	(void) omni_run(&insert_events, values, NULL);
+}
+
+/* Writes the events of jobs that were merged, of which four arrays tell. */
+void
+omni_events_merged(Datum jobs, Datum requesters, Datum requested_at, Datum carriers)
+{
+	Datum		values[4] = {jobs, requesters, requested_at, carriers};
+
+	(void) omni_run(&insert_merged, values, NULL);
+}
+
+/* The jobs that were sent since a time, an array, or NULL if there are none. */
+ArrayType *
+omni_events_sent(TimestampTz since)
+{
+	Datum		values[1] = {TimestampTzGetDatum(since)};
+	Datum		jobs;
+	bool		isnull;
+
+	(void) omni_run(&select_recent, values, NULL);
+	jobs = omni_result(0, 0, &isnull);
+	return isnull ? NULL : DatumGetArrayTypeP(jobs);
+}
+
+/* How often a job was sent again since there was an answer to it. */
+int64
+omni_events_recoveries(int64 job)
+{
+	Datum		values[1] = {Int64GetDatum(job)};
+	bool		isnull;
+
+	(void) omni_run(&count_recoveries, values, NULL);
+	return DatumGetInt64(omni_result(0, 0, &isnull));
+}
+
+/* Whether Omni may have got the request of an earlier attempt at a job. */
+bool
+omni_job_may_have_arrived(int64 id)
+{
+	Datum		values[1] = {Int64GetDatum(id)};
+
+	return omni_run(&select_unanswered, values, NULL) > 0;
+}
