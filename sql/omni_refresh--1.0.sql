@@ -86,6 +86,15 @@ CREATE INDEX omni_refresh_job_unfinished_idx ON omni_refresh_job (run_at, id)
 	WHERE status = ANY ('{pending, sending, running}');
 COMMENT ON INDEX omni_refresh_job_unfinished_idx IS 'the jobs that are not at an end';
 
+/* who cancels a job puts those back that were merged into it */
+CREATE INDEX omni_refresh_job_merged_idx ON omni_refresh_job (merged_into) WHERE status = 'merged';
+COMMENT ON INDEX omni_refresh_job_merged_idx IS 'the jobs that another one carries out, by that';
+
+/* what came to an end, and when: merged jobs, of which there may be many, come to none of their own */
+CREATE INDEX omni_refresh_job_finished_idx ON omni_refresh_job (server, status, finished_at)
+	WHERE status = ANY ('{completed, failed, accepted, canceled, unknown}');
+COMMENT ON INDEX omni_refresh_job_finished_idx IS 'the jobs that are at an end, by server and status, in order of time';
+
 /*
  * The event log
  */
@@ -196,9 +205,161 @@ CREATE FUNCTION omni_refresh_on_commit(
 COMMENT ON FUNCTION omni_refresh_on_commit(uuid, uuid, bool, text[], text[]) IS
 	'queues a refresh of a model, which is sent if and when the transaction commits, and returns the job';
 
+CREATE FUNCTION omni_refresh_cache(
+	model uuid,
+	policy text,
+	reset_at timestamptz DEFAULT NULL)
+	RETURNS omni_refresh_job
+	AS 'MODULE_PATHNAME', 'omni_refresh_cache'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_cache(uuid, text, timestamptz) IS
+	'asks Omni to reset a cache policy of a model now, waits for its answer and returns the job';
+
+CREATE FUNCTION omni_refresh_cache_on_commit(
+	model uuid,
+	policy text,
+	reset_at timestamptz DEFAULT NULL)
+	RETURNS omni_refresh_job
+	AS 'MODULE_PATHNAME', 'omni_refresh_cache_on_commit'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_cache_on_commit(uuid, text, timestamptz) IS
+	'queues the reset of a cache policy of a model, which is sent if and when the transaction commits, and returns the job';
+
+CREATE FUNCTION omni_refresh_wait(
+	id bigint,
+	timeout interval DEFAULT '5 min')
+	RETURNS omni_refresh_job
+	AS 'MODULE_PATHNAME', 'omni_refresh_wait'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_wait(bigint, interval) IS
+	'waits until a job, or the one that carries it out, has come to its end, and returns it';
+
+CREATE FUNCTION omni_refresh_cancel(id bigint)
+	RETURNS bool
+	AS 'MODULE_PATHNAME', 'omni_refresh_cancel'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_cancel(bigint) IS
+	'cancels a job if it is still pending, and puts those back into the queue that were merged into it';
+
+CREATE FUNCTION omni_refresh_retry(id bigint)
+	RETURNS omni_refresh_job
+	AS 'MODULE_PATHNAME', 'omni_refresh_retry'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_retry(bigint) IS
+	'queues what a failed, canceled or unknown job asked for once more, and returns the new job';
+
+CREATE FUNCTION omni_refresh_models(
+	name text DEFAULT NULL,
+	kind text DEFAULT NULL)
+	RETURNS TABLE (
+		id uuid,
+		name text,
+		kind text,
+		connection_id uuid,
+		base_model_id uuid,
+		branches jsonb,
+		updated_at timestamptz)
+	AS 'MODULE_PATHNAME', 'omni_refresh_models'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_models(text, text) IS
+	'the models that Omni has, of a name and of a kind if these are given';
+
+CREATE FUNCTION omni_refresh_check()
+	RETURNS TABLE (check_name text, ok bool, detail text)
+	AS 'MODULE_PATHNAME', 'omni_refresh_check'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE ROWS 20;
+COMMENT ON FUNCTION omni_refresh_check() IS
+	'goes the way of a request, step by step, and says what is wrong and what to do';
+
 CREATE FUNCTION omni_refresh_wake()
 	RETURNS bool
 	AS 'MODULE_PATHNAME', 'omni_refresh_wake'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_wake() IS
 	'starts the background worker if any job is unfinished, and returns whether there is one';
+
+/*
+ * For monitoring.  Whatever the tables hold, it reads no more than what is unfinished,
+ * what came to an end in the last hour, and the last jobs of each server.
+ */
+CREATE VIEW omni_refresh_status AS
+SELECT
+	srvname AS server,
+	pending, sending, running,
+	oldest_pending,
+	completed, accepted, failed, canceled, unknown,
+	last_success,
+	last_failure,
+	last_error,
+	p50, p95,
+	requests_last_minute,
+	worker_pid
+FROM pg_catalog.pg_foreign_server
+	JOIN pg_catalog.pg_foreign_data_wrapper AS w ON w.oid = srvfdw AND fdwname = 'omni_refresh',
+	LATERAL (
+		SELECT
+			count(*) FILTER (WHERE status = 'pending') AS pending,
+			count(*) FILTER (WHERE status = 'sending') AS sending,
+			count(*) FILTER (WHERE status = 'running') AS running,
+			clock_timestamp() - min(requested_at) FILTER (WHERE status = 'pending') AS oldest_pending
+		FROM omni_refresh_job
+		WHERE status = ANY ('{pending, sending, running}') AND server = srvname
+	) AS unfinished,
+	LATERAL (
+		SELECT
+			count(*) FILTER (WHERE status = 'completed') AS completed,
+			count(*) FILTER (WHERE status = 'accepted') AS accepted,
+			count(*) FILTER (WHERE status = 'failed') AS failed,
+			count(*) FILTER (WHERE status = 'canceled') AS canceled,
+			count(*) FILTER (WHERE status = 'unknown') AS unknown
+		FROM omni_refresh_job
+		WHERE status = ANY ('{completed, failed, accepted, canceled, unknown}') AND server = srvname
+			AND finished_at > clock_timestamp() - interval '1 hour'
+	) AS finished,
+	LATERAL (
+		SELECT max(last) AS last_success
+		FROM (VALUES ('completed'), ('accepted')) AS ends (name), LATERAL (
+			SELECT finished_at AS last FROM omni_refresh_job
+			WHERE status = ANY ('{completed, failed, accepted, canceled, unknown}') AND server = srvname AND status = name
+			ORDER BY finished_at DESC LIMIT 1) AS job
+	) AS success
+	LEFT JOIN LATERAL (
+		SELECT last AS last_failure, why AS last_error
+		FROM (VALUES ('failed'), ('unknown')) AS ends (name), LATERAL (
+			SELECT finished_at AS last, error AS why FROM omni_refresh_job
+			WHERE status = ANY ('{completed, failed, accepted, canceled, unknown}') AND server = srvname AND status = name
+			ORDER BY finished_at DESC LIMIT 1) AS job
+		ORDER BY last DESC LIMIT 1
+	) AS failure ON true,
+	LATERAL (
+		SELECT
+			percentile_cont(0.5) WITHIN GROUP (ORDER BY duration) AS p50,
+			percentile_cont(0.95) WITHIN GROUP (ORDER BY duration) AS p95,
+			count(*) FILTER (WHERE event = 'sending' AND occurred_at > clock_timestamp() - interval '1 min') AS requests_last_minute
+		FROM omni_refresh_event AS e JOIN omni_refresh_job AS j ON j.id = e.job
+		WHERE occurred_at > clock_timestamp() - interval '1 hour'
+			AND (duration IS NOT NULL OR event = 'sending') AND server = srvname
+	) AS answers,
+	LATERAL (
+		SELECT max(pid) AS worker_pid FROM pg_catalog.pg_stat_activity
+		WHERE backend_type = 'omni_refresh worker' AND datname = current_database()
+	) AS worker;
+COMMENT ON VIEW omni_refresh_status IS 'for monitoring: a row for each server';
+COMMENT ON COLUMN omni_refresh_status.server IS 'the foreign server that names the Omni instance';
+COMMENT ON COLUMN omni_refresh_status.pending IS 'jobs that wait to be sent';
+COMMENT ON COLUMN omni_refresh_status.sending IS 'jobs that were sent and are not answered';
+COMMENT ON COLUMN omni_refresh_status.running IS 'jobs that Omni works on';
+COMMENT ON COLUMN omni_refresh_status.oldest_pending IS 'for how long the oldest pending job has been waiting';
+COMMENT ON COLUMN omni_refresh_status.completed IS 'jobs that were completed in the last hour';
+COMMENT ON COLUMN omni_refresh_status.accepted IS 'jobs that were accepted in the last hour, and not followed';
+COMMENT ON COLUMN omni_refresh_status.failed IS 'jobs that failed in the last hour';
+COMMENT ON COLUMN omni_refresh_status.canceled IS 'jobs that were canceled in the last hour';
+COMMENT ON COLUMN omni_refresh_status.unknown IS 'jobs whose end became unknown in the last hour';
+COMMENT ON COLUMN omni_refresh_status.last_success IS 'when a job was completed or accepted last';
+COMMENT ON COLUMN omni_refresh_status.last_failure IS 'when a job failed, or its end became unknown, last';
+COMMENT ON COLUMN omni_refresh_status.last_error IS 'why that was';
+COMMENT ON COLUMN omni_refresh_status.p50 IS 'median time to Omni''s answer in the last hour';
+COMMENT ON COLUMN omni_refresh_status.p95 IS '95th percentile of that';
+COMMENT ON COLUMN omni_refresh_status.requests_last_minute IS 'refreshes and resets sent in the last minute';
+COMMENT ON COLUMN omni_refresh_status.worker_pid IS 'the process of this database''s background worker, if there is one';
+GRANT SELECT ON omni_refresh_status TO pg_monitor;

@@ -20,8 +20,11 @@
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
+#include "utils/datetime.h"
 #include "utils/formatting.h"
+#include "utils/json.h"
 #include "utils/jsonb.h"
+#include "utils/timestamp.h"
 
 #include "compat.h"
 #include "omni_refresh.h"
@@ -29,21 +32,26 @@
 /* Omni's answers are two or three levels deep */
 #define MAX_NESTING			32
 
+static char *uuid_text(const pg_uuid_t *uuid);
+static char *escape(const char *text);
 static char *list_text(ArrayType *list);
 static void add_parameter(CURLU *url, const char *name, const char *value);
+static bool read_answer(const OmniJob *job, const char *key, const OmniAnswer *answer,
+						const char *subject, OmniOutcome *outcome);
 static void read_failure(const OmniJob *job, const char *key,
 						 const OmniAnswer *answer, OmniOutcome *outcome);
 static void read_refusal(const OmniJob *job, const char *key,
-						 const OmniAnswer *answer, OmniOutcome *outcome);
+						 const OmniAnswer *answer, const char *subject, OmniOutcome *outcome);
 static void read_acceptance(const OmniJob *job, const char *key,
 							const OmniAnswer *answer, OmniOutcome *outcome);
+static void read_reset(const OmniJob *job, const char *key,
+					   const OmniAnswer *answer, OmniOutcome *outcome);
+static void set_failed(const OmniJob *job, OmniOutcome *outcome);
 static void set_malformed(const OmniJob *job, OmniOutcome *outcome, const char *what);
-static Jsonb *parse_json(const OmniAnswer *answer, char **why);
-static Jsonb *try_json(const char *text);
-static char *to_server(const OmniAnswer *answer, char **why);
+static bool try_input(PGFunction function, const char *text, Datum *value);
+static char *to_server(const char *body, size_t length, char **why);
 static char *ascii_only(const char *text);
 static bool nests_too_deep(const char *json);
-static char *member_text(Jsonb *object, const char *name);
 static bool has_value(Jsonb *object, const char *name);
 static bool looks_like_uuid(const char *text);
 static char *error_text(const OmniAnswer *answer, const char *key);
@@ -93,15 +101,39 @@ omni_api_host(const char *text, bool with_scheme)
 	return result != NULL ? str_tolower(result, strlen(result), C_COLLATION_OID) : NULL;
 }
 
+static char *
+uuid_text(const pg_uuid_t *uuid)
+{
+	return DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(uuid)));
+}
+
+/* A text as a part of a URL, in UTF-8; palloc'd. */
+static char *
+escape(const char *text)
+{
+	char	   *utf8 = pg_server_to_any(text, strlen(text), PG_UTF8);
+	char	   *escaped = curl_easy_escape(NULL, utf8, 0);
+	char	   *result;
+
+	if (escaped == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OUT_OF_MEMORY),
+				 errmsg("out of memory")));
+	result = pstrdup(escaped);
+	curl_free(escaped);
+	return result;
+}
+
 /*
- * The URL of a request to refresh a model; palloc'd.
+ * The URL of the request that a job stands for; palloc'd.
  */
 char *
-omni_api_refresh_url(const char *base_url, const OmniJob *job)
+omni_api_job_url(const char *base_url, const OmniJob *job)
 {
 	const OmniRequest *request = &job->request;
-	char	   *model = DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(&request->model)));
-	char	   *path = psprintf("/api/v1/models/%s/refresh", model);
+	char	   *path = request->kind == OMNI_KIND_CACHE ?
+	psprintf("/api/v1/models/%s/cache_reset/%s", uuid_text(&request->model), escape(request->policy)) :
+	psprintf("/api/v1/models/%s/refresh", uuid_text(&request->model));
 	char	   *text = NULL;
 	char	   *volatile result = NULL;
 	CURLU	   *url = curl_url();
@@ -117,8 +149,7 @@ omni_api_refresh_url(const char *base_url, const OmniJob *job)
 			elog(ERROR, "libcurl could not make a URL of \"%s\"", base_url);
 
 		if (request->has_branch)
-			add_parameter(url, "branch_id",
-						  DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(&request->branch))));
+			add_parameter(url, "branch_id", uuid_text(&request->branch));
 		if (request->hard_named)
 			add_parameter(url, "hard_refresh", request->hard ? "true" : "false");
 		if (job->schemas != NULL)
@@ -138,6 +169,46 @@ omni_api_refresh_url(const char *base_url, const OmniJob *job)
 	PG_END_TRY();
 
 	return result;
+}
+
+/* What goes along with that request, as JSON; palloc'd, or NULL if nothing does. */
+char *
+omni_api_job_body(const OmniJob *job)
+{
+	char		text[MAXDATELEN + 1];
+	int			utc = 0;
+
+	if (!job->request.has_reset_at)
+		return NULL;
+	JsonEncodeDateTime(text, TimestampTzGetDatum(job->request.reset_at), TIMESTAMPTZOID, &utc);
+	return psprintf("{\"resetAt\": \"%s\"}", text);
+}
+
+/* The URL that tells how far a job of Omni's has come; palloc'd. */
+char *
+omni_api_follow_url(const char *base_url, const pg_uuid_t *job_id)
+{
+	return omni_api_lookup_url(base_url, psprintf("jobs/%s/status", uuid_text(job_id)));
+}
+
+/* The URL of what is looked up, a path below the API's with its query; palloc'd. */
+char *
+omni_api_lookup_url(const char *base_url, const char *lookup)
+{
+	/* the path of a base URL is empty, "/", or "/api" */
+	const char *host = strstr(base_url, "://") + 3;
+
+	return psprintf("%.*s/api/v1/%s", (int) (host - base_url + strcspn(host, "/")), base_url, lookup);
+}
+
+/* What to look up for a page of models, after a cursor unless it is NULL; palloc'd. */
+char *
+omni_api_models_lookup(const char *name, const char *kind, const char *cursor)
+{
+	return psprintf("models?pageSize=100&include=activeBranches%s%s%s%s%s%s",
+					name != NULL ? "&name=" : "", name != NULL ? escape(name) : "",
+					kind != NULL ? "&modelKind=" : "", kind != NULL ? escape(kind) : "",
+					cursor != NULL ? "&cursor=" : "", cursor != NULL ? escape(cursor) : "");
 }
 
 /* The elements of a list as Omni wants them: separated by commas, in UTF-8. */
@@ -166,12 +237,72 @@ add_parameter(CURLU *url, const char *name, const char *value)
 }
 
 /*
- * What the answer to a request to refresh a model means for its job.  Needs a
- * transaction.  Strings in *outcome are constants.
+ * What the answer to a job's request means for it.  Needs a transaction.  Strings
+ * in *outcome are constants.
  */
 void
-omni_api_refresh_outcome(const OmniJob *job, const char *key,
-						 const OmniAnswer *answer, OmniOutcome *outcome)
+omni_api_job_outcome(const OmniJob *job, const char *key,
+					 const OmniAnswer *answer, OmniOutcome *outcome)
+{
+	bool		cache = job->request.kind == OMNI_KIND_CACHE;
+
+	if (read_answer(job, key, answer, cache ? "cache reset" : "refresh", outcome))
+	{
+		if (cache)
+			read_reset(job, key, answer, outcome);
+		else
+			read_acceptance(job, key, answer, outcome);
+	}
+}
+
+/*
+ * What the answer to the question how far a job has come means for it.  Returns
+ * true if it has come to its end; else there may be an error.  Needs a
+ * transaction, as above.
+ */
+bool
+omni_api_follow_outcome(const OmniJob *job, const char *key,
+						const OmniAnswer *answer, OmniOutcome *outcome)
+{
+	char	   *why = NULL;
+	Jsonb	   *json;
+	char	   *status;
+
+	if (!read_answer(job, key, answer, "question about a job", outcome))
+		return false;
+	json = omni_api_json(answer->body, answer->length, &why);
+	status = json != NULL ? omni_api_member(&json->root, "status") : NULL;
+	if (status == NULL)
+		set_malformed(job, outcome, "The answer about a job is not of the shape that Omni's has.");
+	else if (pg_strcasecmp(status, "completed") == 0)
+	{
+		outcome->status = "completed";
+		return true;
+	}
+	else if (pg_strcasecmp(status, "failed") == 0)
+	{
+		set_failed(job, outcome);
+		return true;
+	}
+	return false;
+}
+
+/* What the answer to a look-up means for it: an error, or none. */
+void
+omni_api_lookup_outcome(const OmniJob *job, const char *key,
+						const OmniAnswer *answer, OmniOutcome *outcome)
+{
+	if (read_answer(job, key, answer, "request", outcome))
+		outcome->status = "completed";
+}
+
+/*
+ * What all answers have in common.  Returns true if it is one that is worth being read,
+ * else the outcome is set.
+ */
+static bool
+read_answer(const OmniJob *job, const char *key, const OmniAnswer *answer,
+			const char *subject, OmniOutcome *outcome)
 {
 	memset(outcome, 0, sizeof(*outcome));
 	outcome->http_status = answer->status;
@@ -180,10 +311,9 @@ omni_api_refresh_outcome(const OmniJob *job, const char *key,
 
 	if (answer->failed)
 		read_failure(job, key, answer, outcome);
-	else if (answer->status == 200)
-		read_acceptance(job, key, answer, outcome);
-	else
-		read_refusal(job, key, answer, outcome);
+	else if (answer->status != 200)
+		read_refusal(job, key, answer, subject, outcome);
+	return !answer->failed && answer->status == 200;
 }
 
 /* There was no answer, or only a part of it. */
@@ -243,7 +373,7 @@ read_failure(const OmniJob *job, const char *key,
 /* Omni, or something in between, has answered anything but yes. */
 static void
 read_refusal(const OmniJob *job, const char *key,
-			 const OmniAnswer *answer, OmniOutcome *outcome)
+			 const OmniAnswer *answer, const char *subject, OmniOutcome *outcome)
 {
 	static const struct
 	{
@@ -288,8 +418,8 @@ read_refusal(const OmniJob *job, const char *key,
 	omni_error_set(&outcome->error,
 				   answer->status >= 500 ? ERRCODE_CONNECTION_FAILURE :
 				   ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
-				   "server \"%s\" refused the refresh: HTTP status %d",
-				   NameStr(job->request.server), answer->status);
+				   "server \"%s\" refused the %s: HTTP status %d",
+				   NameStr(job->request.server), subject, answer->status);
 	omni_error_hint(&outcome->error, answer->status >= 500 ?
 					"The trouble is on Omni's side, or in a proxy in between; try again later." :
 					"Omni does not document this status for a refresh; it may come from a proxy in between.");
@@ -318,7 +448,7 @@ read_acceptance(const OmniJob *job, const char *key,
 				const OmniAnswer *answer, OmniOutcome *outcome)
 {
 	char	   *why = NULL;
-	Jsonb	   *json = parse_json(answer, &why);
+	Jsonb	   *json = omni_api_json(answer->body, answer->length, &why);
 	char	   *status;
 	char	   *job_id;
 
@@ -327,8 +457,8 @@ read_acceptance(const OmniJob *job, const char *key,
 		set_malformed(job, outcome, psprintf("The answer is not JSON: %s.", redact(why, key)));
 		return;
 	}
-	status = member_text(json, "status");
-	job_id = member_text(json, "jobId");
+	status = omni_api_member(&json->root, "status");
+	job_id = omni_api_member(&json->root, "jobId");
 	if (status == NULL || (job_id != NULL ? !looks_like_uuid(job_id) : has_value(json, "jobId")))
 	{
 		set_malformed(job, outcome, "The answer is JSON, but not of the shape that Omni's has.");
@@ -343,16 +473,47 @@ read_acceptance(const OmniJob *job, const char *key,
 	if (pg_strcasecmp(status, "completed") == 0)
 		outcome->status = "completed";
 	else if (pg_strcasecmp(status, "failed") == 0)
+		set_failed(job, outcome);
+	else
+		outcome->status = "accepted";
+}
+
+/* Omni says that a refresh has failed. */
+static void
+set_failed(const OmniJob *job, OmniOutcome *outcome)
+{
+	outcome->status = "failed";
+	omni_error_set(&outcome->error, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
+				   "Omni could not refresh the model on server \"%s\"",
+				   NameStr(job->request.server));
+	omni_error_detail(&outcome->error, "Omni accepted the request and reported the status \"failed\", without a reason.");
+	omni_error_hint(&outcome->error, "Look at the connection in Omni: it may not reach the database, or lack privileges there.");
+}
+
+/* Omni has reset a cache policy, if the answer is one of Omni's. */
+static void
+read_reset(const OmniJob *job, const char *key, const OmniAnswer *answer, OmniOutcome *outcome)
+{
+	char	   *why = NULL;
+	Jsonb	   *json = omni_api_json(answer->body, answer->length, &why);
+	JsonbValue	success;
+
+	if (json == NULL)
+		set_malformed(job, outcome, psprintf("The answer is not JSON: %s.", redact(why, key)));
+	else if (!JB_ROOT_IS_OBJECT(json) ||
+			 getKeyJsonValueFromContainer(&json->root, "success", strlen("success"), &success) == NULL ||
+			 success.type != jbvBool)
+		set_malformed(job, outcome, "The answer is JSON, but not of the shape that Omni's has.");
+	else if (success.val.boolean)
+		outcome->status = "completed";
+	else
 	{
 		outcome->status = "failed";
 		omni_error_set(&outcome->error, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
-					   "Omni could not refresh the model on server \"%s\"",
-					   NameStr(job->request.server));
-		omni_error_detail(&outcome->error, "Omni accepted the request and reported the status \"failed\", without a reason.");
-		omni_error_hint(&outcome->error, "Look at the connection in Omni: it may not reach the database, or lack privileges there.");
+					   "Omni could not reset the cache policy \"%s\" on server \"%s\"",
+					   job->request.policy, NameStr(job->request.server));
+		omni_error_detail(&outcome->error, "Omni accepted the request and reported no success, without a reason.");
 	}
-	else
-		outcome->status = "accepted";
 }
 
 /* The answer is not one that Omni gives; trying again would not help. */
@@ -372,11 +533,11 @@ set_malformed(const OmniJob *job, OmniOutcome *outcome, const char *what)
  * Parses the body of an answer.  Returns NULL and says why if it is not JSON, or
  * JSON that no instance of Omni would send.
  */
-static Jsonb *
-parse_json(const OmniAnswer *answer, char **why)
+Jsonb *
+omni_api_json(const char *body, size_t length, char **why)
 {
-	char	   *text = to_server(answer, why);
-	Jsonb	   *json;
+	char	   *text = to_server(body, length, why);
+	Datum		json;
 
 	if (text == NULL)
 		return NULL;
@@ -385,29 +546,29 @@ parse_json(const OmniAnswer *answer, char **why)
 		*why = psprintf("it is nested more than %d levels deep", MAX_NESTING);
 		return NULL;
 	}
-	json = try_json(text);
-	if (json == NULL)
-	{
-		*why = plain_text(answer->body, answer->length);
-		*why = *why != NULL ? psprintf("it reads %s", *why) : "it is blank";
-	}
-	return json;
+	if (try_input(jsonb_in, text, &json))
+		return DatumGetJsonbP(json);
+	*why = plain_text(body, length);
+	*why = *why != NULL ? psprintf("it reads %s", *why) : "it is blank";
+	return NULL;
 }
 
 /*
- * Parses JSON; NULL if it is none.  The parser touches nothing outside of its
- * memory, so that catching its errors needs no subtransaction; any other error is not
- * ours to catch.  (Not inline: the compiler would fear for its callers' variables.)
+ * Calls an input function; false if it refuses the text.  It touches nothing outside
+ * of its memory, so that catching its errors needs no subtransaction; any other error
+ * is not ours to catch.  (Not inline: the compiler would fear for its callers'
+ * variables.)
  */
-static pg_noinline Jsonb *
-try_json(const char *text)
+static pg_noinline bool
+try_input(PGFunction function, const char *text, Datum *value)
 {
 	MemoryContext context = CurrentMemoryContext;
-	Jsonb	   *volatile json = NULL;
+	volatile bool accepted = true;
 
 	PG_TRY();
 	{
-		json = DatumGetJsonbP(DirectFunctionCall1(jsonb_in, CStringGetDatum(text)));
+		*value = DirectFunctionCall3(function, CStringGetDatum(text),
+									 ObjectIdGetDatum(InvalidOid), Int32GetDatum(-1));
 	}
 	PG_CATCH();
 	{
@@ -418,9 +579,24 @@ try_json(const char *text)
 			PG_RE_THROW();
 		MemoryContextSwitchTo(context);
 		FlushErrorState();
+		accepted = false;
 	}
 	PG_END_TRY();
-	return json;
+	return accepted;
+}
+
+/* Reads a uuid in the one spelling that APIs use; false if it is none. */
+bool
+omni_api_uuid(const char *text, Datum *uuid)
+{
+	return looks_like_uuid(text) && try_input(uuid_in, text, uuid);
+}
+
+/* Reads a time, as APIs write it; false if it is none. */
+bool
+omni_api_time(const char *text, Datum *time)
+{
+	return try_input(timestamptz_in, text, time);
 }
 
 /*
@@ -429,19 +605,19 @@ try_json(const char *text)
  * refresh should not fail for the spelling of a name.
  */
 static char *
-to_server(const OmniAnswer *answer, char **why)
+to_server(const char *body, size_t length, char **why)
 {
 	char	   *text;
 
-	if (answer->body == NULL || answer->length == 0)
+	if (body == NULL || length == 0)
 		*why = "it is empty";
-	else if (memchr(answer->body, '\0', answer->length) != NULL)
+	else if (memchr(body, '\0', length) != NULL)
 		*why = "it has a NUL byte";
-	else if (pg_verify_mbstr(PG_UTF8, answer->body, answer->length, true) == false)
+	else if (pg_verify_mbstr(PG_UTF8, body, length, true) == false)
 		*why = "it is not valid UTF-8";
 	else
 	{
-		text = pnstrdup(answer->body, answer->length);
+		text = pnstrdup(body, length);
 		return GetDatabaseEncoding() == PG_UTF8 ? text : ascii_only(text);
 	}
 	return NULL;
@@ -506,13 +682,13 @@ nests_too_deep(const char *json)
 }
 
 /* The text of a string in a JSON object; NULL when there is none. */
-static char *
-member_text(Jsonb *object, const char *name)
+char *
+omni_api_member(JsonbContainer *object, const char *name)
 {
 	JsonbValue	value;
 
-	if (!JB_ROOT_IS_OBJECT(object) ||
-		getKeyJsonValueFromContainer(&object->root, name, strlen(name), &value) == NULL ||
+	if (!JsonContainerIsObject(object) ||
+		getKeyJsonValueFromContainer(object, name, strlen(name), &value) == NULL ||
 		value.type != jbvString)
 		return NULL;
 	return pnstrdup(value.val.string.val, value.val.string.len);
@@ -550,16 +726,16 @@ static char *
 error_text(const OmniAnswer *answer, const char *key)
 {
 	char	   *why;
-	Jsonb	   *json = parse_json(answer, &why);
+	Jsonb	   *json = omni_api_json(answer->body, answer->length, &why);
 	char	   *text = NULL;
 
 	if (json != NULL)
 	{
-		char	   *error = member_text(json, "error");
+		char	   *error = omni_api_member(&json->root, "error");
 
-		text = member_text(json, "detail");
+		text = omni_api_member(&json->root, "detail");
 		if (text == NULL)
-			text = member_text(json, "message");
+			text = omni_api_member(&json->root, "message");
 		if (text != NULL && error != NULL)
 			text = psprintf("%s: %s", error, text);
 		else if (text == NULL)

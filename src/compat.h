@@ -15,6 +15,8 @@
 
 #include <curl/curl.h>
 
+#include "funcapi.h"
+#include "miscadmin.h"
 #include "storage/dsm.h"
 #include "storage/lwlock.h"
 #include "storage/shmem.h"
@@ -33,6 +35,33 @@
 /* 15 added the reservation of a prefix of settings */
 #if PG_VERSION_NUM < 150000
 #define MarkGUCPrefixReserved(prefix) EmitWarningsOnPlaceholders(prefix)
+#endif
+
+/* 15 brought a function that begins a result of many rows; 16 gave it its name */
+#if PG_VERSION_NUM >= 160000
+#define omni_materialize_compat(fcinfo) InitMaterializedSRF(fcinfo, 0)
+#elif PG_VERSION_NUM >= 150000
+#define omni_materialize_compat(fcinfo) SetSingleFuncCall(fcinfo, 0)
+#else
+static inline void
+omni_materialize_compat(FunctionCallInfo fcinfo)
+{
+	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
+	MemoryContext context;
+	TupleDesc	desc;
+
+	if (result == NULL || !IsA(result, ReturnSetInfo) || (result->allowedModes & SFRM_Materialize) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("materialize mode required, but it is not allowed in this context")));
+	context = MemoryContextSwitchTo(result->econtext->ecxt_per_query_memory);
+	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "return type must be a row type");
+	result->returnMode = SFRM_Materialize;
+	result->setResult = tuplestore_begin_heap(true, false, work_mem);
+	result->setDesc = desc;
+	MemoryContextSwitchTo(context);
+}
 #endif
 
 /* 16 replaced the functions that check privileges on one kind of object */

@@ -33,9 +33,6 @@
 #include "compat.h"
 #include "omni_refresh.h"
 
-/* An answer of Omni's is a few hundred bytes, a page of models some 100 kB */
-#define MAX_ANSWER			(1024 * 1024)
-
 /* How many idle connections are kept: some instances, a few requests each */
 #define MAX_CONNECTIONS		16
 
@@ -82,6 +79,7 @@ static size_t keep_body(char *data, size_t size, size_t count, void *arg);
 static void drive(curl_socket_t socket, int mask);
 static void collect_done(void);
 static void fill_answer(Transfer *transfer, CURLcode code);
+static void tell_connection(CURL *easy, OmniAnswer *answer);
 static OmniPhase phase_reached(Transfer *transfer, CURLcode code);
 static void make_wait_set(void);
 
@@ -136,14 +134,14 @@ omni_http_start(const OmniHttpRequest *request)
 	SETOPT(CURLOPT_CUSTOMREQUEST, request->method);
 	if (strcmp(request->method, "POST") == 0)
 	{
-		SETOPT(CURLOPT_POSTFIELDSIZE, 0L);
-		SETOPT(CURLOPT_POSTFIELDS, "");
+		SETOPT(CURLOPT_POSTFIELDSIZE, -1L);
+		SETOPT(CURLOPT_COPYPOSTFIELDS, request->body != NULL ? request->body : "");
 	}
 	authorization = psprintf("Authorization: Bearer %s", request->bearer);
 	add_header(transfer, authorization);
 	explicit_bzero(authorization, strlen(authorization));
 	add_header(transfer, "Accept: application/json");
-	add_header(transfer, "Content-Type:");	/* none: there is no body */
+	add_header(transfer, request->body != NULL ? "Content-Type: application/json" : "Content-Type:");
 	SETOPT(CURLOPT_HTTPHEADER, transfer->headers);
 	SETOPT(CURLOPT_USERAGENT, "omni_refresh/" OMNI_REFRESH_VERSION
 		   " (PostgreSQL " PG_VERSION "; libcurl " LIBCURL_VERSION ")");
@@ -171,6 +169,12 @@ omni_http_start(const OmniHttpRequest *request)
 	SETOPT(CURLOPT_CAPATH, NULL);
 	if (request->ca_file != NULL)
 		SETOPT(CURLOPT_CAINFO, request->ca_file);
+
+	if (request->probe)
+	{
+		SETOPT(CURLOPT_FRESH_CONNECT, 1L);
+		SETOPT(CURLOPT_CERTINFO, 1L);
+	}
 
 	/* A hanging look-up must keep neither signals nor our exit waiting */
 	SETOPT(CURLOPT_NOSIGNAL, 1L);
@@ -363,7 +367,7 @@ keep_body(char *data, size_t size, size_t count, void *arg)
 	OmniAnswer *answer = &transfer->public.answer;
 	size_t		n = size * count;
 
-	if (n > MAX_ANSWER - answer->length)
+	if (n > OMNI_MAX_ANSWER - answer->length)
 	{
 		answer->too_large = true;
 		return 0;
@@ -438,6 +442,7 @@ fill_answer(Transfer *transfer, CURLcode code)
 	answer->retry_after = (int) Min(number, PG_INT32_MAX);
 	curl_easy_getinfo(easy, CURLINFO_REDIRECT_URL, &answer->redirect_url);
 	answer->body = transfer->body;
+	tell_connection(easy, answer);
 
 	if (code != CURLE_OK)
 	{
@@ -450,6 +455,28 @@ fill_answer(Transfer *transfer, CURLcode code)
 		answer->reason = code == CURLE_ABORTED_BY_CALLBACK ?
 			"The connection was closed without an answer" :
 			transfer->error[0] != '\0' ? transfer->error : curl_easy_strerror(code);
+	}
+}
+
+/* Whom a transfer was connected to, and by what certificate that is known. */
+static void
+tell_connection(CURL *easy, OmniAnswer *answer)
+{
+	struct curl_certinfo *chain = NULL;
+	char	   *address = NULL;
+
+	curl_easy_getinfo(easy, CURLINFO_PRIMARY_IP, &address);
+	if (address != NULL && address[0] != '\0')
+		answer->address = address;
+	curl_easy_getinfo(easy, CURLINFO_CERTINFO, &chain);
+	if (chain == NULL || chain->num_of_certs == 0)
+		return;
+	for (struct curl_slist *line = chain->certinfo[0]; line != NULL; line = line->next)
+	{
+		if (strncmp(line->data, "Issuer:", strlen("Issuer:")) == 0)
+			answer->issuer = line->data + strlen("Issuer:");
+		else if (strncmp(line->data, "Expire date:", strlen("Expire date:")) == 0)
+			answer->expires = line->data + strlen("Expire date:");
 	}
 }
 

@@ -10,6 +10,7 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
 #include "funcapi.h"
@@ -24,13 +25,13 @@
 #include "table.h"
 
 #define INSERT_JOB \
-	"INSERT INTO %s AS job (status, model_id, branch_id, kind, hard, schemas, tables, server," \
+	"INSERT INTO %s AS job (status, model_id, branch_id, kind, hard, schemas, tables, policy, reset_at, server," \
 	" origin, requested_by, requested_by_oid, requested_at, run_at, sent_at, attempts, database)" \
-	" VALUES ($1, $2, $3, 'schema', $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)"
-#define INSERT_JOB_NARGS 15
+	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)"
+#define INSERT_JOB_NARGS 18
 #define INSERT_JOB_ARGTYPES \
-	{TEXTOID, UUIDOID, UUIDOID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, NAMEOID, TEXTOID, NAMEOID, \
-		OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID, OIDOID}
+	{TEXTOID, UUIDOID, UUIDOID, TEXTOID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, TEXTOID, TIMESTAMPTZOID, NAMEOID, \
+		TEXTOID, NAMEOID, OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID, OIDOID}
 
 static OmniStatement insert_job = {
 	.table = &omni_job_table,
@@ -62,9 +63,34 @@ static OmniStatement select_unfinished = {
 	.argtypes = {OIDOID}
 };
 
+static OmniStatement look_at_job = {
+	.table = &omni_job_table,
+	.read = true,
+	.text = "SELECT status::text, merged_into::bigint, xmin::xid, requested_by::name, requested_by_oid::oid,"
+	"  model_id::uuid, branch_id::uuid, kind = 'cache', hard::bool, schemas::text[], tables::text[],"
+	"  policy::text, reset_at::timestamptz, server::name, requested_at::timestamptz"
+	" FROM %s WHERE id = $1",
+	.nargs = 1,
+	.argtypes = {INT8OID}
+};
+#define LOOK_AT_JOB_COLUMNS	15
+
+static OmniStatement count_unfinished = {
+	.table = &omni_job_table,
+	.read = true,
+	.text = "SELECT count(*) FILTER (WHERE status = 'pending' AND database = $1),"
+	"  count(*) FILTER (WHERE status = 'sending' AND database = $1),"
+	"  count(*) FILTER (WHERE status = 'running' AND database = $1),"
+	"  count(*) FILTER (WHERE status = 'pending' AND database = $1 AND run_at < pg_catalog.clock_timestamp() - interval '5 min'),"
+	"  count(*) FILTER (WHERE database <> $1)"
+	" FROM %s WHERE status = ANY ('{pending, sending, running}')",
+	.nargs = 1,
+	.argtypes = {OIDOID}
+};
+
 static OmniStatement update_job = {
 	.table = &omni_job_table,
-	.text = "UPDATE %s SET status = $2, job_id = $3, finished_at = $4, error = $5,"
+	.text = "UPDATE %s SET status = $2, job_id = coalesce($3, job_id), finished_at = $4, error = $5,"
 	" run_at = coalesce($6, run_at)"
 	" WHERE id = $1",
 	.nargs = 6,
@@ -81,6 +107,7 @@ static OmniStatement send_job = {
 
 static void insert(OmniStatement *statement, OmniJob *job, const char *status, TimestampTz run_at,
 				   TimestampTz sent_at);
+static const char *kind_name(OmniKind kind);
 
 /*
  * Writes down that a job is about to be sent to a URL, which holds no secret.
@@ -134,7 +161,7 @@ omni_job_delay(OmniJob *job, TimestampTz run_at)
 
 	if (job->id == 0)
 		insert(&insert_job, job, "pending", run_at, 0);
-	else if (!job->queued)
+	else if (strcmp(job->origin, OMNI_ORIGIN_CALL) == 0)
 		omni_job_defer(job->id, run_at);
 	omni_event_add(job, &requested);
 	omni_event_add(job, &limited);
@@ -177,11 +204,14 @@ insert(OmniStatement *statement, OmniJob *job, const char *status, TimestampTz r
 		CStringGetTextDatum(status),
 		UUIDPGetDatum(&request->model),
 		UUIDPGetDatum(&request->branch),
+		CStringGetTextDatum(kind_name(request->kind)),
 		BoolGetDatum(request->hard),
 		PointerGetDatum(job->schemas),
 		PointerGetDatum(job->tables),
+		CStringGetTextDatum(request->policy),
+		TimestampTzGetDatum(request->reset_at),
 		NameGetDatum(&request->server),
-		CStringGetTextDatum(job->queued ? "on_commit" : "call"),
+		CStringGetTextDatum(job->origin),
 		NameGetDatum(&request->requested_by),
 		ObjectIdGetDatum(request->role),
 		TimestampTzGetDatum(request->requested_at),
@@ -190,21 +220,33 @@ insert(OmniStatement *statement, OmniJob *job, const char *status, TimestampTz r
 		Int32GetDatum(sent_at != 0 ? 1 : 0),
 		ObjectIdGetDatum(MyDatabaseId)
 	};
-	char		nulls[INSERT_JOB_NARGS + 1] = "               ";
+	char		nulls[INSERT_JOB_NARGS + 1] = "                  ";
 
 	if (!request->has_branch)
 		nulls[2] = 'n';
-	if (job->schemas == NULL)
+	if (request->kind == OMNI_KIND_CACHE)
 		nulls[4] = 'n';
-	if (job->tables == NULL)
+	else
+		nulls[7] = 'n';
+	if (job->schemas == NULL)
 		nulls[5] = 'n';
+	if (job->tables == NULL)
+		nulls[6] = 'n';
+	if (!request->has_reset_at)
+		nulls[8] = 'n';
 	if (sent_at == 0)
-		nulls[12] = 'n';
+		nulls[15] = 'n';
 
 	if (omni_run(statement, values, nulls) != 1)
 		elog(ERROR, "a trigger kept a job from being written");
 	if (statement == &insert_job)
 		job->id = DatumGetInt64(omni_result(0, 0, &isnull));
+}
+
+static const char *
+kind_name(OmniKind kind)
+{
+	return kind == OMNI_KIND_CACHE ? "cache" : "schema";
 }
 
 /* Writes down what became of an attempt, and of the job with it. */
@@ -245,6 +287,10 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 	if (omni_run(&update_job, values, nulls) == 0)
 		return;					/* someone has deleted it: no events either */
 
+	if (strcmp(outcome->status, "pending") != 0)
+		omni_notify(job->id, outcome->status);
+	if (outcome->quiet)
+		return;
 	if (outcome->attempt_event == NULL)
 		attempt.event = outcome->status;
 	omni_event_add(job, &attempt);
@@ -287,6 +333,71 @@ omni_job_read(int64 id)
 }
 
 /*
+ * Looks at a job, in a backend with SPI connected and after omni_tables_find(), under
+ * the latest snapshot.  Returns false if there is none.  Its lists are palloc'd.
+ */
+bool
+omni_job_look(int64 id, OmniJobState *state)
+{
+	Datum		values[1] = {Int64GetDatum(id)};
+	OmniJob    *job = &state->job;
+	OmniRequest *request = &job->request;
+	Datum		columns[LOOK_AT_JOB_COLUMNS];
+	bool		isnull[LOOK_AT_JOB_COLUMNS];
+
+	memset(state, 0, sizeof(*state));
+	if (omni_run(&look_at_job, values, NULL) != 1)
+		return false;
+	for (int column = 0; column < LOOK_AT_JOB_COLUMNS; column++)
+		columns[column] = omni_result(0, column, &isnull[column]);
+
+	strlcpy(state->status, TextDatumGetCString(columns[0]), sizeof(state->status));
+	state->merged_into = isnull[1] ? 0 : DatumGetInt64(columns[1]);
+	state->uncommitted = TransactionIdIsCurrentTransactionId(DatumGetTransactionId(columns[2]));
+	job->id = id;
+	request->requested_by = *DatumGetName(columns[3]);
+	request->role = DatumGetObjectId(columns[4]);
+	request->model = *DatumGetUUIDP(columns[5]);
+	request->has_branch = !isnull[6];
+	if (request->has_branch)
+		request->branch = *DatumGetUUIDP(columns[6]);
+	request->kind = DatumGetBool(columns[7]) ? OMNI_KIND_CACHE : OMNI_KIND_SCHEMA;
+	request->hard = !isnull[8] && DatumGetBool(columns[8]);
+	job->schemas = isnull[9] ? NULL : (ArrayType *) DatumGetPointer(SPI_datumTransfer(columns[9], false, -1));
+	job->tables = isnull[10] ? NULL : (ArrayType *) DatumGetPointer(SPI_datumTransfer(columns[10], false, -1));
+	if (!isnull[11])
+		strlcpy(request->policy, TextDatumGetCString(columns[11]), sizeof(request->policy));
+	request->has_reset_at = !isnull[12];
+	if (request->has_reset_at)
+		request->reset_at = DatumGetTimestampTz(columns[12]);
+	request->server = *DatumGetName(columns[13]);
+	request->requested_at = DatumGetTimestampTz(columns[14]);
+	return true;
+}
+
+/* Counts what is unfinished, in a backend. */
+void
+omni_job_count(OmniJobCounts *counts)
+{
+	Datum		values[1] = {ObjectIdGetDatum(MyDatabaseId)};
+	int64	   *fields[] = {&counts->pending, &counts->sending, &counts->running, &counts->stuck, &counts->foreign};
+	bool		isnull;
+
+	SPI_connect();
+	(void) omni_run(&count_unfinished, values, NULL);
+	for (int i = 0; i < lengthof(fields); i++)
+		*fields[i] = DatumGetInt64(omni_result(0, i, &isnull));
+	SPI_finish();
+}
+
+/* Who owns the table of jobs; after omni_tables_find(). */
+Oid
+omni_job_owner(void)
+{
+	return omni_job_table.owner;
+}
+
+/*
  * A job that is in no table, as a row: one that was not even written down.  In a
  * backend; after omni_tables_find().  The result is palloc'd.
  */
@@ -312,12 +423,14 @@ omni_job_form(const OmniJob *job, const char *status, const char *error)
 	SET("status", CStringGetTextDatum(status), false);
 	SET("model_id", UUIDPGetDatum(&request->model), false);
 	SET("branch_id", UUIDPGetDatum(&request->branch), !request->has_branch);
-	SET("kind", CStringGetTextDatum("schema"), false);
-	SET("hard", BoolGetDatum(request->hard), false);
+	SET("kind", CStringGetTextDatum(kind_name(request->kind)), false);
+	SET("hard", BoolGetDatum(request->hard), request->kind == OMNI_KIND_CACHE);
 	SET("schemas", PointerGetDatum(job->schemas), job->schemas == NULL);
 	SET("tables", PointerGetDatum(job->tables), job->tables == NULL);
+	SET("policy", CStringGetTextDatum(request->policy), request->kind != OMNI_KIND_CACHE);
+	SET("reset_at", TimestampTzGetDatum(request->reset_at), !request->has_reset_at);
 	SET("server", NameGetDatum(&request->server), false);
-	SET("origin", CStringGetTextDatum(job->queued ? "on_commit" : "call"), false);
+	SET("origin", CStringGetTextDatum(job->origin), false);
 	SET("requested_by", NameGetDatum(&request->requested_by), false);
 	SET("requested_by_oid", ObjectIdGetDatum(request->role), false);
 	SET("requested_at", TimestampTzGetDatum(request->requested_at), false);

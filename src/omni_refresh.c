@@ -17,20 +17,22 @@
 
 PG_MODULE_MAGIC_EXT(.name = OMNI_EXTENSION,.version = OMNI_REFRESH_VERSION);
 
+bool		omni_is_preloaded;
+
 /* For users */
 char	   *omni_server;
 int			omni_on_failure;
 int			omni_call_timeout;	/* ms */
 bool		omni_enabled;
 
-/* For the worker; what heeds the statics is yet to come */
+/* For the worker */
 int			omni_idle_timeout;	/* ms */
 int			omni_min_interval;	/* ms */
 int			omni_retry_for;		/* s */
 int			omni_max_in_flight;
-static bool omni_track;
-static int	omni_track_timeout; /* s */
-static int	omni_retention;		/* min, -1 means for ever */
+bool		omni_track;
+int			omni_track_timeout; /* s */
+int			omni_retention;		/* min, -1 means for ever */
 
 static void format_clipped(char *buffer, size_t size, const char *format, va_list args)
 			pg_attribute_printf(3, 0);
@@ -95,6 +97,7 @@ _PG_init(void)
 							PGC_SIGHUP, GUC_UNIT_MIN, NULL, NULL, NULL);
 	MarkGUCPrefixReserved("omni_refresh");
 
+	omni_is_preloaded = process_shared_preload_libraries_in_progress;
 	if (process_shared_preload_libraries_in_progress && !IsBinaryUpgrade)
 		omni_launcher_register();
 }

@@ -14,6 +14,7 @@
 #include "postmaster/bgworker.h"
 #include "storage/dsm.h"
 #include "utils/array.h"
+#include "utils/jsonb.h"
 #include "utils/uuid.h"
 
 /* Defined by the Makefile from the control file */
@@ -28,6 +29,9 @@
  * URLs than this, and libcurl longer ones than 8 MB.
  */
 #define OMNI_MAX_LIST		500000
+
+/* An answer of Omni's is a few hundred bytes, a page of models some 100 kB */
+#define OMNI_MAX_ANSWER		(1024 * 1024)
 
 /* No wait that Omni asks for is longer, in microseconds */
 #define OMNI_MAX_WAIT	USECS_PER_HOUR
@@ -45,14 +49,27 @@ typedef struct OmniError
 	char		hint[512];		/* may be empty */
 } OmniError;
 
+/* Bytes of a cache policy's name, with its end */
+#define OMNI_MAX_POLICY		256
+
+typedef enum OmniKind
+{
+	OMNI_KIND_SCHEMA,			/* refresh a model of the schema */
+	OMNI_KIND_CACHE				/* reset a cache policy */
+} OmniKind;
+
 /* What a job asks for, as plain data, but for its two lists */
 typedef struct OmniRequest
 {
+	OmniKind	kind;
 	pg_uuid_t	model;
 	pg_uuid_t	branch;			/* if has_branch */
 	bool		has_branch;
 	bool		hard;			/* what is in effect */
 	bool		hard_named;		/* say so in the request */
+	char		policy[OMNI_MAX_POLICY];
+	bool		has_reset_at;
+	TimestampTz reset_at;		/* if has_reset_at */
 	NameData	server;
 	NameData	requested_by;	/* role whose key is used ... */
 	Oid			role;			/* ... and its OID */
@@ -101,6 +118,11 @@ typedef struct OmniAnswer
 	const char *redirect_url;	/* of a 3xx, or NULL */
 	int			retry_after;	/* seconds, 0 when not given */
 	int64		elapsed;		/* microseconds */
+
+	/* if they were asked for: in the host's words, NULL when not known */
+	const char *address;		/* whom it was connected to */
+	const char *issuer;			/* of the certificate */
+	const char *expires;		/* the certificate */
 } OmniAnswer;
 
 /* One HTTP request on its way */
@@ -115,6 +137,9 @@ typedef struct OmniHttpRequest
 	const char *method;
 	const char *url;
 	const char *bearer;
+	const char *body;			/* JSON, or NULL */
+	bool		probe;			/* on a connection of its own, which is told
+								 * of */
 	const char *ca_file;		/* NULL: the system's */
 	const char *proxy;			/* NULL: none */
 	int			connect_timeout;	/* ms */
@@ -132,8 +157,9 @@ typedef struct OmniHttpRequest
 typedef struct OmniOutcome
 {
 	const char *status;			/* the job's status from now on */
-	TimestampTz run_at;			/* if that is "pending": the next attempt */
-	const char *attempt_event;	/* of a failed attempt, else NULL */
+	TimestampTz run_at;			/* if that is no end: when to go on, else 0 */
+	const char *attempt_event;	/* of an attempt, if not the status */
+	bool		quiet;			/* no event at all */
 	bool		retryable;		/* the same request might fare better later */
 	bool		may_have_arrived;	/* there was no answer, and Omni may be at
 									 * it */
@@ -146,17 +172,40 @@ typedef struct OmniOutcome
 	OmniError	error;
 } OmniOutcome;
 
+#define OMNI_ORIGIN_CALL		"call"
+#define OMNI_ORIGIN_ON_COMMIT	"on_commit"
+#define OMNI_ORIGIN_RETRY		"retry"
+
 /* A job, in a backend or in the worker's hands; see worker.c for its life */
 typedef struct OmniJob
 {
 	int64		id;				/* 0 as long as there is no row */
-	bool		queued;			/* it came by way of the queue, not of a call */
+	const char *origin;			/* as in the table */
 	int64		merge_key;		/* if queued: a hash of what makes jobs alike */
 	OmniRequest request;
 	ArrayType  *schemas;		/* text[], or NULL */
 	ArrayType  *tables;			/* text[], or NULL */
 	int			attempts;		/* begun so far */
+
+	/* of one that is followed */
+	pg_uuid_t	job_id;			/* Omni's */
+	TimestampTz sent_at;
 } OmniJob;
+
+/* How a connection to Omni was made, as plain data */
+typedef struct OmniProbe
+{
+	bool		begun;			/* else the error says why not */
+	bool		answered;
+	OmniPhase	phase;			/* where it failed, if not answered */
+	int			http_status;
+	int64		elapsed;		/* microseconds */
+	int			rate_limit;		/* requests a minute, 0 means no limit */
+	int			rate_left;		/* of them, for now */
+	char		address[64];
+	char		issuer[256];
+	char		expires[64];
+} OmniProbe;
 
 /* Those who share a rate limit */
 typedef enum OmniRateClass
@@ -189,18 +238,44 @@ typedef struct OmniCall
 	pg_atomic_uint32 forsaken;	/* set when the caller has left */
 	int			caller;			/* index of its PGPROC */
 	TimestampTz deadline;		/* end of call_timeout */
-	OmniRequest request;
+	OmniRequest request;		/* of a look-up: server and role only */
 	Size		schemas;		/* offset of a flat text[] in the segment, 0
 								 * if NULL */
 	Size		tables;			/* likewise */
+	Size		lookup;			/* offset of what to look up, as in
+								 * "models?name=x", and later of the answer;
+								 * 0: it is a job */
+	bool		probe;			/* of a look-up: tell how it was reached */
 
 	/* results */
 	int64		job_id;			/* 0 when there is no row */
+	Size		length;			/* of a look-up's answer, in bytes */
+	OmniProbe	probed;
 	OmniError	error;
 	OmniError	start_error;	/* of the worker that was started for it */
 } OmniCall;
 
+/* A job as it stands in its table, for those who do something about it */
+typedef struct OmniJobState
+{
+	OmniJob		job;
+	char		status[16];
+	int64		merged_into;	/* 0 if it is not */
+	bool		uncommitted;	/* this transaction has written it */
+} OmniJobState;
+
+/* What is left to do in this database */
+typedef struct OmniJobCounts
+{
+	int64		pending;
+	int64		sending;
+	int64		running;
+	int64		stuck;			/* pending, and due for minutes */
+	int64		foreign;		/* another database's, which will be canceled */
+} OmniJobCounts;
+
 /* in omni_refresh.c */
+extern bool omni_is_preloaded;
 extern char *omni_server;
 extern int	omni_on_failure;
 extern int	omni_call_timeout;
@@ -209,6 +284,9 @@ extern int	omni_idle_timeout;
 extern int	omni_min_interval;
 extern int	omni_retry_for;
 extern int	omni_max_in_flight;
+extern bool omni_track;
+extern int	omni_track_timeout;
+extern int	omni_retention;
 
 #define OMNI_ON_FAILURE_ERROR	0
 #define OMNI_ON_FAILURE_WARNING 1
@@ -223,14 +301,19 @@ extern void omni_error_catch(OmniError *error, MemoryContext context);
 extern void omni_error_report(const OmniError *error, int elevel);
 extern char *omni_error_text(const OmniError *error);
 
+/* in refresh.c */
+extern void omni_job_init(OmniJob *job, const char *origin);
+extern bool omni_may_request(const OmniJob *job, OmniError *error);
+extern Datum omni_queue_job(OmniJob *job);
+extern bool omni_in_recovery(OmniError *error);
+
 /* in option.c */
 extern bool omni_target_find(const char *servername, Oid role,
 							 OmniTarget *target, OmniError *error);
 extern bool omni_target_read_key(OmniTarget *target, OmniError *error);
 
 /* in rendezvous.c */
-extern OmniCall *omni_call_create(const OmniRequest *request,
-								  ArrayType *schemas, ArrayType *tables,
+extern OmniCall *omni_call_create(const OmniJob *job, const char *lookup,
 								  dsm_segment **segment);
 extern bool omni_call_run(dsm_segment *segment, OmniError *error);
 extern void omni_call_end(dsm_segment *segment);
@@ -264,6 +347,13 @@ extern void omni_events_begin(void);
 extern void omni_events_write(void);
 extern bool omni_job_may_have_arrived(int64 id);
 
+/* in notify.c */
+extern void omni_notify_begin(void);
+extern void omni_notify(int64 job, const char *status);
+extern bool omni_notify_committed(void);
+extern void omni_notify_send(void);
+extern void omni_notify_end(void);
+
 /* in job.c */
 extern bool omni_job_begin(OmniJob *job, const char *url);
 extern void omni_job_delay(OmniJob *job, TimestampTz run_at);
@@ -272,6 +362,9 @@ extern void omni_job_record(OmniJob *job, const OmniOutcome *outcome);
 extern bool omni_job_any_unfinished(void);
 extern Datum omni_job_queue(OmniJob *job);
 extern Datum omni_job_read(int64 id);
+extern bool omni_job_look(int64 id, OmniJobState *state);
+extern Oid	omni_job_owner(void);
+extern void omni_job_count(OmniJobCounts *counts);
 extern Datum omni_job_form(const OmniJob *job, const char *status,
 						   const char *error);
 
@@ -281,22 +374,37 @@ extern bool *omni_job_lock(const int64 *ids, int count);
 extern void omni_job_defer(int64 id, TimestampTz run_at);
 extern bool omni_job_merge(TimestampTz now);
 extern void omni_job_reclock(TimestampTz now, TimestampTz latest);
-extern OmniJob *omni_job_due(TimestampTz now, ArrayType *held, int limit, int *count);
+extern OmniJob *omni_job_due(TimestampTz now, bool running, ArrayType *held, int limit, int *count);
+extern bool omni_job_stop_following(void);
+extern bool omni_job_prune(int64 *after, TimestampTz before, int limit);
+extern bool omni_job_cancel(const OmniJob *job, const char *by);
 extern bool omni_job_next(TimestampTz now, TimestampTz *next);
 extern void omni_job_recent(TimestampTz since,
 							void (*tell) (int64 merge_key, TimestampTz sent_at));
 
 /* in api.c */
 extern char *omni_api_host(const char *text, bool with_scheme);
-extern char *omni_api_refresh_url(const char *base_url, const OmniJob *job);
-extern void omni_api_refresh_outcome(const OmniJob *job, const char *key,
-									 const OmniAnswer *answer,
-									 OmniOutcome *outcome);
+extern char *omni_api_job_url(const char *base_url, const OmniJob *job);
+extern char *omni_api_job_body(const OmniJob *job);
+extern char *omni_api_follow_url(const char *base_url, const pg_uuid_t *job_id);
+extern char *omni_api_lookup_url(const char *base_url, const char *lookup);
+extern char *omni_api_models_lookup(const char *name, const char *kind, const char *cursor);
+extern void omni_api_job_outcome(const OmniJob *job, const char *key,
+								 const OmniAnswer *answer, OmniOutcome *outcome);
+extern bool omni_api_follow_outcome(const OmniJob *job, const char *key,
+									const OmniAnswer *answer, OmniOutcome *outcome);
+extern void omni_api_lookup_outcome(const OmniJob *job, const char *key,
+									const OmniAnswer *answer, OmniOutcome *outcome);
+extern Jsonb *omni_api_json(const char *body, size_t length, char **why);
+extern bool omni_api_uuid(const char *text, Datum *uuid);
+extern bool omni_api_time(const char *text, Datum *time);
+extern char *omni_api_member(JsonbContainer *object, const char *name);
 
 /* in rate.c */
 extern uint64 omni_rate_id(const char *host, const char *key);
 extern TimestampTz omni_rate_take(uint64 id, OmniRateClass class, int limit,
 								  bool *blocked);
+extern int	omni_rate_left(uint64 id, int limit);
 extern void omni_rate_block(uint64 id, TimestampTz until);
 
 /* in http.c */

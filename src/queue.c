@@ -1,8 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * queue.c
- *		The queue, as the worker sees it: jobs that are "pending", not of a call,
- *		and due.
+ *		The queue: jobs that are "pending", not of a call, and due; and those that are
+ *		"running", to be asked about when that is due.
  *
  * It is nothing but rows of omni_refresh_job, found by way of the index on those
  * that are unfinished.  See table.c for what the functions need and raise.
@@ -40,7 +40,8 @@ static OmniStatement settle_jobs = {
 	.text = "UPDATE %s SET status = CASE WHEN (status = 'sending' OR attempts > 0) AND database = $1"
 	" THEN 'unknown' ELSE 'canceled' END,"
 	" finished_at = clock_timestamp(), error = CASE WHEN database = $1 THEN $2 ELSE $3 END"
-	" WHERE status IN ('pending', 'sending') AND (origin = 'call' OR database <> $1)"
+	" WHERE status = ANY ('{pending, sending, running}')"
+	"  AND (database <> $1 OR (origin = 'call' AND status <> 'running'))"
 	" RETURNING id::bigint, requested_by::name, status::text, attempts::int, error::text",
 	.nargs = 3,
 	.argtypes = {OIDOID, TEXTOID, TEXTOID}
@@ -125,7 +126,8 @@ static OmniStatement merge_jobs = {
 /* what would come later than any wait of ours comes of a clock that was set back */
 static OmniStatement reclock_jobs = {
 	.table = &omni_job_table,
-	.text = "UPDATE %s SET run_at = $1 WHERE status = 'pending' AND origin <> 'call' AND run_at > $2",
+	.text = "UPDATE %s SET run_at = $1 WHERE status = ANY ('{pending, running}')"
+	" AND (status = 'running' OR origin <> 'call') AND run_at > $2",
 	.nargs = 2,
 	.argtypes = {TIMESTAMPTZOID, TIMESTAMPTZOID}
 };
@@ -137,29 +139,87 @@ static OmniStatement reclock_jobs = {
  * The first jobs that are due, but for some servers and some roles at some servers,
  * and for those that somebody else is about to change.
  */
+#define SELECT_DUE(condition) \
+	"SELECT id::bigint, server::name, requested_by::name, requested_by_oid::oid," \
+	"  requested_at::timestamptz, model_id::uuid, branch_id::uuid, coalesce(hard, true)," \
+	"  schemas::text[], tables::text[], attempts::int, " MERGE_KEY "," \
+	"  kind = 'cache', policy::text, reset_at::timestamptz, job_id::uuid, sent_at::timestamptz" \
+	" FROM %s AS job" \
+	" WHERE " condition " AND database = $1 AND run_at <= $2" \
+	"  AND server::text <> ALL ($3) AND concat_ws(' ', server, requested_by_oid) <> ALL ($3)" \
+	" ORDER BY run_at, id LIMIT $4 FOR NO KEY UPDATE SKIP LOCKED"
+#define SELECT_DUE_COLUMNS	17
+#define SELECT_DUE_NARGS	4
+#define SELECT_DUE_ARGTYPES	{OIDOID, TIMESTAMPTZOID, TEXTARRAYOID, INT8OID}
+
 static OmniStatement select_due = {
 	.table = &omni_job_table,
-	.text = "SELECT id::bigint, server::name, requested_by::name, requested_by_oid::oid,"
-	"  requested_at::timestamptz, model_id::uuid, branch_id::uuid, coalesce(hard, true),"
-	"  schemas::text[], tables::text[], attempts::int, " MERGE_KEY
-	" FROM %s AS job"
-	" WHERE status = 'pending' AND origin <> 'call' AND database = $1 AND run_at <= $2"
-	"  AND server::text <> ALL ($3) AND concat_ws(' ', server, requested_by_oid) <> ALL ($3)"
-	" ORDER BY run_at, id LIMIT $4 FOR NO KEY UPDATE SKIP LOCKED",
-	.nargs = 4,
-	.argtypes = {OIDOID, TIMESTAMPTZOID, TEXTARRAYOID, INT8OID}
+	.text = SELECT_DUE("status = 'pending' AND origin <> 'call'"),
+	.nargs = SELECT_DUE_NARGS,
+	.argtypes = SELECT_DUE_ARGTYPES
+};
+
+/* to be asked about */
+static OmniStatement select_due_running = {
+	.table = &omni_job_table,
+	.text = SELECT_DUE("status = 'running'"),
+	.nargs = SELECT_DUE_NARGS,
+	.argtypes = SELECT_DUE_ARGTYPES
 };
 
 /* whether any are left, and when the next one will be due */
+#define UNFINISHED \
+	"status = ANY ('{pending, running}') AND (status = 'running' OR origin <> 'call') AND database = $1"
+
 static OmniStatement select_next = {
 	.table = &omni_job_table,
-	.text = "SELECT EXISTS (SELECT FROM %s"
-	"   WHERE status = 'pending' AND origin <> 'call' AND database = $1),"
-	"  (SELECT run_at::timestamptz FROM %s"
-	"   WHERE status = 'pending' AND origin <> 'call' AND database = $1 AND run_at > $2"
-	"   ORDER BY run_at LIMIT 1)",
+	.text = "SELECT EXISTS (SELECT FROM %s WHERE " UNFINISHED "),"
+	"  (SELECT run_at::timestamptz FROM %s WHERE " UNFINISHED " AND run_at > $2 ORDER BY run_at LIMIT 1)",
 	.nargs = 2,
 	.argtypes = {OIDOID, TIMESTAMPTZOID}
+};
+
+static OmniStatement stop_following = {
+	.table = &omni_job_table,
+	.text = "UPDATE %s SET status = 'accepted', finished_at = clock_timestamp()"
+	" WHERE status = 'running' AND database = $1"
+	" RETURNING id::bigint, requested_by::name, status::text, attempts::int, 'not followed to its end'",
+	.nargs = 1,
+	.argtypes = {OIDOID}
+};
+
+/* the next of them by their numbers, which come about as they were asked for */
+static OmniStatement select_old = {
+	.table = &omni_job_table,
+	.text = "SELECT array_agg(id) FILTER (WHERE finished_at < $2), max(id), bool_or(requested_at >= $2)"
+	" FROM (SELECT id, finished_at, requested_at FROM %s WHERE id > $1 ORDER BY id LIMIT $3) AS job",
+	.nargs = 3,
+	.argtypes = {INT8OID, TIMESTAMPTZOID, INT8OID}
+};
+
+static OmniStatement delete_jobs = {
+	.table = &omni_job_table,
+	.text = "DELETE FROM %s WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE id = ANY ($1) FOR UPDATE SKIP LOCKED))",
+	.nargs = 1,
+	.argtypes = {INT8ARRAYOID}
+};
+
+static OmniStatement cancel_job = {
+	.table = &omni_job_table,
+	.text = "UPDATE %s AS job SET status = 'canceled', finished_at = clock_timestamp(), error = NULL"
+	" WHERE id = $1 AND status = 'pending'"
+	" RETURNING id::bigint, requested_by::name, status::text, attempts::int, $2",
+	.nargs = 2,
+	.argtypes = {INT8OID, TEXTOID}
+};
+
+static OmniStatement release_jobs = {
+	.table = &omni_job_table,
+	.text = "UPDATE %s SET status = 'pending', merged_into = NULL, finished_at = NULL"
+	" WHERE merged_into = $1 AND status = 'merged'"
+	" RETURNING id::bigint, requested_by::name, 'released', attempts::int, 'job ' || $1 || ' was canceled'",
+	.nargs = 1,
+	.argtypes = {INT8OID}
 };
 
 static OmniStatement select_sent = {
@@ -171,6 +231,7 @@ static OmniStatement select_sent = {
 };
 
 static ArrayType *make_bigints(Datum *elements, int count);
+static uint64 add_rows_events(void);
 static void recover(void);
 static void add_members(HeapTuple set, TupleDesc desc, Datum *members, Datum *carriers, int *count);
 
@@ -230,8 +291,6 @@ omni_job_settle(void)
 	OmniError	left;
 	OmniError	copied;
 	Datum		values[3] = {ObjectIdGetDatum(MyDatabaseId)};
-	SPITupleTable *rows;
-	uint64		count;
 
 	omni_error_set(&left, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
 				   "the background worker or the server ended before the answer came");
@@ -240,33 +299,44 @@ omni_job_settle(void)
 				   "the job was asked for in another database, of which this is a copy");
 	values[1] = CStringGetTextDatum(omni_error_text(&left));
 	values[2] = CStringGetTextDatum(omni_error_text(&copied));
-	count = omni_run(&settle_jobs, values, NULL);
-	rows = SPI_tuptable;
+	(void) omni_run(&settle_jobs, values, NULL);
+	add_rows_events();
+	recover();
+}
+
+/*
+ * Adds an event for each row that the last statement has returned, of which they
+ * are job, requester, event, attempts and detail, and tells of those whose status
+ * that is.  Returns how many there were.
+ */
+static uint64
+add_rows_events(void)
+{
+	SPITupleTable *rows = SPI_tuptable;
+	uint64		count = SPI_processed;
 
 	for (uint64 i = 0; i < count; i++)
 	{
+		OmniJob		job = {0};
+		OmniEvent	event = {.occurred_at = GetCurrentTimestamp()};
 		Datum		columns[5];
 		bool		isnull = false;
 
 		/* who owns the table may have let NULLs into it */
 		for (int column = 0; column < 5 && !isnull; column++)
 			columns[column] = SPI_getbinval(rows->vals[i], rows->tupdesc, column + 1, &isnull);
-		if (!isnull)
-		{
-			OmniEvent	end = {
-				.occurred_at = GetCurrentTimestamp(),
-				.event = TextDatumGetCString(columns[2]),
-				.attempt = DatumGetInt32(columns[3]),
-				.detail = TextDatumGetCString(columns[4])
-			};
-			OmniJob		job = {0};
-
-			job.id = DatumGetInt64(columns[0]);
-			job.request.requested_by = *DatumGetName(columns[1]);
-			omni_event_add(&job, &end);
-		}
+		if (isnull)
+			continue;
+		job.id = DatumGetInt64(columns[0]);
+		job.request.requested_by = *DatumGetName(columns[1]);
+		event.event = TextDatumGetCString(columns[2]);
+		event.attempt = DatumGetInt32(columns[3]);
+		event.detail = TextDatumGetCString(columns[4]);
+		omni_event_add(&job, &event);
+		if (strcmp(event.event, "released") != 0)
+			omni_notify(job.id, event.event);
 	}
-	recover();
+	return count;
 }
 
 /*
@@ -387,12 +457,12 @@ omni_job_reclock(TimestampTz now, TimestampTz latest)
 }
 
 /*
- * The first jobs of the queue that are due, at most limit of them, and
- * their number.  held is an array of what is left out: servers by name, and roles at
+ * The first jobs of the queue that are due, or of those that are followed, at most
+ * limit of them, and their number.  held is an array of what is left out: servers by name, and roles at
  * a server by its name, a space and their OID.  The result is palloc'd.
  */
 OmniJob *
-omni_job_due(TimestampTz now, ArrayType *held, int limit, int *count)
+omni_job_due(TimestampTz now, bool running, ArrayType *held, int limit, int *count)
 {
 	Datum		values[4] = {
 		ObjectIdGetDatum(MyDatabaseId),
@@ -402,19 +472,19 @@ omni_job_due(TimestampTz now, ArrayType *held, int limit, int *count)
 	};
 	OmniJob    *jobs;
 
-	*count = omni_run(&select_due, values, NULL);
+	*count = omni_run(running ? &select_due_running : &select_due, values, NULL);
 	jobs = palloc0(*count * sizeof(OmniJob));
 	for (int i = 0; i < *count; i++)
 	{
 		OmniJob    *job = &jobs[i];
 		OmniRequest *request = &job->request;
-		Datum		columns[12];
-		bool		isnull[12];
+		Datum		columns[SELECT_DUE_COLUMNS];
+		bool		isnull[SELECT_DUE_COLUMNS];
 
-		for (int column = 0; column < 12; column++)
+		for (int column = 0; column < SELECT_DUE_COLUMNS; column++)
 			columns[column] = omni_result(i, column, &isnull[column]);
 
-		job->queued = true;
+		job->origin = OMNI_ORIGIN_ON_COMMIT;	/* or alike */
 		job->id = DatumGetInt64(columns[0]);
 		request->server = *DatumGetName(columns[1]);
 		request->requested_by = *DatumGetName(columns[2]);
@@ -430,8 +500,75 @@ omni_job_due(TimestampTz now, ArrayType *held, int limit, int *count)
 		job->tables = isnull[9] ? NULL : DatumGetArrayTypeP(columns[9]);
 		job->attempts = DatumGetInt32(columns[10]);
 		job->merge_key = DatumGetInt64(columns[11]);
+		if (DatumGetBool(columns[12]))
+			request->kind = OMNI_KIND_CACHE;
+		if (!isnull[13])
+			strlcpy(request->policy, TextDatumGetCString(columns[13]), sizeof(request->policy));
+		request->has_reset_at = !isnull[14];
+		if (request->has_reset_at)
+			request->reset_at = DatumGetTimestampTz(columns[14]);
+		if (!isnull[15])
+			job->job_id = *DatumGetUUIDP(columns[15]);
+		if (!isnull[16])
+			job->sent_at = DatumGetTimestampTz(columns[16]);
 	}
 	return jobs;
+}
+
+/* Lets go of the jobs that are followed.  Returns whether there were any. */
+bool
+omni_job_stop_following(void)
+{
+	Datum		values[1] = {ObjectIdGetDatum(MyDatabaseId)};
+
+	(void) omni_run(&stop_following, values, NULL);
+	return add_rows_events() > 0;
+}
+
+/*
+ * Deletes jobs, with their events, that were finished before a time: of so many
+ * with a number above *after, which is raised.  Returns false if no older ones
+ * follow.
+ */
+bool
+omni_job_prune(int64 *after, TimestampTz before, int limit)
+{
+	Datum		values[3] = {Int64GetDatum(*after), TimestampTzGetDatum(before), Int64GetDatum(limit)};
+	bool		none_old;
+	bool		none;
+	bool		isnull;
+	bool		reached;
+
+	(void) omni_run(&select_old, values, NULL);
+	values[0] = omni_result(0, 0, &none_old);
+	values[1] = omni_result(0, 1, &none);
+	reached = none || DatumGetBool(omni_result(0, 2, &isnull));
+	if (!none)
+		*after = DatumGetInt64(values[1]);
+	if (!none_old)
+		(void) omni_run(&delete_jobs, values, NULL);
+	return !reached;
+}
+
+/*
+ * Cancels a pending job, in a backend, and puts those back into the queue that it
+ * was to carry out.  Returns false if it is not pending any more.
+ */
+bool
+omni_job_cancel(const OmniJob *job, const char *by)
+{
+	Datum		values[2] = {Int64GetDatum(job->id), CStringGetTextDatum(psprintf("by \"%s\"", by))};
+	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = "requested"};
+
+	omni_events_begin();
+	if (omni_run(&cancel_job, values, NULL) == 0)
+		return false;
+	omni_event_add(job, &requested);
+	(void) add_rows_events();
+	(void) omni_run(&release_jobs, values, NULL);
+	(void) add_rows_events();
+	omni_events_write();
+	return true;
 }
 
 /*

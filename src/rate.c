@@ -156,6 +156,26 @@ has_room(const Rate *rate, OmniRateClass class, int limit, const uint32 *used, i
 	return all + kept < limit;
 }
 
+/* How many requests there is room for now, within a limit of so many a minute. */
+int
+omni_rate_left(uint64 id, int limit)
+{
+	int			left = limit;
+	Rate	   *rate;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	rate = find_rate(id);
+	for (int i = 0; i < SLICES; i++)
+	{
+		for (int c = 0; c < OMNI_RATE_CLASSES; c++)
+			left -= rate->counts[i][c];
+	}
+	if (rate->blocked_until != 0)
+		left = 0;
+	LWLockRelease(&shared->lock);
+	return Max(left, 0);
+}
+
 /* Lets nothing more be sent before a time. */
 void
 omni_rate_block(uint64 id, TimestampTz until)

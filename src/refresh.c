@@ -29,10 +29,11 @@ typedef struct ListedName
 	int			position;		/* in the list, from 0 */
 } ListedName;
 
-static void read_arguments(FunctionCallInfo fcinfo, OmniJob *job);
+static Datum call(OmniJob *job);
+static void read_refresh(FunctionCallInfo fcinfo, OmniJob *job);
+static void read_reset(FunctionCallInfo fcinfo, OmniJob *job);
+static void read_model(FunctionCallInfo fcinfo, OmniJob *job);
 static Datum disabled(const OmniJob *job);
-static bool in_recovery(OmniError *error);
-static bool may_request(const OmniJob *job, OmniError *error);
 static void call_worker(OmniJob *job, OmniError *error);
 static ArrayType *check_list(FunctionCallInfo fcinfo, int argno, const char *name);
 static void check_name(const ListedName *element, const char *name);
@@ -40,6 +41,8 @@ static int	compare_names(const void *a, const void *b);
 
 PG_FUNCTION_INFO_V1(omni_refresh);
 PG_FUNCTION_INFO_V1(omni_refresh_on_commit);
+PG_FUNCTION_INFO_V1(omni_refresh_cache);
+PG_FUNCTION_INFO_V1(omni_refresh_cache_on_commit);
 PG_FUNCTION_INFO_V1(omni_refresh_wake);
 PG_FUNCTION_INFO_V1(omni_refresh_keep_out);
 
@@ -49,27 +52,11 @@ PG_FUNCTION_INFO_V1(omni_refresh_keep_out);
 Datum
 omni_refresh(PG_FUNCTION_ARGS)
 {
-	OmniJob		job = {0};
-	OmniError	error = {0};
+	OmniJob		job;
 
-	read_arguments(fcinfo, &job);
-	if (!omni_enabled)
-		PG_RETURN_DATUM(disabled(&job));
-	if (TransactionIdIsValid(GetTopTransactionIdIfAny()))
-		ereport(WARNING,
-				(errmsg("this transaction has made changes that Omni cannot see yet"),
-				 errhint("Commit before you call omni_refresh(), or call omni_refresh_on_commit().")));
-
-	if (may_request(&job, &error))
-		call_worker(&job, &error);
-	if (error.sqlstate != 0)
-		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
-	if (job.id == 0)
-		PG_RETURN_DATUM(omni_job_form(&job, "failed", omni_error_text(&error)));
-
-	if (!omni_tables_find())
-		elog(ERROR, "extension \"%s\" was dropped meanwhile", OMNI_EXTENSION);
-	PG_RETURN_DATUM(omni_job_read(job.id));
+	omni_job_init(&job, OMNI_ORIGIN_CALL);
+	read_refresh(fcinfo, &job);
+	PG_RETURN_DATUM(call(&job));
 }
 
 /*
@@ -79,22 +66,81 @@ omni_refresh(PG_FUNCTION_ARGS)
 Datum
 omni_refresh_on_commit(PG_FUNCTION_ARGS)
 {
-	OmniJob		job = {.queued = true};
+	OmniJob		job;
+
+	omni_job_init(&job, OMNI_ORIGIN_ON_COMMIT);
+	read_refresh(fcinfo, &job);
+	PG_RETURN_DATUM(omni_queue_job(&job));
+}
+
+/* The same two for the reset of a cache policy */
+Datum
+omni_refresh_cache(PG_FUNCTION_ARGS)
+{
+	OmniJob		job;
+
+	omni_job_init(&job, OMNI_ORIGIN_CALL);
+	read_reset(fcinfo, &job);
+	PG_RETURN_DATUM(call(&job));
+}
+
+Datum
+omni_refresh_cache_on_commit(PG_FUNCTION_ARGS)
+{
+	OmniJob		job;
+
+	omni_job_init(&job, OMNI_ORIGIN_ON_COMMIT);
+	read_reset(fcinfo, &job);
+	PG_RETURN_DATUM(omni_queue_job(&job));
+}
+
+/* Has the worker carry out a job, and returns its row. */
+static Datum
+call(OmniJob *job)
+{
+	OmniError	error = {0};
+
+	if (!omni_enabled)
+		return disabled(job);
+	if (TransactionIdIsValid(GetTopTransactionIdIfAny()))
+		ereport(WARNING,
+				(errmsg("this transaction has made changes that Omni cannot see yet"),
+				 errhint("Commit before you call %s(), or call %s_on_commit().",
+						 job->request.kind == OMNI_KIND_CACHE ? "omni_refresh_cache" : "omni_refresh",
+						 job->request.kind == OMNI_KIND_CACHE ? "omni_refresh_cache" : "omni_refresh")));
+
+	if (omni_may_request(job, &error))
+		call_worker(job, &error);
+	if (error.sqlstate != 0)
+		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
+	if (job->id == 0)
+		return omni_job_form(job, "failed", omni_error_text(&error));
+
+	if (!omni_tables_find())
+		elog(ERROR, "extension \"%s\" was dropped meanwhile", OMNI_EXTENSION);
+	return omni_job_read(job->id);
+}
+
+/*
+ * Puts a job into the queue, as a part of this transaction, and returns its row.
+ */
+Datum
+omni_queue_job(OmniJob *job)
+{
 	OmniError	error = {0};
 	Datum		row;
 
-	read_arguments(fcinfo, &job);
 	if (!omni_enabled)
-		PG_RETURN_DATUM(disabled(&job));
-	if (!may_request(&job, &error))
+		return disabled(job);
+	if (!omni_may_request(job, &error))
 	{
 		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
-		PG_RETURN_DATUM(omni_job_form(&job, "failed", omni_error_text(&error)));
+		return omni_job_form(job, "failed", omni_error_text(&error));
 	}
 
-	row = omni_job_queue(&job);
+	row = omni_job_queue(job);
 	omni_wake_on_commit();
-	PG_RETURN_DATUM(row);
+	return row;
 }
 
 /*
@@ -106,7 +152,7 @@ omni_refresh_wake(PG_FUNCTION_ARGS)
 	OmniError	error;
 	bool		any;
 
-	if (in_recovery(&error))
+	if (omni_in_recovery(&error))
 		omni_error_report(&error, ERROR);
 	if (!omni_tables_find())
 		elog(ERROR, "extension \"%s\" does not exist", OMNI_EXTENSION);
@@ -128,21 +174,81 @@ omni_refresh_keep_out(PG_FUNCTION_ARGS)
 }
 
 /*
- * Checks the five arguments that all functions that ask for a refresh have, and
- * makes a job of them.
+ * Begins a job of the current user, at the server of the setting.
  */
-static void
-read_arguments(FunctionCallInfo fcinfo, OmniJob *job)
+void
+omni_job_init(OmniJob *job, const char *origin)
 {
 	OmniRequest *request = &job->request;
-	bool		selective;
 
+	memset(job, 0, sizeof(*job));
+	job->origin = origin;
+	namestrcpy(&request->server, omni_server);
+	request->role = GetUserId();
+	namestrcpy(&request->requested_by, GetUserNameFromId(request->role, false));
+	request->requested_at = GetCurrentTimestamp();
+	if (!omni_tables_find())
+		elog(ERROR, "extension \"%s\" does not exist", OMNI_EXTENSION);
+}
+
+/* Checks the first argument. */
+static void
+read_model(FunctionCallInfo fcinfo, OmniJob *job)
+{
 	if (PG_ARGISNULL(0))
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 				 errmsg("model must not be null"),
 				 errhint("Give the uuid of the model, as it stands in the address of its page in Omni.")));
-	request->model = *PG_GETARG_UUID_P(0);
+	job->request.model = *PG_GETARG_UUID_P(0);
+}
+
+/* Checks the three arguments of those that ask for the reset of a cache policy. */
+static void
+read_reset(FunctionCallInfo fcinfo, OmniJob *job)
+{
+	OmniRequest *request = &job->request;
+	char	   *policy;
+
+	read_model(fcinfo, job);
+	request->kind = OMNI_KIND_CACHE;
+	if (PG_ARGISNULL(1))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("policy must not be null"),
+				 errhint("Give the name of a cache policy of the model.")));
+	policy = text_to_cstring(PG_GETARG_TEXT_PP(1));
+	if (policy[strspn(policy, " \t\r\n")] == '\0' || strcmp(policy, ".") == 0 || strcmp(policy, "..") == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("\"%s\" is not the name of a cache policy", policy)));
+	if (strlen(policy) >= OMNI_MAX_POLICY)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("policy is too long"),
+				 errdetail("It may have %d bytes.", OMNI_MAX_POLICY - 1)));
+	strcpy(request->policy, policy);
+
+	request->has_reset_at = !PG_ARGISNULL(2);
+	if (request->has_reset_at)
+	{
+		request->reset_at = PG_GETARG_TIMESTAMPTZ(2);
+		if (TIMESTAMP_NOT_FINITE(request->reset_at) || request->reset_at > GetCurrentTimestamp())
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("reset_at must not be in the future"),
+					 errhint("Leave it out to reset the cache as of the moment of the request.")));
+	}
+}
+
+/* Checks the five arguments of those that ask for a refresh. */
+static void
+read_refresh(FunctionCallInfo fcinfo, OmniJob *job)
+{
+	OmniRequest *request = &job->request;
+	bool		selective;
+
+	read_model(fcinfo, job);
 	request->has_branch = !PG_ARGISNULL(1);
 	if (request->has_branch)
 		request->branch = *PG_GETARG_UUID_P(1);
@@ -159,13 +265,6 @@ read_arguments(FunctionCallInfo fcinfo, OmniJob *job)
 				 errmsg("a hard refresh cannot be limited to schemas or tables"),
 				 errdetail("Omni always refreshes the whole model then."),
 				 errhint("Leave out hard for a soft refresh of what is listed, or leave out schemas and tables.")));
-
-	namestrcpy(&request->server, omni_server);
-	request->role = GetUserId();
-	namestrcpy(&request->requested_by, GetUserNameFromId(request->role, false));
-	request->requested_at = GetCurrentTimestamp();
-	if (!omni_tables_find())
-		elog(ERROR, "extension \"%s\" does not exist", OMNI_EXTENSION);
 }
 
 /* The row of a job that is not even queued because omni_refresh.enabled is off. */
@@ -178,18 +277,18 @@ disabled(const OmniJob *job)
 }
 
 /* Whether this user may make requests to the server, as far as one sees from here. */
-static bool
-may_request(const OmniJob *job, OmniError *error)
+bool
+omni_may_request(const OmniJob *job, OmniError *error)
 {
 	OmniTarget	target;
 
-	return !in_recovery(error) &&
+	return !omni_in_recovery(error) &&
 		omni_target_find(NameStr(job->request.server), job->request.role, &target, error);
 }
 
 /* A standby has no worker, which writes. */
-static bool
-in_recovery(OmniError *error)
+bool
+omni_in_recovery(OmniError *error)
 {
 	if (!RecoveryInProgress())
 		return false;
@@ -207,7 +306,7 @@ static void
 call_worker(OmniJob *job, OmniError *error)
 {
 	dsm_segment *segment;
-	OmniCall   *call = omni_call_create(&job->request, job->schemas, job->tables, &segment);
+	OmniCall   *call = omni_call_create(job, NULL, &segment);
 
 	if (omni_call_run(segment, error))
 		*error = call->error;

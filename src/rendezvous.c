@@ -47,8 +47,8 @@
 #include "compat.h"
 #include "omni_refresh.h"
 
-/* To be raised with each change of the structs below */
-#define SHARED_NAME			"omni_refresh layout 2"
+/* To be raised with each change of the structs below, or of OmniCall */
+#define SHARED_NAME			"omni_refresh layout 3"
 
 /* Together under 20 kB, which 16 and older have to spare */
 #define MAX_DATABASES		96
@@ -143,6 +143,7 @@ static dsm_segment *starter_call = NULL;	/* in a worker that is starting */
 static emit_log_hook_type next_emit_log_hook = NULL;
 static bool has_queued = false; /* this transaction, in this backend */
 
+static Size reserve(Size *size, Size room);
 static void attach_shared(void);
 static void init_shared(OMNI_SHARED_INIT_ARGS);
 static Slot *find_slot(Oid database);
@@ -167,29 +168,19 @@ static void leave_slot(int code, Datum arg);
 static void lose_call(dsm_segment *segment, Datum arg);
 
 /*
- * Makes a segment for a call.  It belongs to the current resource owner until
- * omni_call_end(); when it goes before that, the worker learns that the caller has
- * left.  To make one is a tenth of a call's time, so a session keeps its segment.
+ * Makes a segment for a call: a job, or a look-up unless that is NULL.  It belongs
+ * to the current resource owner until omni_call_end(); when it goes before that, the
+ * worker learns that the caller has left.  To make one is a tenth of a call's time,
+ * so a session keeps its segment.
  */
 OmniCall *
-omni_call_create(const OmniRequest *request, ArrayType *schemas, ArrayType *tables,
-				 dsm_segment **segment)
+omni_call_create(const OmniJob *job, const char *lookup, dsm_segment **segment)
 {
 	Size		size = MAXALIGN(sizeof(OmniCall));
-	Size		schemas_at = 0;
-	Size		tables_at = 0;
+	Size		schemas_at = reserve(&size, job->schemas != NULL ? VARSIZE(job->schemas) : 0);
+	Size		tables_at = reserve(&size, job->tables != NULL ? VARSIZE(job->tables) : 0);
+	Size		lookup_at = reserve(&size, lookup != NULL ? Max(strlen(lookup) + 1, OMNI_MAX_ANSWER) : 0);
 	OmniCall   *call;
-
-	if (schemas != NULL)
-	{
-		schemas_at = size;
-		size += MAXALIGN(VARSIZE(schemas));
-	}
-	if (tables != NULL)
-	{
-		tables_at = size;
-		size += MAXALIGN(VARSIZE(tables));
-	}
 
 	attach_shared();
 	if (kept_segment != NULL && dsm_segment_map_length(kept_segment) < size)
@@ -207,15 +198,28 @@ omni_call_create(const OmniRequest *request, ArrayType *schemas, ArrayType *tabl
 	pg_atomic_init_u32(&call->state, OMNI_CALL_WAITING);
 	pg_atomic_init_u32(&call->forsaken, 0);
 	call->caller = my_proc();
-	call->deadline = TimestampTzPlusMilliseconds(request->requested_at, omni_call_timeout);
-	call->request = *request;
+	call->deadline = TimestampTzPlusMilliseconds(job->request.requested_at, omni_call_timeout);
+	call->request = job->request;
 	call->schemas = schemas_at;
 	call->tables = tables_at;
-	if (schemas != NULL)
-		memcpy((char *) call + schemas_at, schemas, VARSIZE(schemas));
-	if (tables != NULL)
-		memcpy((char *) call + tables_at, tables, VARSIZE(tables));
+	call->lookup = lookup_at;
+	if (job->schemas != NULL)
+		memcpy((char *) call + schemas_at, job->schemas, VARSIZE(job->schemas));
+	if (job->tables != NULL)
+		memcpy((char *) call + tables_at, job->tables, VARSIZE(job->tables));
+	if (lookup != NULL)
+		strcpy((char *) call + lookup_at, lookup);
 	return call;
+}
+
+/* Adds room to the size of a segment; returns its offset, or 0 for none. */
+static Size
+reserve(Size *size, Size room)
+{
+	Size		offset = room > 0 ? *size : 0;
+
+	*size += MAXALIGN(room);
+	return offset;
 }
 
 /* Ends a call, whose results are no longer needed. */

@@ -67,6 +67,18 @@
 /* Jobs of the queue to read at a time, for those that must wait as well */
 #define SMALLEST_CLAIM		16
 
+/* A job that Omni has accepted is asked about for the first time after so many ms ... */
+#define FOLLOW_FIRST		2000
+#define FOLLOW_LONGEST		30000	/* ... later not less often than that ... */
+#define FOLLOW_EARLY		30000	/* ... and may be unknown to it for so
+									 * long */
+
+/* Finished jobs are deleted so many at a time, so many ms apart, and again later */
+#define PRUNE_LIMIT			200
+#define PRUNE_PAUSE			100
+#define PRUNE_ROUND			(60 * 60 * 1000)
+#define PRUNE_ROUND_MIN		1000
+
 /* After a look at the queue, the next for what is new waits so many times longer */
 #define LOOK_PAUSE			4
 #define LOOK_PAUSE_MAX		(INT64CONST(200) * 1000)	/* microseconds */
@@ -85,6 +97,9 @@ typedef struct Work
 	dlist_node	node;
 	MemoryContext context;		/* holds all of this */
 	OmniJob		job;
+	OmniRateClass class;		/* a call, a job of the queue, or a question
+								 * about one that is followed */
+	bool		lookup;			/* a call that is no job: nothing is written */
 	Step		step;
 	TimestampTz taken_at;
 	dsm_segment *segment;		/* of a call; NULL once the caller knows all */
@@ -111,11 +126,12 @@ typedef struct Work
 	OmniOutcome outcome;
 } Work;
 
-/* A role whose rate limit at a server leaves no room for queued jobs for a while */
+/* A role whose rate limit at a server leaves no room for a class for a while */
 typedef struct Held
 {
 	NameData	server;
 	Oid			role;
+	OmniRateClass class;
 	TimestampTz until;
 } Held;
 
@@ -148,6 +164,10 @@ static List *held = NIL;		/* of Held */
 static HTAB *last_sent = NULL;	/* of LastSent */
 static TimestampTz busy_at = 0; /* when there was something to do, or long ago */
 static TimestampTz looked_round_at = 0; /* for who else wants the database */
+static bool to_notify = false;	/* there is something to be told to listeners */
+static TimestampTz prune_at = DT_NOBEGIN;	/* next time */
+static int64 pruned_to = 0;		/* the job up to which all was looked at */
+static bool prune_more = false; /* there are old ones above that */
 static uint32 wait_event;
 
 PGDLLEXPORT void omni_refresh_worker_main(Datum main_arg);
@@ -155,18 +175,22 @@ PGDLLEXPORT void omni_refresh_worker_main(Datum main_arg);
 static void override_settings(void);
 static Transacted transact(bool (*body) (void *), void *arg, bool flush, OmniError *error);
 static bool turn(void);
+static void notify(void);
+static bool send_notices(void *unused);
+static long prune(void);
+static bool prune_some(void *unused);
 static bool is_extension_same(void *unused);
 static long move_on(void);
 static void take_calls(void);
-static Work *make_work(void);
+static Work *make_work(OmniRateClass class);
 static ArrayType *copy_list(MemoryContext context, OmniCall *call, Size offset);
 static long queue_delay(void);
 static void look_at_queue(void);
 static bool claimed_any(void);
 static bool claim(void *unused);
-static bool claim_due(TimestampTz now);
-static ArrayType *list_held(TimestampTz now);
-static int	in_flight(const NameData *server);
+static bool claim_due(OmniRateClass class, TimestampTz now);
+static ArrayType *list_held(OmniRateClass class, TimestampTz now);
+static int	in_flight(OmniRateClass class, const NameData *server);
 static TimestampTz held_until(OmniJob *job, TimestampTz now);
 static void note_sent(int64 merge_key, TimestampTz sent_at);
 static void forget_sent(TimestampTz before);
@@ -177,6 +201,7 @@ static bool choose(Work *work);
 static bool begin(void *only);
 static void lock_queued(Work *only);
 static void begin_one(Work *work);
+static void refuse(Work *work);
 static void hold(Work *work, TimestampTz until);
 static TimestampTz rate_held_until(Work *work);
 static bool find_target(Work *work, OmniError *error);
@@ -186,6 +211,9 @@ static void record_due(void);
 static bool record(void *only);
 static void record_later(Work *work, Transacted result, const OmniError *why);
 static void decide(Work *work);
+static void consider_next_question(Work *work);
+static const char *looked_up(Work *work);
+static void tell_probed(Work *work, const OmniAnswer *answer);
 static void finished(Work *work);
 static bool is_about_resources(int sqlstate);
 static void consider_retry(Work *work);
@@ -313,6 +341,7 @@ transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 		SPI_connect();
 		PushActiveSnapshot(GetTransactionSnapshot());
 		omni_events_begin();
+		omni_notify_begin();
 		result = body(arg) ? COMMITTED : NOT_NOW;
 		if (result == COMMITTED)
 			omni_events_write();
@@ -336,7 +365,72 @@ transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 	PG_END_TRY();
 
 	MemoryContextSwitchTo(context);
+	if (result == COMMITTED)
+		to_notify = omni_notify_committed();
 	return result;
+}
+
+/* Sends what is to be said about jobs whose rows say so by now. */
+static void
+notify(void)
+{
+	OmniError	error;
+
+	if (!to_notify)
+		return;
+	if (transact(send_notices, NULL, false, &error) == FAILED)
+		ereport(LOG,
+				(errcode(error.sqlstate),
+				 errmsg("could not notify listeners of omni_refresh: %s", error.message)));
+	omni_notify_end();
+	to_notify = false;
+}
+
+static bool
+send_notices(void *unused)
+{
+	omni_notify_send();
+	return true;
+}
+
+/*
+ * Deletes some of what was finished longer ago than "omni_refresh.retention", if it is
+ * time to.  Returns how long to wait for the next time, in ms.
+ */
+static long
+prune(void)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	OmniError	error;
+
+	if (omni_retention < 0)
+		return LOOK_ROUND;
+	if (prune_at <= now)
+	{
+		prune_more = false;
+		if (transact(prune_some, NULL, false, &error) == FAILED)
+			ereport(LOG,
+					(errcode(error.sqlstate),
+					 errmsg("could not delete old jobs of omni_refresh: %s", error.message)));
+		if (!prune_more)
+			pruned_to = 0;
+		prune_at = TimestampTzPlusMilliseconds(now, prune_more ? PRUNE_PAUSE :
+											   Max(Min(omni_retention * INT64CONST(60000) / 10, PRUNE_ROUND), PRUNE_ROUND_MIN));
+	}
+	return TimestampDifferenceMilliseconds(now, prune_at);
+}
+
+static bool
+prune_some(void *unused)
+{
+	TimestampTz before = GetCurrentTimestamp() - omni_retention * USECS_PER_MINUTE;
+
+	if (!omni_tables_find())
+		return true;
+	if (!omni_tables_lock())
+		return false;
+	prune_more = omni_job_prune(&pruned_to, before, PRUNE_LIMIT);
+	return true;
 }
 
 /* One turn of the loop.  Returns false when the worker has no reason to stay. */
@@ -357,6 +451,10 @@ turn(void)
 	}
 
 	delay = move_on();
+	notify();
+	delay = Min(delay, prune());
+	if (prune_more)
+		busy_at = GetCurrentTimestamp();
 	pgstat_report_stat(false);
 
 	if (dlist_is_empty(&works) && !queue_left)
@@ -463,9 +561,11 @@ take_calls(void)
 
 	while ((segment = omni_worker_next_call()) != NULL)
 	{
-		Work	   *work = make_work();
+		Work	   *work = make_work(OMNI_RATE_CALL);
 		OmniCall   *call = dsm_segment_address(segment);
 
+		work->lookup = call->lookup != 0;
+		work->job.origin = OMNI_ORIGIN_CALL;
 		work->job.request = call->request;
 		work->job.schemas = copy_list(work->context, call, call->schemas);
 		work->job.tables = copy_list(work->context, call, call->tables);
@@ -477,7 +577,7 @@ take_calls(void)
 
 /* Takes a job in hand. */
 static Work *
-make_work(void)
+make_work(OmniRateClass class)
 {
 	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "omni_refresh job",
 												  ALLOCSET_SMALL_SIZES);
@@ -486,6 +586,7 @@ make_work(void)
 	work->context = context;
 	work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
 										  ALLOCSET_SMALL_SIZES);
+	work->class = class;
 	work->taken_at = GetCurrentTimestamp();
 	dlist_push_tail(&works, &work->node);
 	return work;
@@ -559,7 +660,7 @@ look_at_queue(void)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
 
-		if (work->job.queued && work->step == NEW)
+		if (work->class != OMNI_RATE_CALL && work->step == NEW)
 			let_go(work);
 	}
 	if (result == FAILED && look_failures == 0)
@@ -583,7 +684,7 @@ claimed_any(void)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
 
-		if (work->job.queued && work->step == NEW)
+		if (work->class != OMNI_RATE_CALL && work->step == NEW)
 			return true;
 	}
 	return false;
@@ -606,18 +707,23 @@ claim(void *unused)
 		return false;
 	settle_left_behind();
 
+	if (!omni_track)
+		(void) omni_job_stop_following();
+	else if (omni_enabled)
+		more = claim_due(OMNI_RATE_POLL, now);
 	if (omni_enabled)
 	{
+		bool		unmerged = false;
+
 		if (look_for_new)
 		{
 			int64		longest = Max(OMNI_MAX_WAIT, omni_min_interval * INT64CONST(1000));
 
 			forget_sent(now - omni_min_interval * INT64CONST(1000));
 			omni_job_reclock(now, now + longest + USECS_PER_HOUR);
-			look_for_new = more = omni_job_merge(now);
+			look_for_new = unmerged = omni_job_merge(now);
 		}
-		if (!more)
-			more = claim_due(now);
+		more |= unmerged || claim_due(OMNI_RATE_JOB, now);
 	}
 
 	queue_left = omni_job_next(now, &next_due);
@@ -634,7 +740,7 @@ claim(void *unused)
  * more of it.
  */
 static bool
-claim_due(TimestampTz now)
+claim_due(OmniRateClass class, TimestampTz now)
 {
 	int			limit = Max(omni_max_in_flight, SMALLEST_CLAIM);
 	bool		any = false;
@@ -642,7 +748,7 @@ claim_due(TimestampTz now)
 
 	do
 	{
-		OmniJob    *jobs = omni_job_due(now, list_held(now), limit, &count);
+		OmniJob    *jobs = omni_job_due(now, class == OMNI_RATE_POLL, list_held(class, now), limit, &count);
 
 		for (int i = 0; i < count; i++)
 		{
@@ -651,14 +757,14 @@ claim_due(TimestampTz now)
 			Work	   *work;
 			MemoryContext context;
 
-			if (in_flight(&job->request.server) >= omni_max_in_flight)
+			if (in_flight(class, &job->request.server) >= omni_max_in_flight)
 				continue;		/* the next round leaves them out */
-			if ((until = held_until(job, now)) != 0)
+			if (class == OMNI_RATE_JOB && (until = held_until(job, now)) != 0)
 			{
 				omni_job_defer(job->id, until);
 				continue;
 			}
-			work = make_work();
+			work = make_work(class);
 			work->job = *job;
 			context = MemoryContextSwitchTo(work->context);
 			if (job->schemas != NULL)
@@ -666,7 +772,8 @@ claim_due(TimestampTz now)
 			if (job->tables != NULL)
 				work->job.tables = DatumGetArrayTypePCopy(PointerGetDatum(job->tables));
 			MemoryContextSwitchTo(context);
-			work->deadline = job->request.requested_at + omni_retry_for * USECS_PER_SEC;
+			work->deadline = class == OMNI_RATE_POLL ? job->sent_at + omni_track_timeout * USECS_PER_SEC :
+				job->request.requested_at + omni_retry_for * USECS_PER_SEC;
 			any = true;
 		}
 	} while (count == limit && !any);
@@ -674,11 +781,10 @@ claim_due(TimestampTz now)
 }
 
 /*
- * Who can be sent nothing from the queue at the moment, as omni_job_due() wants
- * it: servers with enough in flight, and roles that have reached a rate limit.
+ * Who can be sent nothing of a class at the moment, as omni_job_due() wants it: servers with enough in flight, and roles that have reached a rate limit.
  */
 static ArrayType *
-list_held(TimestampTz now)
+list_held(OmniRateClass class, TimestampTz now)
 {
 	ArrayBuildState *names = initArrayResult(TEXTOID, CurrentMemoryContext, false);
 	const char *last = "";
@@ -693,7 +799,8 @@ list_held(TimestampTz now)
 		{
 			char	   *name = psprintf("%s %u", NameStr(this->server), this->role);
 
-			accumArrayResult(names, CStringGetTextDatum(name), false, TEXTOID, CurrentMemoryContext);
+			if (this->class == class)
+				accumArrayResult(names, CStringGetTextDatum(name), false, TEXTOID, CurrentMemoryContext);
 		}
 		else
 		{
@@ -706,8 +813,8 @@ list_held(TimestampTz now)
 		Work	   *work = dlist_container(Work, node, iter.cur);
 		NameData   *server = &work->job.request.server;
 
-		if (work->job.queued && strcmp(NameStr(*server), last) != 0 &&
-			in_flight(server) >= omni_max_in_flight)
+		if (work->class == class && strcmp(NameStr(*server), last) != 0 &&
+			in_flight(class, server) >= omni_max_in_flight)
 		{
 			last = NameStr(*server);
 			accumArrayResult(names, CStringGetTextDatum(last), false, TEXTOID, CurrentMemoryContext);
@@ -716,9 +823,9 @@ list_held(TimestampTz now)
 	return DatumGetArrayTypeP(makeArrayResult(names, CurrentMemoryContext));
 }
 
-/* How many queued jobs of a server are in hand. */
+/* How many of a class are in hand for a server. */
 static int
-in_flight(const NameData *server)
+in_flight(OmniRateClass class, const NameData *server)
 {
 	int			n = 0;
 	dlist_iter	iter;
@@ -727,7 +834,7 @@ in_flight(const NameData *server)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
 
-		if (work->job.queued && strcmp(NameStr(work->job.request.server), NameStr(*server)) == 0)
+		if (work->class == class && strcmp(NameStr(work->job.request.server), NameStr(*server)) == 0)
 			n++;
 	}
 	return n;
@@ -750,7 +857,7 @@ held_until(OmniJob *job, TimestampTz now)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
 
-		if (work->job.queued && work->job.merge_key == job->merge_key)
+		if (work->class == OMNI_RATE_JOB && work->job.merge_key == job->merge_key)
 			until = TimestampTzPlusMilliseconds(now, omni_min_interval);
 	}
 	sent = hash_search(last_sent, &job->merge_key, HASH_FIND, NULL);
@@ -828,7 +935,7 @@ begin_due(void)
 		if (own == FAILED && count > 1)
 			own = transact(begin, work, true, &error);
 
-		if (work->job.queued && (own == NOT_NOW || (own == FAILED && is_about_resources(error.sqlstate))))
+		if (work->class != OMNI_RATE_CALL && (own == NOT_NOW || (own == FAILED && is_about_resources(error.sqlstate))))
 		{
 			let_go(work);		/* it stays in the queue */
 			look_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
@@ -946,7 +1053,7 @@ lock_queued(Work *only)
 		Work	   *work = dlist_container(Work, node, iter.cur);
 
 		work->gone = false;
-		if (work->beginning && work->job.queued && (only == NULL || only == work))
+		if (work->beginning && work->class == OMNI_RATE_JOB && (only == NULL || only == work))
 			queued = lappend(queued, work);
 	}
 	if (queued == NIL)
@@ -972,22 +1079,22 @@ begin_one(Work *work)
 	TimestampTz when;
 	bool		blocked;
 
-	if (work->step == NEW && !work->job.queued)
+	if (work->step == NEW && work->class == OMNI_RATE_CALL)
 		work->job.id = 0;		/* this may be the second try */
 	end_attempt(work);
 	work->settled = false;
 	work->delayed_until = 0;
 
-	if (work->job.queued)
+	if (work->class != OMNI_RATE_CALL)
 	{
 		work->delayed_until = rate_held_until(work);	/* set just now, by
 														 * others of its kind */
 		if (work->gone || work->delayed_until != 0)
 			return;
-		if (work->job.attempts > 0)
-			work->may_have_arrived = omni_job_may_have_arrived(work->job.id);
 	}
-	if (work->step == NEW && !work->job.queued && work->call->job_id != 0)
+	if (work->class == OMNI_RATE_JOB && work->job.attempts > 0)
+		work->may_have_arrived = omni_job_may_have_arrived(work->job.id);
+	if (work->step == NEW && work->class == OMNI_RATE_CALL && work->call->job_id != 0)
 	{
 		/* it was an earlier worker's, and is settled now */
 		work->job.id = work->call->job_id;
@@ -998,33 +1105,37 @@ begin_one(Work *work)
 	if (!find_target(work, &error))
 	{
 		settle(work, "failed", &error);
-		if (work->job.queued && work->target.key_file != NULL && now < work->deadline)
+		if (work->class != OMNI_RATE_CALL && work->target.key_file != NULL && now < work->deadline)
 		{
 			/* the file cannot be read, but may come back */
-			work->outcome.status = "pending";
+			work->outcome.quiet = work->class == OMNI_RATE_POLL;
+			work->outcome.status = work->outcome.quiet ? "running" : "pending";
 			work->outcome.attempt_event = "attempt_failed";
 			work->outcome.run_at = TimestampTzPlusMilliseconds(now, BACKOFF_MAX);
 		}
-		omni_job_refuse(&work->job, &work->outcome);
+		refuse(work);
 		return;
 	}
 
-	when = omni_rate_take(work->rate_id, work->job.queued ? OMNI_RATE_JOB : OMNI_RATE_CALL,
-						  work->target.rate_limit, &blocked);
+	when = omni_rate_take(work->rate_id, work->class, work->target.rate_limit, &blocked);
 	if (when == 0)
-		work->gone = !omni_job_begin(&work->job, work->url);
-	else if (when < work->deadline || work->job.queued)
+	{
+		if (work->class != OMNI_RATE_POLL && !work->lookup)
+			work->gone = !omni_job_begin(&work->job, work->url);
+	}
+	else if (when < work->deadline || work->class != OMNI_RATE_CALL)
 	{
 		work->delayed_until = when;
-		omni_job_delay(&work->job, when);
-		if (work->job.queued)
+		if (work->class != OMNI_RATE_POLL && !work->lookup)
+			omni_job_delay(&work->job, when);
+		if (work->class != OMNI_RATE_CALL)
 			hold(work, when);
 	}
 	else if (work->job.attempts > 0)
 	{
 		error = work->outcome.error;	/* of the last attempt */
 		settle(work, "failed", &error);
-		omni_job_refuse(&work->job, &work->outcome);
+		refuse(work);
 	}
 	else
 	{
@@ -1038,11 +1149,21 @@ begin_one(Work *work)
 			omni_error_hint(&error, "The option \"rate_limit\" of the server allows %d requests a minute with one key, from all databases.",
 							work->target.rate_limit);
 		settle(work, "canceled", &error);
-		omni_job_refuse(&work->job, &work->outcome);
+		refuse(work);
 	}
 }
 
-/* Lets what a role has queued for a server wait. */
+/* Writes down that an attempt does not even begin. */
+static void
+refuse(Work *work)
+{
+	if (work->class == OMNI_RATE_POLL)
+		omni_job_record(&work->job, &work->outcome);
+	else if (!work->lookup)
+		omni_job_refuse(&work->job, &work->outcome);
+}
+
+/* Lets what a role has for a server wait, of the same class. */
 static void
 hold(Work *work, TimestampTz until)
 {
@@ -1051,12 +1172,13 @@ hold(Work *work, TimestampTz until)
 
 	new->server = work->job.request.server;
 	new->role = work->job.request.role;
+	new->class = work->class;
 	new->until = until;
 	held = lappend(held, new);
 	MemoryContextSwitchTo(context);
 }
 
-/* Until when hold() lets a queued job wait, or 0. */
+/* Until when hold() lets something wait, or 0. */
 static TimestampTz
 rate_held_until(Work *work)
 {
@@ -1066,7 +1188,7 @@ rate_held_until(Work *work)
 	{
 		Held	   *this = lfirst(cell);
 
-		if (this->role == work->job.request.role && this->until > GetCurrentTimestamp() &&
+		if (this->class == work->class && this->role == work->job.request.role && this->until > GetCurrentTimestamp() &&
 			strcmp(NameStr(this->server), NameStr(work->job.request.server)) == 0)
 			return this->until;
 	}
@@ -1093,11 +1215,11 @@ find_target(Work *work, OmniError *error)
 		/* a new namesake must not lend its key */
 		omni_error_set(error, ERRCODE_UNDEFINED_OBJECT,
 					   "role \"%s\" was dropped or renamed", NameStr(request->requested_by));
-		if (!work->job.queued)
+		if (work->class == OMNI_RATE_CALL)
 			omni_error_hint(error, "If this transaction has created or renamed it, commit first.");
 	}
 	else if (!(found = omni_target_find(NameStr(request->server), request->role, &work->target, error)) &&
-			 !work->job.queued)
+			 work->class == OMNI_RATE_CALL)
 	{
 		char	   *why = pstrdup(error->message);
 
@@ -1110,7 +1232,9 @@ find_target(Work *work, OmniError *error)
 	else if (found && (found = omni_target_read_key(&work->target, error)))
 	{
 		work->rate_id = omni_rate_id(omni_api_host(work->target.base_url, false), work->target.key);
-		work->url = omni_api_refresh_url(work->target.base_url, &work->job);
+		work->url = work->lookup ? omni_api_lookup_url(work->target.base_url, looked_up(work)) :
+			work->class == OMNI_RATE_POLL ? omni_api_follow_url(work->target.base_url, &work->job.job_id) :
+			omni_api_job_url(work->target.base_url, &work->job);
 	}
 	MemoryContextSwitchTo(context);
 	return found;
@@ -1141,7 +1265,7 @@ begun(Work *work)
 	}
 	else if (work->settled)
 		finished(work);
-	else if (work->delayed_until != 0 && work->job.queued)
+	else if (work->delayed_until != 0 && work->class != OMNI_RATE_CALL)
 	{
 		look_at = Min(look_at, work->delayed_until);
 		let_go(work);
@@ -1153,9 +1277,10 @@ begun(Work *work)
 	}
 	else
 	{
-		work->job.attempts++;
+		if (work->class != OMNI_RATE_POLL)
+			work->job.attempts++;
 		work->step = SENDING;
-		if (work->job.queued)
+		if (work->class == OMNI_RATE_JOB)
 			note_sent(work->job.merge_key, GetCurrentTimestamp());
 	}
 }
@@ -1167,13 +1292,14 @@ send_request(Work *work)
 	MemoryContext context = CurrentMemoryContext;
 	long		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), work->deadline);
 	OmniHttpRequest request = {
-		.method = "POST",
+		.method = work->lookup || work->class == OMNI_RATE_POLL ? "GET" : "POST",
 		.url = work->url,
 		.bearer = work->target.key,
+		.probe = work->lookup && work->call->probe,
 		.ca_file = work->target.ca_file,
 		.proxy = work->target.proxy,
 		.connect_timeout = work->target.connect_timeout,
-		.timeout = work->job.queued ? work->target.timeout : Max(Min(work->target.timeout, left), 1),
+		.timeout = work->class != OMNI_RATE_CALL ? work->target.timeout : Max(Min(work->target.timeout, left), 1),
 		.is_wanted = is_wanted,
 		.arg = work
 	};
@@ -1182,6 +1308,7 @@ send_request(Work *work)
 	PG_TRY();
 	{
 		MemoryContextSwitchTo(work->attempt);
+		request.body = omni_api_job_body(&work->job);
 		work->transfer = omni_http_start(&request);
 	}
 	PG_CATCH();
@@ -1276,15 +1403,10 @@ record_later(Work *work, Transacted result, const OmniError *why)
 static void
 finished(Work *work)
 {
-	if (work->job.queued)
-	{
-		if (work->outcome.run_at != 0)
-			look_at = Min(look_at, work->outcome.run_at);
-		if (queue_left && in_flight(&work->job.request.server) <= omni_max_in_flight * 3 / 4 + 1)
-			look_at = DT_NOBEGIN;	/* there is room for more */
-		queue_left |= work->outcome.run_at != 0;
-	}
-	else if (work->outcome.run_at != 0)
+	bool		goes_on = work->outcome.run_at != 0;	/* now, or when its row
+														 * says */
+
+	if (goes_on && work->class == OMNI_RATE_CALL && strcmp(work->outcome.status, "pending") == 0)
 	{
 		work->run_at = work->outcome.run_at;
 		work->write_at = 0;
@@ -1292,6 +1414,15 @@ finished(Work *work)
 		work->step = PENDING;
 		return;
 	}
+	if (goes_on)
+	{
+		look_at = Min(look_at, work->outcome.run_at);
+		next_due = Min(next_due, work->outcome.run_at);
+	}
+	if (queue_left && work->class != OMNI_RATE_CALL &&
+		in_flight(work->class, &work->job.request.server) <= omni_max_in_flight * 3 / 4 + 1)
+		look_at = DT_NOBEGIN;	/* there is room for more */
+	queue_left |= goes_on;
 	tell(work, work->job.id, &work->outcome.error);
 }
 
@@ -1312,7 +1443,7 @@ record(void *only)
 		if (!work->recording || (only != NULL && only != work))
 			continue;
 		decide(work);
-		if (exists)
+		if (exists && !work->lookup)
 			omni_job_record(&work->job, &work->outcome);
 	}
 	return true;
@@ -1322,14 +1453,120 @@ record(void *only)
 static void
 decide(Work *work)
 {
-	if (!work->settled && work->transfer->answer.withdrawn)
+	const OmniAnswer *answer = work->transfer != NULL ? &work->transfer->answer : NULL;
+	OmniOutcome *outcome = &work->outcome;
+
+	if (!work->settled && answer->withdrawn)
 		withdraw(work);
-	if (!work->settled)
+	if (work->settled)
+		return;
+
+	work->settled = true;
+	if (work->lookup)
 	{
-		omni_api_refresh_outcome(&work->job, work->target.key, &work->transfer->answer,
-								 &work->outcome);
-		work->settled = true;
+		omni_api_lookup_outcome(&work->job, work->target.key, answer, outcome);
+		tell_probed(work, answer);
 		consider_retry(work);
+	}
+	else if (work->class == OMNI_RATE_POLL)
+	{
+		if (omni_api_follow_outcome(&work->job, work->target.key, answer, outcome))
+			outcome->elapsed = 0;	/* of the question, not of the job */
+		else
+			consider_next_question(work);
+	}
+	else
+	{
+		omni_api_job_outcome(&work->job, work->target.key, answer, outcome);
+		consider_retry(work);
+		if (omni_track && outcome->has_job_id && strcmp(outcome->status, "accepted") == 0)
+		{
+			outcome->status = "running";
+			outcome->attempt_event = "accepted";
+			outcome->run_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), FOLLOW_FIRST);
+		}
+	}
+}
+
+/*
+ * Decides what to do about a job that has not come to its end as far as Omni's
+ * answer tells, if there was one.  Soon after it was accepted, Omni may not know it
+ * yet.  It is asked about again, but not after a refusal, or after the time that we
+ * follow a job: then nobody knows.
+ *
+ * The time to the next question is half of what has passed, within limits: as if
+ * each were one and a half times as long as the one before.
+ */
+static void
+consider_next_question(Work *work)
+{
+	OmniOutcome *outcome = &work->outcome;
+	TimestampTz now = GetCurrentTimestamp();
+	int64		passed = Max(now - work->job.sent_at, 0) / 1000;
+	int64		delay = Min(FOLLOW_FIRST + passed / 2, FOLLOW_LONGEST);
+	bool		early = outcome->http_status == 404 && passed < FOLLOW_EARLY;
+
+	outcome->elapsed = 0;
+	outcome->attempt_event = NULL;
+	if (outcome->slow_down)
+	{
+		delay = Max(delay, Min(outcome->retry_after * INT64CONST(1000), OMNI_MAX_WAIT / 1000));
+		omni_rate_block(work->rate_id, TimestampTzPlusMilliseconds(now, delay));
+	}
+	if (early)
+		outcome->error.sqlstate = 0;
+	else if (now >= work->deadline ||
+			 (outcome->http_status >= 400 && !outcome->retryable))
+	{
+		outcome->status = "unknown";
+		if (outcome->error.sqlstate == 0)
+		{
+			omni_error_set(&outcome->error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
+						   "Omni has not finished the job within \"omni_refresh.track_timeout\"");
+			omni_error_hint(&outcome->error, "It may go on: look at the model in Omni.");
+		}
+		return;
+	}
+	outcome->status = "running";
+	outcome->quiet = true;
+	outcome->run_at = TimestampTzPlusMilliseconds(now, delay);
+}
+
+/* What to look up, as its caller has written it. */
+static const char *
+looked_up(Work *work)
+{
+	return (char *) work->call + work->call->lookup;
+}
+
+/* Writes the answer to a look-up where its caller will find it, or how it was reached. */
+static void
+tell_probed(Work *work, const OmniAnswer *answer)
+{
+	OmniCall   *call = work->call;
+	OmniProbe  *probed = &call->probed;
+
+	if (work->segment == NULL)
+		return;
+	if (call->probe)
+	{
+		memset(probed, 0, sizeof(*probed));
+		probed->begun = true;
+		probed->answered = !answer->failed;
+		probed->phase = answer->phase;
+		probed->http_status = answer->status;
+		probed->elapsed = answer->elapsed;
+		probed->rate_limit = work->target.rate_limit;
+		probed->rate_left = omni_rate_left(work->rate_id, work->target.rate_limit);
+		strlcpy(probed->address, answer->address != NULL ? answer->address : "", sizeof(probed->address));
+		strlcpy(probed->issuer, answer->issuer != NULL ? answer->issuer : "", sizeof(probed->issuer));
+		strlcpy(probed->expires, answer->expires != NULL ? answer->expires : "", sizeof(probed->expires));
+		work->outcome.retryable = false;
+	}
+	else if (work->outcome.error.sqlstate == 0)
+	{
+		call->length = answer->length;
+		memcpy((char *) call + call->lookup, answer->body, answer->length);
 	}
 }
 
@@ -1351,7 +1588,7 @@ consider_retry(Work *work)
 	work->may_have_arrived |= outcome->may_have_arrived;
 	if (work->may_have_arrived && outcome->attempt_event != NULL)
 		outcome->status = "unknown";
-	if (!outcome->retryable && !(work->job.queued && outcome->http_status == 0))
+	if (!outcome->retryable && !(work->class == OMNI_RATE_JOB && outcome->http_status == 0))
 		return;
 
 	if (work->job.attempts < 10)
@@ -1387,7 +1624,7 @@ static void
 settle(Work *work, const char *status, const OmniError *error)
 {
 	memset(&work->outcome, 0, sizeof(work->outcome));
-	work->outcome.status = work->may_have_arrived ? "unknown" : status;
+	work->outcome.status = work->may_have_arrived || work->class == OMNI_RATE_POLL ? "unknown" : status;
 	work->outcome.error = *error;
 	work->settled = true;
 }
@@ -1427,7 +1664,7 @@ let_go(Work *work)
 static bool
 is_forsaken(Work *work)
 {
-	return !work->job.queued &&
+	return work->class == OMNI_RATE_CALL &&
 		(work->segment == NULL || pg_atomic_read_u32(&work->call->forsaken) != 0);
 }
 

@@ -109,7 +109,7 @@ my $events = $node->safe_psql('postgres', $history);
 $node->stop('fast');
 my $upgraded = PostgreSQL::Test::Cluster->new('upgraded');
 $upgraded->init(extra => [ '--encoding=UTF8', '--no-locale' ]);
-$_->append_conf('postgresql.conf', "shared_preload_libraries = 'omni_refresh'\nomni_refresh.enabled = on\n") for $node, $upgraded;
+$_->append_conf('postgresql.conf', "shared_preload_libraries = 'omni_refresh'\nomni_refresh.enabled = on\nomni_refresh.track = off\n") for $node, $upgraded;
 chomp(my $bindir = `pg_config --bindir`);
 $omni->reset;
 chdir PostgreSQL::Test::Utils::tempdir or die;

@@ -1,0 +1,90 @@
+/*-------------------------------------------------------------------------
+ *
+ * notify.c
+ *		NOTIFY omni_refresh, for those who LISTEN to what becomes of jobs.
+ *
+ * What a transaction has to tell is gathered, and sent by a later one of its own:
+ * a notification that fails must not take the outcome of a job along, and those that
+ * commit one take a lock that holds up each other.  Anyone may listen, so that
+ * there is nothing in it but the number and the status of a job.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "commands/async.h"
+#include "utils/memutils.h"
+
+#include "compat.h"
+#include "omni_refresh.h"
+
+#define CHANNEL				"omni_refresh"
+
+typedef struct Notice
+{
+	int64		job;
+	char		status[16];
+} Notice;
+
+static Notice *notices = NULL;
+static int	capacity = 0;
+static int	count = 0;
+static int	committed = 0;		/* the first of them, whose transaction is */
+
+static void send_notice(int64 job, const char *status);
+
+/* Begins a transaction: forgets what one that was rolled back has left. */
+void
+omni_notify_begin(void)
+{
+	count = committed;
+}
+
+/* Tells of a job, once this transaction is committed. */
+void
+omni_notify(int64 job, const char *status)
+{
+	if (!omni_in_worker)
+	{
+		send_notice(job, status);
+		return;
+	}
+	if (count == capacity)
+	{
+		capacity = 2 * capacity + 16;
+		notices = notices == NULL ? MemoryContextAlloc(TopMemoryContext, capacity * sizeof(Notice)) :
+			repalloc_huge(notices, capacity * sizeof(Notice));
+	}
+	notices[count].job = job;
+	strlcpy(notices[count].status, status, sizeof(notices[count].status));
+	count++;
+}
+
+/* The transaction is committed.  Returns whether there is anything to send. */
+bool
+omni_notify_committed(void)
+{
+	committed = count;
+	return committed > 0;
+}
+
+/* Sends it all when this transaction, which needs to do nothing else, commits. */
+void
+omni_notify_send(void)
+{
+	for (int i = 0; i < committed; i++)
+		send_notice(notices[i].job, notices[i].status);
+}
+
+/* Forgets what was sent, or could not be. */
+void
+omni_notify_end(void)
+{
+	count = committed = 0;
+}
+
+static void
+send_notice(int64 job, const char *status)
+{
+	Async_Notify(CHANNEL, psprintf("{\"id\": " INT64_FORMAT ", \"status\": \"%s\"}", job, status));
+}
