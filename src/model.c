@@ -23,6 +23,14 @@
 /* What the rate limit may keep a page waiting, on top of call_timeout, in ms */
 #define RATE_PATIENCE		70000
 
+/* A circle of cursors */
+typedef struct Circle
+{
+	char	   *cursor;			/* one that was there before, or NULL */
+	int			steps;			/* taken since then */
+	int			limit;			/* then another one is kept instead */
+} Circle;
+
 /* The columns of the result */
 enum
 {
@@ -36,8 +44,10 @@ enum
 	COLUMNS
 };
 
+static char *text_argument(FunctionCallInfo fcinfo, int argno, const char *name);
+static bool closes(Circle *circle, const char *cursor);
 static Jsonb *ask(const char *name, const char *kind, const char *cursor);
-static char *put_page(ReturnSetInfo *result, Jsonb *page, const char *cursor);
+static char *put_page(ReturnSetInfo *result, Jsonb *page);
 static void put_model(ReturnSetInfo *result, JsonbContainer *model);
 static void set_uuid(JsonbContainer *model, const char *name, Datum *value, bool *isnull);
 static JsonbContainer *container(JsonbContainer *object, const char *name, JsonbValue *value);
@@ -52,9 +62,10 @@ Datum
 omni_refresh_models(PG_FUNCTION_ARGS)
 {
 	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
-	char	   *name = PG_ARGISNULL(0) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(0));
-	char	   *kind = PG_ARGISNULL(1) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(1));
+	char	   *name = text_argument(fcinfo, 0, "name");
+	char	   *kind = text_argument(fcinfo, 1, "kind");
 	char	   *cursor = NULL;
+	Circle		circle = {.limit = 1};
 	MemoryContext page_context = AllocSetContextCreate(CurrentMemoryContext, "omni_refresh page",
 													   ALLOCSET_DEFAULT_SIZES);
 
@@ -62,14 +73,53 @@ omni_refresh_models(PG_FUNCTION_ARGS)
 	do
 	{
 		MemoryContext context = MemoryContextSwitchTo(page_context);
-		char	   *next = put_page(result, ask(name, kind, cursor), cursor);
+		char	   *next = put_page(result, ask(name, kind, cursor));
 
 		MemoryContextSwitchTo(context);
+		if (cursor != NULL)
+			pfree(cursor);
 		cursor = next != NULL ? pstrdup(next) : NULL;
 		MemoryContextReset(page_context);
+		if (cursor != NULL && closes(&circle, cursor))
+			malformed("The pages of models go round in a circle.");
 		CHECK_FOR_INTERRUPTS();
 	} while (cursor != NULL);
 	return (Datum) 0;
+}
+
+/* An argument, or NULL.  Raises an error if no address could hold it. */
+static char *
+text_argument(FunctionCallInfo fcinfo, int argno, const char *name)
+{
+	char	   *value = PG_ARGISNULL(argno) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(argno));
+
+	if (value != NULL && strlen(value) > OMNI_MAX_LIST)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("%s is too long", name),
+				 errdetail("It may have %d bytes.", OMNI_MAX_LIST)));
+	return value;
+}
+
+/*
+ * Whether a cursor was there before.  Of those that were, only one is kept, and each
+ * for twice as many steps as the one before: so a circle is found late, but it is
+ * found, whatever its length and the way into it.
+ */
+static bool
+closes(Circle *circle, const char *cursor)
+{
+	if (circle->cursor != NULL && strcmp(cursor, circle->cursor) == 0)
+		return true;
+	if (++circle->steps == circle->limit)
+	{
+		if (circle->cursor != NULL)
+			pfree(circle->cursor);
+		circle->cursor = pstrdup(cursor);
+		circle->steps = 0;
+		circle->limit *= 2;
+	}
+	return false;
 }
 
 /* Asks for a page.  Raises an error if there is none. */
@@ -102,14 +152,16 @@ ask(const char *name, const char *kind, const char *cursor)
 	return page;
 }
 
-/* Adds the models of a page to the result.  Returns the next page's cursor, or NULL. */
+/*
+ * Adds the models of a page to the result.  Returns the next page's cursor, or NULL,
+ * also if the page says that it is the last one and has a cursor.
+ */
 static char *
-put_page(ReturnSetInfo *result, Jsonb *page, const char *cursor)
+put_page(ReturnSetInfo *result, Jsonb *page)
 {
 	JsonbValue	value;
 	JsonbContainer *info = container(&page->root, "pageInfo", &value);
 	JsonbContainer *records = container(&page->root, "records", &value);
-	char	   *next;
 
 	if (info == NULL || records == NULL || !JsonContainerIsArray(records))
 		malformed("The answer is JSON, but not of the shape that a page of models has.");
@@ -122,10 +174,10 @@ put_page(ReturnSetInfo *result, Jsonb *page, const char *cursor)
 		put_model(result, model->val.binary.data);
 	}
 
-	next = omni_api_member(info, "nextCursor");
-	if (next != NULL && cursor != NULL && strcmp(next, cursor) == 0)
-		malformed("A page of models names itself as the next one.");
-	return next;
+	if (JsonContainerIsObject(info) && getKeyJsonValueFromContainer(info, "hasNextPage", strlen("hasNextPage"), &value) != NULL &&
+		value.type == jbvBool && !value.val.boolean)
+		return NULL;
+	return omni_api_member(info, "nextCursor");
 }
 
 /* Adds a model to the result, unless it was deleted in Omni. */
