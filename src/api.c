@@ -296,6 +296,24 @@ omni_api_lookup_outcome(const OmniJob *job, const char *key,
 		outcome->status = "completed";
 }
 
+/* The same of a page of models that nobody else will read. */
+void
+omni_api_probe_outcome(const OmniJob *job, const char *key,
+					   const OmniAnswer *answer, OmniOutcome *outcome)
+{
+	char	   *why = NULL;
+	Jsonb	   *json;
+
+	omni_api_lookup_outcome(job, key, answer, outcome);
+	if (outcome->error.sqlstate != 0)
+		return;
+	json = omni_api_json(answer->body, answer->length, &why);
+	if (json == NULL)
+		set_malformed(job, outcome, psprintf("The answer is not JSON: %s.", redact(why, key)));
+	else if (!JB_ROOT_IS_OBJECT(json) || !has_value(json, "records"))
+		set_malformed(job, outcome, "The answer is JSON, but not of the shape that Omni's has.");
+}
+
 /*
  * What all answers have in common.  Returns true if it is one that is worth being read,
  * else the outcome is set.

@@ -87,8 +87,7 @@ check_access(ReturnSetInfo *result, const OmniJob *job)
 		return false;
 	}
 	if (!omni_target_find(NameStr(job->request.server), job->request.role, &target, &error))
-		reached = error.sqlstate == ERRCODE_INSUFFICIENT_PRIVILEGE ? 1 :
-			error.sqlstate == ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION ? 2 : 0;
+		reached = target.base_url != NULL ? 2 : error.sqlstate == ERRCODE_INSUFFICIENT_PRIVILEGE ? 1 : 0;
 
 	if (reached > 0)
 		say(result, steps[0], true, "\"%s\"", NameStr(job->request.server));
@@ -186,7 +185,11 @@ check_jobs(ReturnSetInfo *result)
 {
 	OmniJobCounts counts;
 
-	omni_job_count(&counts);
+	if (!omni_job_count(&counts))
+	{
+		say(result, "jobs", false, "another session holds a lock on the table of jobs: look for it in pg_locks");
+		return;
+	}
 	say(result, "jobs", counts.stuck == 0 && counts.foreign == 0,
 		INT64_FORMAT " pending, " INT64_FORMAT " sending, " INT64_FORMAT " running%s%s", counts.pending, counts.sending,
 		counts.running,

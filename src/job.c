@@ -15,6 +15,7 @@
 #include "executor/spi.h"
 #include "funcapi.h"
 #include "miscadmin.h"
+#include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/timestamp.h"
@@ -375,19 +376,23 @@ omni_job_look(int64 id, OmniJobState *state)
 	return true;
 }
 
-/* Counts what is unfinished, in a backend. */
-void
+/* Counts what is unfinished, in a backend.  Returns false if somebody keeps us from it. */
+bool
 omni_job_count(OmniJobCounts *counts)
 {
 	Datum		values[1] = {ObjectIdGetDatum(MyDatabaseId)};
 	int64	   *fields[] = {&counts->pending, &counts->sending, &counts->running, &counts->stuck, &counts->foreign};
 	bool		isnull;
 
+	if (!ConditionalLockRelationOid(omni_job_table.oid, AccessShareLock))
+		return false;
 	SPI_connect();
 	(void) omni_run(&count_unfinished, values, NULL);
 	for (int i = 0; i < lengthof(fields); i++)
 		*fields[i] = DatumGetInt64(omni_result(0, i, &isnull));
 	SPI_finish();
+	UnlockRelationOid(omni_job_table.oid, AccessShareLock);
+	return true;
 }
 
 /* Who owns the table of jobs; after omni_tables_find(). */

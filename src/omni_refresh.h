@@ -364,7 +364,7 @@ extern Datum omni_job_queue(OmniJob *job);
 extern Datum omni_job_read(int64 id);
 extern bool omni_job_look(int64 id, OmniJobState *state);
 extern Oid	omni_job_owner(void);
-extern void omni_job_count(OmniJobCounts *counts);
+extern bool omni_job_count(OmniJobCounts *counts);
 extern Datum omni_job_form(const OmniJob *job, const char *status,
 						   const char *error);
 
@@ -395,6 +395,8 @@ extern bool omni_api_follow_outcome(const OmniJob *job, const char *key,
 									const OmniAnswer *answer, OmniOutcome *outcome);
 extern void omni_api_lookup_outcome(const OmniJob *job, const char *key,
 									const OmniAnswer *answer, OmniOutcome *outcome);
+extern void omni_api_probe_outcome(const OmniJob *job, const char *key,
+								   const OmniAnswer *answer, OmniOutcome *outcome);
 extern Jsonb *omni_api_json(const char *body, size_t length, char **why);
 extern bool omni_api_uuid(const char *text, Datum *uuid);
 extern bool omni_api_time(const char *text, Datum *time);

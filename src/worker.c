@@ -213,6 +213,7 @@ static void record_later(Work *work, Transacted result, const OmniError *why);
 static void decide(Work *work);
 static void consider_next_question(Work *work);
 static const char *looked_up(Work *work);
+static bool is_probe(Work *work);
 static void tell_probed(Work *work, const OmniAnswer *answer);
 static void finished(Work *work);
 static bool is_about_resources(int sqlstate);
@@ -1464,9 +1465,12 @@ decide(Work *work)
 	work->settled = true;
 	if (work->lookup)
 	{
-		omni_api_lookup_outcome(&work->job, work->target.key, answer, outcome);
-		tell_probed(work, answer);
+		if (is_probe(work))
+			omni_api_probe_outcome(&work->job, work->target.key, answer, outcome);
+		else
+			omni_api_lookup_outcome(&work->job, work->target.key, answer, outcome);
 		consider_retry(work);
+		tell_probed(work, answer);
 	}
 	else if (work->class == OMNI_RATE_POLL)
 	{
@@ -1539,6 +1543,13 @@ looked_up(Work *work)
 	return (char *) work->call + work->call->lookup;
 }
 
+/* Whether it is asked how Omni is reached, which takes one attempt. */
+static bool
+is_probe(Work *work)
+{
+	return work->lookup && work->segment != NULL && work->call->probe;
+}
+
 /* Writes the answer to a look-up where its caller will find it, or how it was reached. */
 static void
 tell_probed(Work *work, const OmniAnswer *answer)
@@ -1561,7 +1572,6 @@ tell_probed(Work *work, const OmniAnswer *answer)
 		strlcpy(probed->address, answer->address != NULL ? answer->address : "", sizeof(probed->address));
 		strlcpy(probed->issuer, answer->issuer != NULL ? answer->issuer : "", sizeof(probed->issuer));
 		strlcpy(probed->expires, answer->expires != NULL ? answer->expires : "", sizeof(probed->expires));
-		work->outcome.retryable = false;
 	}
 	else if (work->outcome.error.sqlstate == 0)
 	{
@@ -1599,7 +1609,8 @@ consider_retry(Work *work)
 	if (outcome->slow_down)
 		omni_rate_block(work->rate_id, run_at);
 
-	if (run_at < TimestampTzPlusMilliseconds(work->deadline, -SHORTEST_ATTEMPT) && !is_forsaken(work))
+	if (run_at < TimestampTzPlusMilliseconds(work->deadline, -SHORTEST_ATTEMPT) && !is_forsaken(work) &&
+		!is_probe(work))
 	{
 		outcome->status = "pending";
 		outcome->run_at = run_at;
