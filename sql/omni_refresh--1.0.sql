@@ -280,7 +280,10 @@ COMMENT ON FUNCTION omni_refresh_wake() IS
 
 /*
  * For monitoring.  Whatever the tables hold, it reads no more than what is unfinished,
- * what came to an end in the last hour, and the last jobs of each server.
+ * what came to an end in the last hour, and the last jobs of each server.  So that an
+ * index finds them, the times must not be those of clock_timestamp(), which is
+ * volatile, and each status must be asked for by itself: the condition that makes the
+ * index one that may be used is none that it is searched by.
  */
 CREATE VIEW omni_refresh_status AS
 SELECT
@@ -307,14 +310,15 @@ FROM pg_catalog.pg_foreign_server
 	) AS unfinished,
 	LATERAL (
 		SELECT
-			count(*) FILTER (WHERE status = 'completed') AS completed,
-			count(*) FILTER (WHERE status = 'accepted') AS accepted,
-			count(*) FILTER (WHERE status = 'failed') AS failed,
-			count(*) FILTER (WHERE status = 'canceled') AS canceled,
-			count(*) FILTER (WHERE status = 'unknown') AS unknown
-		FROM omni_refresh_job
-		WHERE status = ANY ('{completed, failed, accepted, canceled, unknown}') AND server = srvname
-			AND finished_at > clock_timestamp() - interval '1 hour'
+			max(number) FILTER (WHERE name = 'completed') AS completed,
+			max(number) FILTER (WHERE name = 'accepted') AS accepted,
+			max(number) FILTER (WHERE name = 'failed') AS failed,
+			max(number) FILTER (WHERE name = 'canceled') AS canceled,
+			max(number) FILTER (WHERE name = 'unknown') AS unknown
+		FROM (VALUES ('completed'), ('accepted'), ('failed'), ('canceled'), ('unknown')) AS ends (name), LATERAL (
+			SELECT count(*) AS number FROM omni_refresh_job
+			WHERE status = ANY ('{completed, failed, accepted, canceled, unknown}') AND server = srvname AND status = name
+				AND finished_at > statement_timestamp() - interval '1 hour') AS job
 	) AS finished,
 	LATERAL (
 		SELECT max(last) AS last_success
@@ -335,9 +339,9 @@ FROM pg_catalog.pg_foreign_server
 		SELECT
 			percentile_cont(0.5) WITHIN GROUP (ORDER BY duration) AS p50,
 			percentile_cont(0.95) WITHIN GROUP (ORDER BY duration) AS p95,
-			count(*) FILTER (WHERE event = 'sending' AND occurred_at > clock_timestamp() - interval '1 min') AS requests_last_minute
+			count(*) FILTER (WHERE event = 'sending' AND occurred_at > statement_timestamp() - interval '1 min') AS requests_last_minute
 		FROM omni_refresh_event AS e JOIN omni_refresh_job AS j ON j.id = e.job
-		WHERE occurred_at > clock_timestamp() - interval '1 hour'
+		WHERE occurred_at > statement_timestamp() - interval '1 hour'
 			AND (duration IS NOT NULL OR event = 'sending') AND server = srvname
 	) AS answers,
 	LATERAL (
