@@ -142,7 +142,7 @@ ask(const char *name, const char *kind, const char *cursor)
 	if (omni_call_run(segment, &error))
 		error = call->error;
 	if (error.sqlstate == 0)
-		page = omni_api_json((char *) call + call->lookup, call->length, &why);
+		page = omni_api_json((char *) call + call->answer, call->length, &why);
 	omni_call_end(segment);
 
 	if (error.sqlstate != 0)

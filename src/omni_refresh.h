@@ -243,8 +243,8 @@ typedef struct OmniCall
 								 * if NULL */
 	Size		tables;			/* likewise */
 	Size		lookup;			/* offset of what to look up, as in
-								 * "models?name=x", and later of the answer;
-								 * 0: it is a job */
+								 * "models?name=x"; 0: it is a job */
+	Size		answer;			/* of a look-up: offset of room for the answer */
 	bool		probe;			/* of a look-up: tell how it was reached */
 
 	/* results */

@@ -179,7 +179,8 @@ omni_call_create(const OmniJob *job, const char *lookup, dsm_segment **segment)
 	Size		size = MAXALIGN(sizeof(OmniCall));
 	Size		schemas_at = reserve(&size, job->schemas != NULL ? VARSIZE(job->schemas) : 0);
 	Size		tables_at = reserve(&size, job->tables != NULL ? VARSIZE(job->tables) : 0);
-	Size		lookup_at = reserve(&size, lookup != NULL ? Max(strlen(lookup) + 1, OMNI_MAX_ANSWER) : 0);
+	Size		lookup_at = reserve(&size, lookup != NULL ? strlen(lookup) + 1 : 0);
+	Size		answer_at = reserve(&size, lookup != NULL ? OMNI_MAX_ANSWER : 0);
 	OmniCall   *call;
 
 	attach_shared();
@@ -203,6 +204,7 @@ omni_call_create(const OmniJob *job, const char *lookup, dsm_segment **segment)
 	call->schemas = schemas_at;
 	call->tables = tables_at;
 	call->lookup = lookup_at;
+	call->answer = answer_at;
 	if (job->schemas != NULL)
 		memcpy((char *) call + schemas_at, job->schemas, VARSIZE(job->schemas));
 	if (job->tables != NULL)

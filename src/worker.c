@@ -1576,7 +1576,7 @@ tell_probed(Work *work, const OmniAnswer *answer)
 	else if (work->outcome.error.sqlstate == 0)
 	{
 		call->length = answer->length;
-		memcpy((char *) call + call->lookup, answer->body, answer->length);
+		memcpy((char *) call + call->answer, answer->body, answer->length);
 	}
 }
 

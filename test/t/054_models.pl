@@ -240,20 +240,20 @@ sub peak
 
 for my $case (
 	[ 'a page that names itself', [ page('a'), page('a') ] ],
-	[ 'two pages that name each other', [ map { page($_) } ('a', 'b') x 30 ] ],
-	[ 'a way into a circle', [ map { page($_) } 'x', 'y', 'z', ('a' .. 'g') x 10 ] ])
+	[ 'two pages that name each other', [ map { page($_) } ('a', 'b') x 4 ] ],
+	[ 'a way into a circle', [ map { page($_) } 'x', 'y', 'z', ('a' .. 'g') x 3 ] ])
 {
 	my ($what, $pages) = @$case;
 	$omni->reset;
 	answer($_) for @$pages;
 	like(fails(), qr/^ERROR:  08P01: server "omni" did not answer as Omni does\nDETAIL:  .+\nHINT:  .+/m, "it ends: $what");
-	cmp_ok(scalar(asked()), '<', 30, '... soon');
+	cmp_ok(scalar(asked()), '<', 20, '... soon');
 }
 $omni->reset;
-answer(page("c $_ & + = \x{f6}", { %whole, name => "n$_" })) for 1 .. 20;
+answer(page("c $_ & + = \x{f6}", { %whole, name => "n$_" })) for 1 .. 10;
 answer(page(undef, { %whole, name => 'last' }));
-is($test->sql('SELECT count(*), count(DISTINCT name) FROM omni_refresh_models()'), '21|21', 'pages that go on are no circle');
-is(parameters((asked())[20])->{cursor}, "c 20 & + = \x{f6}", '... whatever their names are');
+is($test->sql('SELECT count(*), count(DISTINCT name) FROM omni_refresh_models()'), '11|11', 'pages that go on are no circle');
+is(parameters((asked())[10])->{cursor}, "c 10 & + = \x{f6}", '... whatever their names are');
 $omni->reset;
 answer($json->encode({ pageInfo => { hasNextPage => JSON::PP::false, nextCursor => 'last' }, records => [ \%whole ] }));
 is($test->sql($count), '1', 'a last page may have a cursor');
@@ -314,6 +314,7 @@ for my $fault ('close', 'reset', 'html_502')
 
 # The rate limit
 
+$session->quit;
 $omni->reset;
 make_models(300);
 $omni->fault('delay', delay => 0, path => '/models$');
@@ -329,7 +330,7 @@ $node->restart;					# the limiter begins anew
 $omni->reset;
 make_models(3000);
 $omni->set(rate_limit => 24);	# some of which was ours
-my $call = OmniFault::call($node, "SET statement_timeout = '2 s'; $count");
+my $call = OmniFault::call($node, "SET statement_timeout = '1 s'; $count");
 is($call->{sqlstate}, '57014', 'pages beyond the rate limit wait');
 is(scalar(asked()), 20, '... and are not asked for');
 is((grep { $_->{status} != 200 } asked()), 0, '... so that Omni need not say so');
@@ -371,6 +372,22 @@ $omni->wait_for_requests(4);
 $test->sql('SELECT pg_terminate_backend(' . OmniFault::worker($node) . ', 10000)');
 OmniFault::finish($call);
 is($call->{out}, '150|150', 'the next worker goes on where the last one ended') or diag($call->{err});
+
+# ... even if that one had the answer, and could not let go of it
+$omni->reset;
+make_models(150);
+$omni->fault('delay', delay => 0, path => '/models$');
+$omni->fault('delay', delay => 0.5, path => '/models$');
+$call = OmniFault::begin($node, 'SELECT count(*), count(DISTINCT id) FROM omni_refresh_models();');
+$omni->wait_for_requests(4);
+$session = OmniLife::session($node, 'postgres');
+$session->query('BEGIN; LOCK TABLE omni_refresh_job IN ACCESS EXCLUSIVE MODE');
+OmniLife::until_true('a worker that cannot let go of an answer', sub { slurp_file($node->logfile) =~ /could not write down the outcome/ });
+$test->sql('SELECT pg_terminate_backend(' . OmniFault::worker($node) . ', 10000)');
+$session->query('ROLLBACK');
+OmniFault::finish($call);
+is($call->{out}, '150|150', '... ends, and the next one asks again') or diag($call->{err});
+is((grep { $_->{path} ne '/api/v1/models' } asked()), 0, '... for the same');
 $session->quit;
 
 # Who may not
@@ -389,9 +406,12 @@ is($test->sql('SELECT (SELECT count(*) FROM omni_refresh_job) + (SELECT count(*)
 
 # No worker, no primary
 
-$node->append_conf('postgresql.conf', "max_worker_processes = 1\nmax_logical_replication_workers = 4\n");
-$node->restart;
-like(fails(), qr/^ERROR:  53400: no background worker is available\nDETAIL:  .+\nHINT:  .+/m, 'no background worker');
+$session = OmniLife::session($node, 'postgres');
+$test->sql('ALTER DATABASE postgres ALLOW_CONNECTIONS false; SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+	WHERE backend_type = \'omni_refresh worker\'', 'latin1');
+like(($session->query($count))[1], qr/ERROR:  53400: could not start the background worker of omni_refresh\nDETAIL:  .+\nHINT:  .+/m, 'no background worker');
+$test->sql('ALTER DATABASE postgres ALLOW_CONNECTIONS true', 'latin1');
+$session->quit;
 $node->stop;
 $node->set_standby_mode;
 $node->start;
