@@ -162,6 +162,8 @@ put_page(ReturnSetInfo *result, Jsonb *page)
 	JsonbValue	value;
 	JsonbContainer *info = container(&page->root, "pageInfo", &value);
 	JsonbContainer *records = container(&page->root, "records", &value);
+	bool		says;			/* whether there is a next page */
+	char	   *next;
 
 	if (info == NULL || records == NULL || !JsonContainerIsArray(records))
 		malformed("The answer is JSON, but not of the shape that a page of models has.");
@@ -174,10 +176,13 @@ put_page(ReturnSetInfo *result, Jsonb *page)
 		put_model(result, model->val.binary.data);
 	}
 
-	if (JsonContainerIsObject(info) && getKeyJsonValueFromContainer(info, "hasNextPage", strlen("hasNextPage"), &value) != NULL &&
-		value.type == jbvBool && !value.val.boolean)
-		return NULL;
-	return omni_api_member(info, "nextCursor");
+	says = JsonContainerIsObject(info) &&
+		getKeyJsonValueFromContainer(info, "hasNextPage", strlen("hasNextPage"), &value) != NULL &&
+		value.type == jbvBool;
+	next = omni_api_member(info, "nextCursor");
+	if (says && value.val.boolean && next == NULL)
+		malformed("A page of models is not the last one, and does not name the next.");
+	return says && !value.val.boolean ? NULL : next;
 }
 
 /* Adds a model to the result, unless it was deleted in Omni. */

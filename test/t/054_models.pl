@@ -264,6 +264,7 @@ for my $case (
 	[ 'huge', size => 2 << 20 ],
 	map({ [ 'answer', status => 200, body => $_ ] } 'null', '7', '"x"', '{}', '<html></html>', ' ',
 		'{"records": []}', '{"pageInfo": {}}', '{"pageInfo": [], "records": {}}', '{"pageInfo": {}, "records": [7]}',
+		'{"pageInfo": {"hasNextPage": true, "nextCursor": null}, "records": []}', '{"pageInfo": {"hasNextPage": true}, "records": []}',
 		'{"pageInfo": {}, "records": [[]]}', '{"pageInfo": null, "records": []}', '{"pageInfo": {}, "records": [null]}'),
 	map({ [ 'answer', status => 200, body => page(undef, \%whole, { %whole, %$_ }) ] } { id => undef }, { id => 'x' }, { id => "{$id}" }, { id => '' },
 		{ connectionId => 'x' }, { baseModelId => "$id " }, { updatedAt => 'soon' }, { updatedAt => '' }, { name => "a\0b" }),
