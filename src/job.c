@@ -93,7 +93,7 @@ static OmniStatement update_job = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = $2, job_id = coalesce($3, job_id), finished_at = $4, error = $5,"
 	" run_at = coalesce($6, run_at)"
-	" WHERE id = $1",
+	" WHERE id = $1 AND status = ANY ('{pending, sending, running}')",
 	.nargs = 6,
 	.argtypes = {INT8OID, TEXTOID, UUIDOID, TIMESTAMPTZOID, TEXTOID, TIMESTAMPTZOID}
 };
@@ -286,12 +286,13 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		nulls[5] = 'n';
 
 	if (omni_run(&update_job, values, nulls) == 0)
-		return;					/* someone has deleted it: no events either */
+		return;					/* someone has deleted or ended it: no events
+								 * either */
 
-	if (strcmp(outcome->status, "pending") != 0)
-		omni_notify(job->id, outcome->status);
 	if (outcome->quiet)
 		return;
+	if (strcmp(outcome->status, "pending") != 0)
+		omni_notify(job->id, outcome->status);
 	if (outcome->attempt_event == NULL)
 		attempt.event = outcome->status;
 	omni_event_add(job, &attempt);

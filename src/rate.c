@@ -137,7 +137,8 @@ omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 /*
  * Whether a class may make one more request, with so many used in a minute: if
  * it has not had its share, or if the others that have been refused lately keep
- * what is left of theirs.
+ * what is left of theirs.  Calls keep it from polls in any case: these go on for as
+ * long as jobs run, and a call would come too late for its caller.
  */
 static bool
 has_room(const Rate *rate, OmniRateClass class, int limit, const uint32 *used, int64 all)
@@ -150,7 +151,8 @@ has_room(const Rate *rate, OmniRateClass class, int limit, const uint32 *used, i
 
 		if (c == class && used[c] < share)
 			return all < limit;
-		if (c != class && rate->refused[c] > rate->slice - SLICES && used[c] < share)
+		if (c != class && used[c] < share &&
+			(rate->refused[c] > rate->slice - SLICES || (c == OMNI_RATE_CALL && class == OMNI_RATE_POLL)))
 			kept += share - used[c];
 	}
 	return all + kept < limit;

@@ -191,6 +191,7 @@ static bool claim(void *unused);
 static bool claim_due(OmniRateClass class, TimestampTz now);
 static ArrayType *list_held(OmniRateClass class, TimestampTz now);
 static int	in_flight(OmniRateClass class, const NameData *server);
+static bool is_in_hand(OmniRateClass class, int64 id);
 static TimestampTz held_until(OmniJob *job, TimestampTz now);
 static void note_sent(int64 merge_key, TimestampTz sent_at);
 static void forget_sent(TimestampTz before);
@@ -743,7 +744,7 @@ claim(void *unused)
 static bool
 claim_due(OmniRateClass class, TimestampTz now)
 {
-	int			limit = Max(omni_max_in_flight, SMALLEST_CLAIM);
+	int			limit = Max(omni_max_in_flight, SMALLEST_CLAIM) + in_flight(class, NULL);
 	bool		any = false;
 	int			count;
 
@@ -758,6 +759,8 @@ claim_due(OmniRateClass class, TimestampTz now)
 			Work	   *work;
 			MemoryContext context;
 
+			if (is_in_hand(class, job->id))
+				continue;		/* a question does not change its row */
 			if (in_flight(class, &job->request.server) >= omni_max_in_flight)
 				continue;		/* the next round leaves them out */
 			if (class == OMNI_RATE_JOB && (until = held_until(job, now)) != 0)
@@ -824,7 +827,7 @@ list_held(OmniRateClass class, TimestampTz now)
 	return DatumGetArrayTypeP(makeArrayResult(names, CurrentMemoryContext));
 }
 
-/* How many of a class are in hand for a server. */
+/* How many of a class are in hand for a server, or for any if that is NULL. */
 static int
 in_flight(OmniRateClass class, const NameData *server)
 {
@@ -835,10 +838,26 @@ in_flight(OmniRateClass class, const NameData *server)
 	{
 		Work	   *work = dlist_container(Work, node, iter.cur);
 
-		if (work->class == class && strcmp(NameStr(work->job.request.server), NameStr(*server)) == 0)
+		if (work->class == class &&
+			(server == NULL || strcmp(NameStr(work->job.request.server), NameStr(*server)) == 0))
 			n++;
 	}
 	return n;
+}
+
+static bool
+is_in_hand(OmniRateClass class, int64 id)
+{
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &works)
+	{
+		Work	   *work = dlist_container(Work, node, iter.cur);
+
+		if (work->class == class && work->job.id == id)
+			return true;
+	}
+	return false;
 }
 
 /*
