@@ -348,8 +348,9 @@ $soak->holds(\&carriers,
 	[ 'every job that is accepted was accepted, as it stands in its row', 'life', qq{status <> 'accepted' OR job_id IS NOT NULL
 		AND EXISTS ($last AND answer = ANY ($yes))} ],
 	[ 'every job that is failed was refused', 'life', qq{status <> 'failed' OR error IS NOT NULL AND EXISTS ($last AND answer <> ALL ($yes))} ],
-	[ '... each time that it was sent', 'life', qq{status <> 'failed' OR extent IS NULL OR NOT EXISTS (SELECT FROM request
-		WHERE names <@ life.names AND kind = extent AND (answer IS NULL OR answer = ANY ($perhaps)))} ],
+	[ '... each time that it was sent, but for what was merged into it after an attempt of its own', 'life', qq{status <> 'failed' OR extent IS NULL OR NOT EXISTS (SELECT FROM request
+		WHERE names <@ life.names AND kind = extent AND (answer IS NULL OR answer = ANY ($perhaps))
+			AND NOT EXISTS (SELECT FROM life AS m WHERE m.merged_into = life.id AND m.attempts > 0 AND names <@ m.names))} ],
 	# ... which also tells of the merging
 	[ 'what is merged has a carrier', 'life', q{(status = 'merged') = (merged_into IS NOT NULL)} ],
 	[ '... that was asked for before, does the same and was sent later', 'life',
