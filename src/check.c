@@ -170,8 +170,10 @@ check_certificate(ReturnSetInfo *result, const OmniProbe *probed)
 	time_t		expires = probed->expires[0] != '\0' ? curl_getdate(probed->expires, NULL) : -1;
 	int			days = expires >= 0 ? (int) ((expires - time(NULL)) / SECS_PER_DAY) : 0;
 
-	if (probed->issuer[0] == '\0')
+	if (!probed->secure)
 		say(result, "tls", true, "none: plain http");
+	else if (probed->issuer[0] == '\0')
+		say(result, "tls", true, "set up, with a certificate that is valid");
 	else if (expires < 0)
 		say(result, "tls", true, "issued by %s", probed->issuer);
 	else

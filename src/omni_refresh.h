@@ -203,7 +203,9 @@ typedef struct OmniProbe
 	int			rate_limit;		/* requests a minute, 0 means no limit */
 	int			rate_left;		/* of them, for now */
 	char		address[64];
-	char		issuer[256];
+	bool		secure;			/* by TLS */
+	char		issuer[256];	/* empty where libcurl forgets it with the
+								 * connection */
 	char		expires[64];
 } OmniProbe;
 

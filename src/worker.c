@@ -1589,6 +1589,7 @@ tell_probed(Work *work, const OmniAnswer *answer)
 		probed->rate_limit = work->target.rate_limit;
 		probed->rate_left = omni_rate_left(work->rate_id, work->target.rate_limit);
 		strlcpy(probed->address, answer->address != NULL ? answer->address : "", sizeof(probed->address));
+		probed->secure = pg_strncasecmp(work->target.base_url, "https:", 6) == 0;
 		strlcpy(probed->issuer, answer->issuer != NULL ? answer->issuer : "", sizeof(probed->issuer));
 		strlcpy(probed->expires, answer->expires != NULL ? answer->expires : "", sizeof(probed->expires));
 	}

@@ -170,7 +170,8 @@ for my $case ([ 'hang', qr/^not ok: timed out .*waiting for the answer/ ], [ 'ha
 	$omni->reset;
 	$omni->fault($fault, path => '/models$');
 	my @lines = fails_at("an answer that does not come: $fault", 'answer', $detail, $hasty);
-	like(line('tls', @lines), qr/^ok: issued by .*omni_api CA/, '... after TLS');
+	# a newer libcurl forgets the certificate of a connection that it closes
+	like(line('tls', @lines), qr/^ok: (issued by .*omni_api CA|set up)/, '... after TLS');
 	is(scalar($omni->requests), 1, '... which is tried once');
 }
 
