@@ -93,7 +93,7 @@ static OmniStatement update_job = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = $2, job_id = coalesce($3, job_id), finished_at = $4, error = $5,"
 	" run_at = coalesce($6, run_at)"
-	" WHERE id = $1 AND status = ANY ('{pending, sending, running}')",
+	" WHERE id = $1 AND " IS_UNFINISHED,
 	.nargs = 6,
 	.argtypes = {INT8OID, TEXTOID, UUIDOID, TIMESTAMPTZOID, TEXTOID, TIMESTAMPTZOID}
 };
@@ -101,7 +101,7 @@ static OmniStatement update_job = {
 static OmniStatement send_job = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = 'sending', attempts = $2, sent_at = $3"
-	" WHERE id = $1 AND status = 'pending'",
+	" WHERE id = $1 AND " IS_PENDING,
 	.nargs = 3,
 	.argtypes = {INT8OID, INT4OID, TIMESTAMPTZOID}
 };

@@ -214,7 +214,7 @@ look(int64 id, OmniJobState *own, OmniJobState *carrier)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("permission denied for job " INT64_FORMAT, id),
-				 errdetail("It was requested by \"%s\".", NameStr(own->job.request.requested_by))));
+				 errhint("It is for those who have the privileges of the role that requested it, or of the owner of the table.")));
 }
 
 /* Whether the current user has what the requester has, or what the table's owner has. */

@@ -377,7 +377,7 @@ extern void omni_job_defer(int64 id, TimestampTz run_at);
 extern bool omni_job_merge(TimestampTz now);
 extern void omni_job_reclock(TimestampTz now, TimestampTz latest);
 extern OmniJob *omni_job_due(TimestampTz now, bool running, ArrayType *held, int limit, int *count);
-extern bool omni_job_stop_following(void);
+extern void omni_job_stop_following(void);
 extern bool omni_job_prune(int64 *after, TimestampTz before, int limit);
 extern bool omni_job_cancel(const OmniJob *job, const char *by);
 extern bool omni_job_next(TimestampTz now, TimestampTz *next);

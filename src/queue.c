@@ -29,7 +29,7 @@
 
 static OmniStatement delay_job = {
 	.table = &omni_job_table,
-	.text = "UPDATE %s SET run_at = $2 WHERE id = $1 AND status = 'pending'",
+	.text = "UPDATE %s SET run_at = $2 WHERE id = $1 AND " IS_PENDING,
 	.nargs = 2,
 	.argtypes = {INT8OID, TIMESTAMPTZOID}
 };
@@ -93,7 +93,7 @@ static OmniStatement select_sets = {
 /* Somebody may be about to cancel a job: what is locked stays as it is. */
 static OmniStatement lock_jobs = {
 	.table = &omni_job_table,
-	.text = "SELECT id::bigint FROM %s WHERE id = ANY ($1) AND status = 'pending' FOR NO KEY UPDATE SKIP LOCKED",
+	.text = "SELECT id::bigint FROM %s WHERE id = ANY ($1) AND " IS_PENDING " FOR NO KEY UPDATE SKIP LOCKED",
 	.nargs = 1,
 	.argtypes = {INT8ARRAYOID}
 };
@@ -110,7 +110,7 @@ static OmniStatement merge_jobs = {
 	.table = &omni_job_table,
 	.text = "WITH locked AS ("
 	"  SELECT id, carrier FROM unnest($1, $2) AS members (id, carrier) JOIN %s AS job USING (id)"
-	"  WHERE status = 'pending' FOR NO KEY UPDATE OF job SKIP LOCKED"
+	"  WHERE " IS_PENDING " FOR NO KEY UPDATE OF job SKIP LOCKED"
 	" ), merged AS ("
 	"  UPDATE %s AS job SET status = 'merged', merged_into = carrier,"
 	"   finished_at = clock_timestamp(), error = NULL"
@@ -188,11 +188,17 @@ static OmniStatement stop_following = {
 	.argtypes = {OIDOID}
 };
 
-/* the next of them by their numbers, which come about as they were asked for */
+/*
+ * The next of them by their numbers, which come about as they were asked for.  What
+ * was merged stays as long as the end of its carrier may put it back into the queue.
+ */
 static OmniStatement select_old = {
 	.table = &omni_job_table,
-	.text = "SELECT array_agg(id) FILTER (WHERE finished_at < $2), max(id), bool_or(requested_at >= $2)"
-	" FROM (SELECT id, finished_at, requested_at FROM %s WHERE id > $1 ORDER BY id LIMIT $3) AS job",
+	.text = "SELECT array_agg(id) FILTER (WHERE finished_at < $2 AND"
+	"  (SELECT status FROM %s AS carrier WHERE carrier.id = job.merged_into)"
+	"   = ANY ('{pending, sending, running}') IS NOT TRUE),"
+	"  max(id), (array_agg(requested_at ORDER BY id DESC))[1] >= $2"
+	" FROM (SELECT id, finished_at, requested_at, merged_into FROM %s WHERE id > $1 ORDER BY id LIMIT $3) AS job",
 	.nargs = 3,
 	.argtypes = {INT8OID, TIMESTAMPTZOID, INT8OID}
 };
@@ -207,7 +213,7 @@ static OmniStatement delete_jobs = {
 static OmniStatement cancel_job = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s AS job SET status = 'canceled', finished_at = clock_timestamp(), error = NULL"
-	" WHERE id = $1 AND status = 'pending'"
+	" WHERE id = $1 AND " IS_PENDING
 	" RETURNING id::bigint, requested_by::name, status::text, attempts::int, $2",
 	.nargs = 2,
 	.argtypes = {INT8OID, TEXTOID}
@@ -231,7 +237,7 @@ static OmniStatement select_sent = {
 };
 
 static ArrayType *make_bigints(Datum *elements, int count);
-static uint64 add_rows_events(void);
+static void add_rows_events(void);
 static void recover(void);
 static void add_members(HeapTuple set, TupleDesc desc, Datum *members, Datum *carriers, int *count);
 
@@ -307,9 +313,9 @@ omni_job_settle(void)
 /*
  * Adds an event for each row that the last statement has returned, of which they
  * are job, requester, event, attempts and detail, and tells of those whose status
- * that is.  Returns how many there were.
+ * that is.
  */
-static uint64
+static void
 add_rows_events(void)
 {
 	SPITupleTable *rows = SPI_tuptable;
@@ -336,7 +342,6 @@ add_rows_events(void)
 		if (strcmp(event.event, "released") != 0)
 			omni_notify(job.id, event.event);
 	}
-	return count;
 }
 
 /*
@@ -515,14 +520,14 @@ omni_job_due(TimestampTz now, bool running, ArrayType *held, int limit, int *cou
 	return jobs;
 }
 
-/* Lets go of the jobs that are followed.  Returns whether there were any. */
-bool
+/* Lets go of the jobs that are followed. */
+void
 omni_job_stop_following(void)
 {
 	Datum		values[1] = {ObjectIdGetDatum(MyDatabaseId)};
 
 	(void) omni_run(&stop_following, values, NULL);
-	return add_rows_events() > 0;
+	add_rows_events();
 }
 
 /*
@@ -564,9 +569,9 @@ omni_job_cancel(const OmniJob *job, const char *by)
 	if (omni_run(&cancel_job, values, NULL) == 0)
 		return false;
 	omni_event_add(job, &requested);
-	(void) add_rows_events();
+	add_rows_events();
 	(void) omni_run(&release_jobs, values, NULL);
-	(void) add_rows_events();
+	add_rows_events();
 	omni_events_write();
 	return true;
 }

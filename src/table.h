@@ -22,6 +22,14 @@ typedef struct OmniTable
 	char		qualified[OMNI_MAX_QUALIFIED];
 } OmniTable;
 
+/*
+ * What a job is that was found by its number.  Written as "status =" these would be
+ * conditions of the index on what is unfinished, which a plan made for an empty
+ * table might go through from end to end instead.
+ */
+#define IS_PENDING		"starts_with(status, 'pending')"
+#define IS_UNFINISHED	"status <> ALL ('{completed, failed, accepted, canceled, merged, unknown}')"
+
 /* A statement about a table, whose name stands for each %s in it. */
 typedef struct OmniStatement
 {

@@ -154,6 +154,7 @@ bool		omni_in_worker = false;
 
 static dlist_head works = DLIST_STATIC_INIT(works);
 static bool settled_all = false;	/* what was left behind */
+static bool following = true;	/* some jobs may be followed */
 static TimestampTz look_at = DT_NOBEGIN;	/* the queue, next time */
 static bool look_for_new = true;	/* and then merge */
 static TimestampTz look_for_new_from = DT_NOBEGIN;	/* not before this time */
@@ -450,6 +451,7 @@ turn(void)
 		ProcessConfigFile(PGC_SIGHUP);
 		look_for_new = true;
 		look_at = DT_NOBEGIN;
+		prune_at = DT_NOBEGIN;
 	}
 
 	delay = move_on();
@@ -647,6 +649,7 @@ look_at_queue(void)
 	if (result == COMMITTED)
 	{
 		settled_all = true;
+		following = omni_track;
 		look_failures = 0;
 		if (!look_for_new)		/* else there is more to merge */
 		{
@@ -709,9 +712,9 @@ claim(void *unused)
 		return false;
 	settle_left_behind();
 
-	if (!omni_track)
-		(void) omni_job_stop_following();
-	else if (omni_enabled)
+	if (!omni_track && following)
+		omni_job_stop_following();
+	if (omni_track && omni_enabled)
 		more = claim_due(OMNI_RATE_POLL, now);
 	if (omni_enabled)
 	{
