@@ -398,19 +398,23 @@ read_refusal(const OmniJob *job, const char *key,
 		int			status;
 		int			sqlstate;
 		const char *hint;
+		const char *other;		/* for what is no refresh, else the same */
 	}			refusals[] = {
 		{400, ERRCODE_INVALID_PARAMETER_VALUE,
-		"Check the arguments; branch is required when the connection's setting \"Branch-based schema refresh\" is on, and must be left out when it is off."},
+			"Check the arguments; branch is required when the connection's setting \"Branch-based schema refresh\" is on, and must be left out when it is off.",
+		"Check the arguments."},
 		{401, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
-		"Check the API key in the user mapping: it may have been revoked, or belong to another instance."},
+		"Check the API key in the user mapping: it may have been revoked, or belong to another instance.", NULL},
 		{403, ERRCODE_INSUFFICIENT_PRIVILEGE,
-		"Modelers may refresh only on connections with exactly one shared model; Connection Admins on every connection they administer."},
+			"Modelers may refresh only on connections with exactly one shared model; Connection Admins on every connection they administer.",
+		"The owner of the API key needs the permission for this in Omni."},
 		{404, ERRCODE_UNDEFINED_OBJECT,
-		"Check the model's uuid, and that the server's \"base_url\" is the instance that has it."},
+			"Check the model's uuid, and that the server's \"base_url\" is the instance that has it.",
+		"Check what is asked for, and that the server's \"base_url\" is the instance that has it."},
 		{429, ERRCODE_INSUFFICIENT_RESOURCES,
-		"Omni limits the requests of a key, by default to 60 a minute; others may be using the same key."},
+		"Omni limits the requests of a key, by default to 60 a minute; others may be using the same key.", NULL},
 		{503, ERRCODE_CONNECTION_FAILURE,
-		"Omni is under maintenance or overloaded; try again later."},
+		"Omni is under maintenance or overloaded; try again later.", NULL},
 	};
 	char	   *text = error_text(answer, key);
 
@@ -440,13 +444,14 @@ read_refusal(const OmniJob *job, const char *key,
 				   NameStr(job->request.server), subject, answer->status);
 	omni_error_hint(&outcome->error, answer->status >= 500 ?
 					"The trouble is on Omni's side, or in a proxy in between; try again later." :
-					"Omni does not document this status for a refresh; it may come from a proxy in between.");
+					"Omni does not document this status; it may come from a proxy in between.");
 	for (int i = 0; i < lengthof(refusals); i++)
 	{
 		if (refusals[i].status == answer->status)
 		{
 			outcome->error.sqlstate = refusals[i].sqlstate;
-			omni_error_hint(&outcome->error, "%s", refusals[i].hint);
+			omni_error_hint(&outcome->error, "%s", refusals[i].other != NULL && strcmp(subject, "refresh") != 0 ?
+							refusals[i].other : refusals[i].hint);
 		}
 	}
 	if (text != NULL)

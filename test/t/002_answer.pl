@@ -21,7 +21,7 @@ my $key_hint = 'Check the API key in the user mapping: it may have been revoked,
 my $role_hint = 'Modelers may refresh only on connections with exactly one shared model; '
 	. 'Connection Admins on every connection they administer.';
 my $model_hint = 'Check the model\'s uuid, and that the server\'s "base_url" is the instance that has it.';
-my $other_hint = 'Omni does not document this status for a refresh; it may come from a proxy in between.';
+my $other_hint = 'Omni does not document this status; it may come from a proxy in between.';
 my $shape_hint = 'Check that the server\'s "base_url" is the login host of an Omni instance, '
 	. 'and what proxies are in between.';
 
