@@ -179,8 +179,8 @@ unrecognized_option(const char *name, Oid catalog)
 
 /*
  * Takes a URL apart; raises an error when libcurl cannot, or when it names a
- * user.  A value that may hold a password is not shown.  The caller frees the result with curl_url_cleanup() and must not raise
- * an error before.
+ * user.  A value that may hold a password is not shown.  The caller frees the
+ * result with curl_url_cleanup() and must not raise an error before.
  */
 static CURLU *
 parse_url(const char *name, const char *value)

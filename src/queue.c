@@ -463,8 +463,9 @@ omni_job_reclock(TimestampTz now, TimestampTz latest)
 
 /*
  * The first jobs of the queue that are due, or of those that are followed, at most
- * limit of them, and their number.  held is an array of what is left out: servers by name, and roles at
- * a server by its name, a space and their OID.  The result is palloc'd.
+ * limit of them, and their number.  held is an array of what is left out: servers
+ * by name, and roles at a server by its name, a space and their OID.  The result is
+ * palloc'd.
  */
 OmniJob *
 omni_job_due(TimestampTz now, bool running, ArrayType *held, int limit, int *count)

@@ -788,7 +788,8 @@ claim_due(OmniRateClass class, TimestampTz now)
 }
 
 /*
- * Who can be sent nothing of a class at the moment, as omni_job_due() wants it: servers with enough in flight, and roles that have reached a rate limit.
+ * Who can be sent nothing of a class at the moment, as omni_job_due() wants it:
+ * servers with enough in flight, and roles that have reached a rate limit.
  */
 static ArrayType *
 list_held(OmniRateClass class, TimestampTz now)
@@ -1606,8 +1607,9 @@ tell_probed(Work *work, const OmniAnswer *answer)
 /*
  * Decides whether there is another attempt: if it can begin before the end of the
  * call, or of the time that a queued job has.  What is queued is tried again
- * whenever there was no answer.  The wait doubles with each attempt and is drawn by lot, so that those who
- * failed together do not come back together; Retry-After is a floor.
+ * whenever there was no answer.  The wait doubles with each attempt and is drawn
+ * by lot, so that those who failed together do not come back together; Retry-After
+ * is a floor.
  */
 static void
 consider_retry(Work *work)
