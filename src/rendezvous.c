@@ -709,12 +709,19 @@ omni_worker_is_unwanted(void)
 	return false;
 }
 
-/* Ends the worker's part, unless there is something to do. */
+/*
+ * Ends the worker's part, unless somebody has asked for something since.  With
+ * come_back, another worker is to go on: it is started at once, and waits like any
+ * new session until those are done who want the database.
+ */
 bool
-omni_worker_leave_if_idle(void)
+omni_worker_leave_if_idle(bool come_back)
 {
+	StartInfo	info = {.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = true};
+	bool		relieved = LockHasWaiters(&worker_lock, ExclusiveLock, true);
 	Slot	   *slot;
 	bool		idle;
+	HandOver	result = HANDED_OVER;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(MyDatabaseId);
@@ -725,7 +732,15 @@ omni_worker_leave_if_idle(void)
 		LockReleaseSession(USER_LOCKMETHOD);
 		free_slot(slot);
 	}
+	if (idle && come_back && !relieved)
+		result = start_in_slot(MyDatabaseId, NOBODY, &info, NULL, &slot);
 	LWLockRelease(&shared->lock);
+
+	if (result != HANDED_OVER)
+		ereport(LOG,
+				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+				 errmsg("the requests to Omni are queued, but nobody can send them now"),
+				 errhint("Call omni_refresh_wake() when there is a background worker to spare.")));
 	return idle;
 }
 

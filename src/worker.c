@@ -158,7 +158,6 @@ static bool following = true;	/* some jobs may be followed */
 static TimestampTz look_at = DT_NOBEGIN;	/* the queue, next time */
 static bool look_for_new = true;	/* and then merge */
 static TimestampTz look_for_new_from = DT_NOBEGIN;	/* not before this time */
-static int	look_failures = 0;
 static bool queue_left = true;	/* there is something in the queue */
 static TimestampTz next_due = DT_NOEND; /* what is left, and is not due yet */
 static List *held = NIL;		/* of Held */
@@ -180,7 +179,9 @@ static void notify(void);
 static bool send_notices(void *unused);
 static long prune(void);
 static bool prune_some(void *unused);
-static bool is_extension_same(void *unused);
+static bool is_extension_same(void);
+static bool look_at_extension(void *same);
+static bool has_queued(void);
 static long move_on(void);
 static void take_calls(void);
 static Work *make_work(OmniRateClass class);
@@ -442,7 +443,6 @@ turn(void)
 {
 	long		delay;
 	TimestampTz now;
-	OmniError	error;
 
 	CHECK_FOR_INTERRUPTS();
 	if (ConfigReloadPending)
@@ -466,7 +466,7 @@ turn(void)
 		long		idle_left = omni_idle_timeout -
 		Min(TimestampDifferenceMilliseconds(busy_at, GetCurrentTimestamp()), INT_MAX);
 
-		if (idle_left <= 0 && omni_worker_leave_if_idle())
+		if (idle_left <= 0 && omni_worker_leave_if_idle(false))
 			return false;
 		pgstat_report_activity(STATE_IDLE, NULL);
 		delay = Min(Max(idle_left, 0), delay);
@@ -475,19 +475,38 @@ turn(void)
 	if (now < looked_round_at || TimestampDifferenceExceeds(looked_round_at, now, LOOK_ROUND))
 	{
 		looked_round_at = now;
-		if (!is_waited_for() &&
-			(omni_worker_is_unwanted() || transact(is_extension_same, NULL, false, &error) != COMMITTED) &&
-			omni_worker_leave_if_idle())
+		if (!is_waited_for() && (omni_worker_is_unwanted() || !is_extension_same()) &&
+			omni_worker_leave_if_idle(has_queued()))
 			return false;
 	}
 	omni_http_wait(delay, wait_event);
 	return true;
 }
 
+/* Whether the extension is the one we began with, as far as can be told. */
 static bool
-is_extension_same(void *unused)
+is_extension_same(void)
 {
-	return omni_extension_is_same();
+	OmniError	error;
+	bool		same = true;
+
+	(void) transact(look_at_extension, &same, false, &error);
+	return same;
+}
+
+/* The body of that transaction. */
+static bool
+look_at_extension(void *same)
+{
+	*(bool *) same = omni_extension_is_same();
+	return true;
+}
+
+/* Whether there is anything that the next worker would go on with. */
+static bool
+has_queued(void)
+{
+	return queue_left || in_flight(OMNI_RATE_JOB, NULL) > 0 || in_flight(OMNI_RATE_POLL, NULL) > 0;
 }
 
 /* Whether some caller waits for one of the jobs in hand. */
@@ -521,6 +540,7 @@ move_on(void)
 	{
 		look_for_new = true;
 		look_at = DT_NOBEGIN;
+		queue_left = true;		/* until a look says that there is nothing */
 	}
 	if (look_at <= GetCurrentTimestamp() && (!look_for_new || look_for_new_from <= GetCurrentTimestamp()))
 		look_at_queue();
@@ -637,6 +657,9 @@ static void
 look_at_queue(void)
 {
 	static int64 pause = 0;		/* microseconds */
+	static int	failures = 0;	/* one after the other ... */
+	static TimestampTz failing_since;
+	static bool complained;		/* ... and it is in the log */
 	TimestampTz began = GetCurrentTimestamp();
 	dlist_mutable_iter iter;
 	OmniError	error;
@@ -645,12 +668,14 @@ look_at_queue(void)
 	if (next_due <= began)
 		look_for_new = true;
 	look_at = DT_NOEND;
+	omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
+				   "another session holds a lock on the tables of omni_refresh");
 	result = transact(claim, NULL, false, &error);
 	if (result == COMMITTED)
 	{
 		settled_all = true;
 		following = omni_track;
-		look_failures = 0;
+		failures = 0;
 		if (!look_for_new)		/* else there is more to merge */
 		{
 			if (began > look_for_new_from + LOOK_PAUSE_MAX || claimed_any())
@@ -668,15 +693,24 @@ look_at_queue(void)
 		if (work->class != OMNI_RATE_CALL && work->step == NEW)
 			let_go(work);
 	}
-	if (result == FAILED && look_failures == 0)
+	if (failures == 0)
+	{
+		failing_since = began;
+		complained = false;
+	}
+	if (!complained &&
+		(result == FAILED || TimestampDifferenceExceeds(failing_since, GetCurrentTimestamp(), LOCK_PATIENCE)))
+	{
+		complained = true;
 		ereport(LOG,
 				(errcode(error.sqlstate),
 				 errmsg("could not look at the queue of omni_refresh, will try again: %s",
 						error.message)));
+	}
 	look_for_new = true;
 	look_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), result == NOT_NOW ? RETRY_DELAY :
-										  Min(RETRY_DELAY << Min(look_failures, 10), RETRY_DELAY_MAX));
-	look_failures++;
+										  Min(RETRY_DELAY << Min(failures, 10), RETRY_DELAY_MAX));
+	failures++;
 }
 
 /* Whether there are jobs that were taken from the queue in this turn. */

@@ -100,6 +100,24 @@ for my $state ('idle', 'forsaken')
 	quickly("... and is dropped by force", "DROP DATABASE $db WITH (FORCE)");
 	is(OmniLife::forks($node), $forks, '... and no worker tries to come back');
 }
+
+# The worker comes back by itself if there is anything to go on with. (19 ends it before it can see to that.)
+
+for my $ddl ('ALTER DATABASE %1$s RENAME TO %1$s_new', 'CREATE DATABASE %1$s_new TEMPLATE %1$s')
+{
+	my ($db) = make('idle');
+
+	$omni->fault('answer', status => 503, headers => { 'Retry-After' => 3 }, times => 1);
+	my $job = $node->safe_psql($db, q{SELECT id FROM omni_refresh_on_commit('} . $omni->model . q{')});
+	$node->poll_query_until($db, "SELECT status = 'pending' AND attempts = 1 FROM omni_refresh_job WHERE id = $job");
+	quickly(sprintf($ddl, 'a database that has a job queued'), sprintf($ddl, $db));
+	$db .= '_new' if $ddl =~ /^ALTER/;
+	$node->safe_psql($db, 'SELECT omni_refresh_wake()') if $node->pg_version >= 19;
+	ok($node->poll_query_until('postgres', "$workers_of '$db'", '1'), '... the worker comes back');
+	ok($node->poll_query_until($db, "SELECT status = 'accepted' AND attempts = 2 FROM omni_refresh_job WHERE id = $job"),
+		'... and the job goes on');
+	is($node->safe_psql('postgres', "$workers_of '${db}_new'"), '0', '... only there');
+}
 for my $state ('hanging', 'busy')
 {
 	my ($db, $held) = make($state);

@@ -195,7 +195,23 @@ is(join(' ', map { $_->{out} || $_->{sqlstate} } @calls), join(' ', ('accepted 5
 is(scalar(() = $omni->requests), 4, '... and only those are sent');
 is(OmniFault::worker($node), $worker, 'all with one worker');
 
+# A worker that was woken does not leave before it could look, whatever its idle_timeout.
+
+$omni->reset;
+$node->append_conf('postgresql.conf', "omni_refresh.idle_timeout = '100 ms'\n");
+$node->reload;
+$writer = OmniLife::session($node, 'postgres');
+$writer->query('BEGIN; LOCK TABLE omni_refresh_event IN SHARE MODE');
+my $queued = $node->safe_psql('postgres', q{SELECT id FROM omni_refresh_on_commit('} . $omni->model . q{')});
+OmniLife::until_true('a worker cannot look at the queue, and says so after a while', sub {
+		slurp_file($node->logfile) =~ /could not look at the queue of omni_refresh, will try again: another session holds a lock/ });
+is($node->safe_psql('postgres', "SELECT status FROM omni_refresh_job WHERE id = $queued"), 'pending', '... the job waits');
+$writer->query('COMMIT');
+$writer->quit;
+ok($node->poll_query_until('postgres', "SELECT status = 'accepted' FROM omni_refresh_job WHERE id = $queued"),
+	'... and goes on once the lock is gone, though nobody asks');
+
 $node->stop('fast');
-OmniLife::clean($node, 'the log is clean', qr/could not write down/, qr/server "nobody" does not exist/,
+OmniLife::clean($node, 'the log is clean', qr/could not write down/, qr/could not look at the queue/, qr/server "nobody" does not exist/,
 	qr/terminating background worker/, qr/the background worker ended before job/);
 done_testing();
