@@ -64,11 +64,12 @@ static OmniStatement select_recent = {
 	.argtypes = {TIMESTAMPTZOID}
 };
 
-/* since there was an answer to the job */
+/* since there was an answer to the job; by way of the job alone, not of all ids from some on */
 static OmniStatement count_recoveries = {
 	.table = &omni_event_table,
-	.text = "SELECT count(*) FROM %s WHERE job = $1 AND event = 'recovered'"
-	" AND id > coalesce((SELECT max(id) FROM %s WHERE job = $1 AND http_status IS NOT NULL), 0)",
+	.text = "SELECT count(*) FILTER (WHERE event = 'recovered' AND id > answered)"
+	" FROM (SELECT id, event, coalesce(max(id) FILTER (WHERE http_status IS NOT NULL) OVER (), 0) AS answered"
+	"  FROM %s WHERE job = $1) AS event",
 	.nargs = 1,
 	.argtypes = {INT8OID}
 };

@@ -311,11 +311,10 @@ $node->reload;
 $node->safe_psql('copy', "SET omni_refresh.server = other; SELECT omni_refresh_on_commit('" . $other->model . "')");
 ok($node->poll_query_until('copy', q{SELECT string_agg(status, ' ' ORDER BY id) = 'canceled accepted' FROM omni_refresh_job}),
 	'a copy of a database does not send what the other one has queued');
-is($omni->stats->{requests}, 0, '... not at all');
 is($node->safe_psql('copy', q{SELECT string_agg(event, ' ' ORDER BY id) FROM omni_refresh_event WHERE job = 1}), 'canceled', '... which its events tell');
 queue_elsewhere();
 all_done('... but the other one does');
-is($omni->stats->{requests}, 1, '... once');
+is($omni->stats->{requests}, 1, '... once, both together');
 
 # A great many
 
