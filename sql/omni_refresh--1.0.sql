@@ -86,10 +86,6 @@ CREATE INDEX omni_refresh_job_unfinished_idx ON omni_refresh_job (run_at, id)
 	WHERE status = ANY ('{pending, sending, running}');
 COMMENT ON INDEX omni_refresh_job_unfinished_idx IS 'the jobs that are not at an end';
 
-/* who cancels a job puts those back that were merged into it */
-CREATE INDEX omni_refresh_job_merged_idx ON omni_refresh_job (merged_into) WHERE status = 'merged';
-COMMENT ON INDEX omni_refresh_job_merged_idx IS 'the jobs that another one carries out, by that';
-
 /* what came to an end, and when: merged jobs, of which there may be many, come to none of their own */
 CREATE INDEX omni_refresh_job_finished_idx ON omni_refresh_job (server, status, finished_at)
 	WHERE status = ANY ('{completed, failed, accepted, canceled, unknown}');
@@ -128,9 +124,10 @@ COMMENT ON COLUMN omni_refresh_event.http_status IS 'the HTTP status that Omni a
 COMMENT ON COLUMN omni_refresh_event.duration IS 'how long the attempt took';
 COMMENT ON COLUMN omni_refresh_event.detail IS 'what there is to say about it';
 
-/* what was sent a short while ago */
-CREATE INDEX omni_refresh_event_occurred_at_idx ON omni_refresh_event (occurred_at);
-COMMENT ON INDEX omni_refresh_event_occurred_at_idx IS 'the latest events';
+/* what was sent and answered a short while ago, but nothing of what was merged instead */
+CREATE INDEX omni_refresh_event_attempt_idx ON omni_refresh_event (occurred_at)
+	WHERE event = 'sending' OR duration IS NOT NULL;
+COMMENT ON INDEX omni_refresh_event_attempt_idx IS 'the attempts and their answers, in order of time';
 
 CREATE INDEX omni_refresh_event_job_idx ON omni_refresh_event (job);
 COMMENT ON INDEX omni_refresh_event_job_idx IS 'the events of a job';
@@ -342,7 +339,7 @@ FROM pg_catalog.pg_foreign_server
 			count(*) FILTER (WHERE event = 'sending' AND occurred_at > statement_timestamp() - interval '1 min') AS requests_last_minute
 		FROM omni_refresh_event AS e JOIN omni_refresh_job AS j ON j.id = e.job
 		WHERE occurred_at > statement_timestamp() - interval '1 hour'
-			AND (duration IS NOT NULL OR event = 'sending') AND server = srvname
+			AND (event = 'sending' OR duration IS NOT NULL) AND server = srvname
 	) AS answers,
 	LATERAL (
 		SELECT max(pid) AS worker_pid FROM pg_catalog.pg_stat_activity

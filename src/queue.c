@@ -106,15 +106,19 @@ static OmniStatement widen_job = {
 	.argtypes = {INT8OID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, TIMESTAMPTZOID}
 };
 
+/*
+ * What somebody has changed between the two looks at a row is found where it was and
+ * no more: it stays as it is.
+ */
 static OmniStatement merge_jobs = {
 	.table = &omni_job_table,
 	.text = "WITH locked AS ("
-	"  SELECT id, carrier FROM unnest($1, $2) AS members (id, carrier) JOIN %s AS job USING (id)"
+	"  SELECT job.ctid AS place, carrier FROM unnest($1, $2) AS members (id, carrier) JOIN %s AS job USING (id)"
 	"  WHERE " IS_PENDING " FOR NO KEY UPDATE OF job SKIP LOCKED"
 	" ), merged AS ("
 	"  UPDATE %s AS job SET status = 'merged', merged_into = carrier,"
 	"   finished_at = clock_timestamp(), error = NULL"
-	"  FROM locked WHERE job.id = locked.id"
+	"  FROM locked WHERE job.ctid = place"
 	"  RETURNING job.id, job.requested_by, job.requested_at, carrier"
 	" )"
 	" SELECT array_agg(id), array_agg(requested_by), array_agg(requested_at), array_agg(carrier)"
@@ -219,10 +223,11 @@ static OmniStatement cancel_job = {
 	.argtypes = {INT8OID, TEXTOID}
 };
 
+/* who carries out a set has the lowest number of it */
 static OmniStatement release_jobs = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = 'pending', merged_into = NULL, finished_at = NULL"
-	" WHERE merged_into = $1 AND status = 'merged'"
+	" WHERE id > $1 AND merged_into = $1 AND status = 'merged'"
 	" RETURNING id::bigint, requested_by::name, 'released', attempts::int, 'job ' || $1 || ' was canceled'",
 	.nargs = 1,
 	.argtypes = {INT8OID}
