@@ -155,7 +155,8 @@ bool		omni_in_worker = false;
 static dlist_head works = DLIST_STATIC_INIT(works);
 static bool settled_all = false;	/* what was left behind */
 static bool following = true;	/* some jobs may be followed */
-static TimestampTz look_at = DT_NOBEGIN;	/* the queue, next time */
+static TimestampTz looked_at = 0;	/* the queue, last time or long ago */
+static TimestampTz look_at = DT_NOBEGIN;	/* next time */
 static bool look_for_new = true;	/* and then merge */
 static TimestampTz look_for_new_from = DT_NOBEGIN;	/* not before this time */
 static bool queue_left = true;	/* there is something in the queue */
@@ -186,6 +187,7 @@ static long move_on(void);
 static void take_calls(void);
 static Work *make_work(OmniRateClass class);
 static ArrayType *copy_list(MemoryContext context, OmniCall *call, Size offset);
+static void look_soon(void);
 static long queue_delay(void);
 static void look_at_queue(void);
 static bool claimed_any(void);
@@ -449,8 +451,7 @@ turn(void)
 	{
 		ConfigReloadPending = false;
 		ProcessConfigFile(PGC_SIGHUP);
-		look_for_new = true;
-		look_at = DT_NOBEGIN;
+		look_soon();
 		prune_at = DT_NOBEGIN;
 	}
 
@@ -466,7 +467,9 @@ turn(void)
 		long		idle_left = omni_idle_timeout -
 		Min(TimestampDifferenceMilliseconds(busy_at, GetCurrentTimestamp()), INT_MAX);
 
-		if (idle_left <= 0 && omni_worker_leave_if_idle(false))
+		if (idle_left <= 0 && TimestampDifferenceExceeds(looked_at, GetCurrentTimestamp(), LOOK_ROUND))
+			look_soon();		/* once more: COMMIT PREPARED wakes nobody */
+		else if (idle_left <= 0 && omni_worker_leave_if_idle(false))
 			return false;
 		pgstat_report_activity(STATE_IDLE, NULL);
 		delay = Min(Max(idle_left, 0), delay);
@@ -537,11 +540,7 @@ move_on(void)
 
 	take_calls();
 	if (look_for_new_from <= GetCurrentTimestamp() && omni_worker_take_flag())
-	{
-		look_for_new = true;
-		look_at = DT_NOBEGIN;
-		queue_left = true;		/* until a look says that there is nothing */
-	}
+		look_soon();
 	if (look_at <= GetCurrentTimestamp() && (!look_for_new || look_for_new_from <= GetCurrentTimestamp()))
 		look_at_queue();
 	if (queue_left)
@@ -630,6 +629,15 @@ copy_list(MemoryContext context, OmniCall *call, Size offset)
 	return copy;
 }
 
+/* Has the queue looked at in the next turn; until then nobody knows that it is empty. */
+static void
+look_soon(void)
+{
+	look_for_new = true;
+	look_at = DT_NOBEGIN;
+	queue_left = true;
+}
+
 /*
  * How long to wait, in ms, for the queue's sake.  What is new is not looked for more
  * often than it is worth; see look_at_queue().
@@ -675,6 +683,7 @@ look_at_queue(void)
 	{
 		settled_all = true;
 		following = omni_track;
+		looked_at = began;
 		failures = 0;
 		if (!look_for_new)		/* else there is more to merge */
 		{
@@ -737,12 +746,7 @@ claim(void *unused)
 	bool		more = false;
 	ListCell   *cell;
 
-	if (!omni_tables_find())
-	{
-		queue_left = false;
-		return true;
-	}
-	if (!omni_tables_lock())
+	if (!omni_tables_find() || !omni_tables_lock())
 		return false;
 	settle_left_behind();
 

@@ -144,7 +144,8 @@ $node->safe_psql('postgres', q{
 delivers('a b', q{INSERT INTO loaded VALUES ('a'), ('b');}, 'a deferred trigger');
 delivers('b', q{BEGIN; INSERT INTO loaded VALUES ('a'); ROLLBACK; INSERT INTO loaded VALUES ('b');}, '... which is rolled back');
 
-# Two-phase commit: nobody is told of COMMIT PREPARED, so that such a request waits for the next look
+# Two-phase commit: nobody is told of COMMIT PREPARED, so that such a request waits for the next look,
+# at the latest when the worker is about to leave.
 
 delivers('', 'BEGIN; ' . queue('a') . "PREPARE TRANSACTION 'a';", 'a prepared transaction');
 delivers('a', "COMMIT PREPARED 'a';", '... is sent once it is committed');
@@ -152,6 +153,16 @@ delivers('', 'BEGIN; ' . queue('b') . "PREPARE TRANSACTION 'b'; ROLLBACK PREPARE
 $node->safe_psql('postgres', 'BEGIN; ' . queue('c') . "PREPARE TRANSACTION 'c'");
 $node->restart;
 delivers('c', "COMMIT PREPARED 'c';", '... also after a restart');
+
+$node->append_conf('postgresql.conf', "omni_refresh.idle_timeout = '2 s'\n");
+$node->reload;
+$omni->reset;
+$node->safe_psql('postgres', 'BEGIN; ' . queue('d') . "PREPARE TRANSACTION 'd'");
+$node->safe_psql('postgres', queue('e') . "COMMIT PREPARED 'd'");
+ok($node->poll_query_until('postgres', q{SELECT bool_and(status <> 'pending') FROM omni_refresh_job WHERE schemas <@ '{d, e}'}),
+	'... before the worker leaves');
+$node->append_conf('postgresql.conf', "omni_refresh.idle_timeout = '10 min'\n");
+$node->reload;
 
 # What is refused at once
 
