@@ -58,18 +58,18 @@ for my $user (scalar getpwuid($<), 'owner')
 	is($node->safe_psql("restored_$user", 'SELECT omni_refresh_wake()'), 'f', '... so that there is nothing to send');
 }
 
-# CREATE DATABASE ... TEMPLATE
+# CREATE DATABASE ... TEMPLATE. The copy alone is switched on: the worker of the original, which made way, comes back.
 
 $node->safe_psql('template1', 'CREATE DATABASE copied TEMPLATE postgres');
 is($node->safe_psql('copied', $jobs), 'pending', 'a template takes the jobs along');
 is($node->safe_psql('copied', 'SELECT omni_refresh_wake()'), 'f', '... of which none is its own');
+$node->safe_psql('template1', 'ALTER DATABASE copied SET omni_refresh.enabled = on');
+$node->safe_psql('template1', q{SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE datname = 'copied' AND backend_type = 'omni_refresh worker'});
 is($node->safe_psql('copied', $queue), 'pending', '... it has some of its own');
-enable($node, 'on');
 ok($node->poll_query_until('copied', $all_done), '... which is done');
 is($node->safe_psql('copied', $jobs), 'canceled accepted', '... and what is not is canceled');
 like($node->safe_psql('copied', q{SELECT error FROM omni_refresh_job WHERE status = 'canceled'}), qr/^55000: the job was asked for in another database, of which this is a copy$/, '... and says why');
 is(scalar(() = $omni->requests), 1, '... without having been sent');
-enable($node, 'off');
 
 # Logical replication of all tables, between two databases that have the same OID
 
@@ -98,7 +98,6 @@ $node->safe_psql('postgres', 'SELECT omni_refresh_wake()');
 ok($node->poll_query_until('postgres', $all_done), 'the original sends what it has queued');
 is($node->safe_psql('postgres', $jobs), 'accepted merged', '... once');
 is(scalar(() = $omni->requests), 2, '... and merged');
-
 
 # pg_upgrade, with the library preloaded on both sides
 
