@@ -36,6 +36,7 @@ static bool is_about_resources(int sqlstate);
 static bool is_late(OmniWork *work);
 static bool choose(OmniWork *work);
 static bool begin(void *only);
+static bool is_lookup(const OmniWork *only);
 static void lock_queued(OmniWork *only);
 static void begin_one(OmniWork *work);
 static void refuse(OmniWork *work);
@@ -84,7 +85,7 @@ omni_attempts_begin(void)
 
 		if (!work->beginning)
 			continue;
-		if (own == FAILED && count > 1)
+		if ((own == FAILED && count > 1) || (own == NOT_NOW && work->lookup))
 			own = omni_transact(begin, work, true, &error);
 
 		if (work->class != OMNI_RATE_CALL && (own == NOT_NOW || (own == FAILED && is_about_resources(error.sqlstate))))
@@ -174,11 +175,13 @@ begin(void *only)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("extension \"%s\" does not exist any more", OMNI_EXTENSION)));
-	if (!omni_tables_lock())
-		return false;
-
-	omni_claim_settle();
-	lock_queued(only);
+	if (!is_lookup(only))
+	{
+		if (!omni_tables_lock())
+			return false;
+		omni_claim_settle();
+		lock_queued(only);
+	}
 	dlist_foreach(iter, &omni_works)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
@@ -187,6 +190,13 @@ begin(void *only)
 			begin_one(work);
 	}
 	return true;
+}
+
+/* Whether a transaction is for a look-up only, which is not written down: it needs no locks. */
+static bool
+is_lookup(const OmniWork *only)
+{
+	return only != NULL && only->lookup;
 }
 
 /* Sets whether the jobs of the queue that are to begin are gone, or locked by others. */
@@ -363,7 +373,8 @@ find_target(OmniWork *work, OmniError *error)
 static void
 begun(OmniWork *work)
 {
-	omni_claim_settled();
+	if (!work->lookup)
+		omni_claim_settled();
 	work->beginning = false;
 	if (work->call != NULL)
 		work->call->job_id = work->job.id;
@@ -487,7 +498,7 @@ omni_attempts_record(void)
 
 		if (!work->recording)
 			continue;
-		if (own == FAILED && count > 1)
+		if ((own == FAILED && count > 1) || (own == NOT_NOW && work->lookup))
 			own = omni_transact(record, work, false, &error);
 		work->recording = false;
 		if (own == COMMITTED)
@@ -559,7 +570,7 @@ record(void *only)
 	bool		exists = omni_tables_find();	/* else the log was dropped
 												 * with the extension */
 
-	if (exists && !omni_tables_lock())
+	if (exists && !is_lookup(only) && !omni_tables_lock())
 		return false;
 	dlist_foreach(iter, &omni_works)
 	{

@@ -81,6 +81,9 @@ for my $case ([ 'omni_refresh_job', 'ACCESS EXCLUSIVE' ], [ 'omni_refresh_event'
 		cmp_ok($ms / 1000, '<', $least + 2, '... nor much later');
 	}
 	is(scalar(() = $omni->requests), 2, '... and nothing was sent for either');
+	my $models = OmniFault::call($node, 'SELECT count(*) > 0 FROM omni_refresh_models();');
+	is($models->{out}, 't', '... but models are found, of which nothing is written down') or diag($models->{err});
+	cmp_ok($models->{seconds}, '<', 2, '... at once');
 	$omni->fault('none');
 	$locker->query('ROLLBACK');
 	is(($flight->answer)[0], 'accepted', '... and what was on its way comes to its end');
