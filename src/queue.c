@@ -185,7 +185,7 @@ static OmniStatement select_next = {
 
 static OmniStatement stop_following = {
 	.table = &omni_job_table,
-	.text = "UPDATE %s SET status = 'accepted', finished_at = clock_timestamp()"
+	.text = "UPDATE %s SET status = 'accepted', finished_at = clock_timestamp(), error = NULL"
 	" WHERE status = 'running' AND database = $1"
 	" RETURNING id::bigint, requested_by::name, status::text, attempts::int, 'not followed to its end'",
 	.nargs = 1,

@@ -258,10 +258,15 @@ is(polls(), 4, '... nobody is asked twice');
 sql('TRUNCATE omni_refresh_job, omni_refresh_event');
 $omni->reset;
 $omni->set(job_seconds => 1000);
-$omni->fault('hang', path => '/jobs/');
+$omni->fault('answer', path => '/jobs/', status => 503, times => 1);
 my $id = running();
 hurry();
-$omni->wait_for_requests(2);
+wait_for('an answer that does not help is kept', "error LIKE '08006: %' FROM omni_refresh_job WHERE id = $id");
+$omni->reset;
+$omni->set(job_seconds => 1000);
+$omni->fault('hang', path => '/jobs/');
+hurry();
+$omni->wait_for_requests(1);
 for (1 .. 3)
 {
 	my $other = running();
@@ -269,7 +274,7 @@ for (1 .. 3)
 }
 is(polls(), 1, 'who has been asked is not asked again before there is an answer');
 configure(track => 'off');
-wait_for('when nobody is to follow any more, what runs is as it was accepted', q{count(*) = 4 FROM omni_refresh_job WHERE status = 'accepted' AND finished_at IS NOT NULL});
+wait_for('when nobody is to follow any more, what runs is as it was accepted', q{count(*) = 4 FROM omni_refresh_job WHERE status = 'accepted' AND finished_at IS NOT NULL AND error IS NULL});
 is(story($id), 'requested sending accepted accepted', '... as the events tell');
 told($id, 'running accepted', '... and listeners are told');
 $omni->fault('none');
