@@ -56,6 +56,7 @@ omni_refresh_wait(PG_FUNCTION_ARGS)
 	TimestampTz until = began + timeout_argument(fcinfo);
 	TimestampTz woken = 0;
 	TimestampTz told = began;
+	bool		complained = false;
 	char		last[sizeof(((OmniJobState *) NULL)->status)] = "";
 	long		delay = LOOK_FIRST;
 	MemoryContext looks = AllocSetContextCreate(CurrentMemoryContext, "omni_refresh wait",
@@ -90,7 +91,11 @@ omni_refresh_wait(PG_FUNCTION_ARGS)
 
 		if (now >= TimestampTzPlusMilliseconds(woken, WAKE_ROUND) && !RecoveryInProgress())
 		{
-			(void) omni_worker_wake(&error);
+			if (!omni_worker_wake(&error) && !complained)
+			{
+				omni_error_report(&error, WARNING);
+				complained = true;
+			}
 			woken = now;
 		}
 		if ((last[0] != '\0' && strcmp(last, state.status) != 0) ||

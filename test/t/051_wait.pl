@@ -338,7 +338,16 @@ is("$call->{out}$call->{err}", "$unfinished|completed", '... to its end');
 is(OmniFault::worker($standby), '', '... without a worker');
 $standby->stop('fast');
 
+# No room for a worker
+
+$node->append_conf('postgresql.conf', "max_worker_processes = 1\n");	# which is PostgreSQL's own
+$node->restart;
+$call = OmniFault::call($node, wait_sql(queue(), '300 ms') . ';');
+like($call->{err}, qr/\A.*WARNING:  53400: no background worker is available\n(?:.*\n)*.*WARNING:  01000: job \d+ did not come to its end in time: it is pending\n/,
+	'who waits where no worker can be had is told, once');
+is(scalar(() = $call->{err} =~ /WARNING/g), 2, '... and what has become of the job');
+
 ok(index(slurp_file($node->logfile), $omni->key) < 0, 'the key is not in the log');
 $node->stop('fast');
-OmniLife::clean($node, 'the log is clean', qr/terminating background worker/, qr/connection to client lost/, qr/WARNING:  job \d+ did not come to its end in time/);
+OmniLife::clean($node, 'the log is clean', qr/terminating background worker/, qr/connection to client lost/, qr/WARNING:  job \d+ did not come to its end in time/, qr/WARNING:  .*no background worker is available/);
 done_testing();
