@@ -44,7 +44,7 @@ pg_major()
 # NN stands for the major version. $major is known from here on.
 need()
 {
-	local package
+	local package name
 	local missing=()
 
 	command -v dpkg-query >/dev/null ||
@@ -53,7 +53,8 @@ need()
 	command -v curl-config >/dev/null || set -- libcurl4-openssl-dev "$@"
 	set -- gcc libc6-dev make perl python3 openssl postgresql-NN postgresql-server-dev-NN "$@"
 	for package; do
-		dpkg-query -W -f '${db:Status-Status}\n' "${package/NN/$major}" 2>/dev/null |
+		name=${package/NN/$major}
+		dpkg-query -W -f '${db:Status-Status}\n' "${name%\?}" 2>/dev/null |
 			grep -qx installed || missing+=("$package")
 	done
 	[ ${#missing[@]} -gt 0 ] || return 0
