@@ -100,10 +100,11 @@ my %settings = (
 	default_transaction_read_only => 'on', default_transaction_isolation => 'serializable',
 	default_transaction_deferrable => 'on', statement_timeout => '1', lock_timeout => '1',
 	idle_in_transaction_session_timeout => '1', session_replication_role => 'replica',
-	row_security => 'off', standard_conforming_strings => 'off', DateStyle => 'SQL, DMY',
+	row_security => 'off', DateStyle => 'SQL, DMY',
 	IntervalStyle => 'sql_standard', TimeZone => 'Asia/Kathmandu', bytea_output => 'escape',
 	quote_all_identifiers => 'on', client_min_messages => 'debug5', transform_null_equals => 'on',
 	synchronous_commit => 'remote_apply', array_nulls => 'off', temp_tablespaces => '');
+$settings{standard_conforming_strings} = 'off' if $node->safe_psql('postgres', 'SHOW server_version_num') < 190000;
 my @evil = ('search_path = evil, pg_catalog', map { "$_ = '$settings{$_}'" } sort keys %settings);
 $node->safe_psql('postgres', q{CREATE SCHEMA evil;
 	CREATE TABLE evil.told (what text); GRANT ALL ON SCHEMA evil TO PUBLIC; GRANT ALL ON evil.told TO PUBLIC;

@@ -374,23 +374,6 @@ $test->sql('SELECT pg_terminate_backend(' . OmniFault::worker($node) . ', 10000)
 OmniFault::finish($call);
 is($call->{out}, '150|150', 'the next worker goes on where the last one ended') or diag($call->{err});
 
-# ... even if that one had the answer, and could not let go of it
-$omni->reset;
-make_models(150);
-$omni->fault('delay', delay => 0, path => '/models$');
-$omni->fault('delay', delay => 0.5, path => '/models$');
-$call = OmniFault::begin($node, 'SELECT count(*), count(DISTINCT id) FROM omni_refresh_models();');
-$omni->wait_for_requests(4);
-$session = OmniLife::session($node, 'postgres');
-$session->query('BEGIN; LOCK TABLE omni_refresh_job IN ACCESS EXCLUSIVE MODE');
-OmniLife::until_true('a worker that cannot let go of an answer', sub { slurp_file($node->logfile) =~ /could not write down the outcome/ });
-$test->sql('SELECT pg_terminate_backend(' . OmniFault::worker($node) . ', 10000)');
-$session->query('ROLLBACK');
-OmniFault::finish($call);
-is($call->{out}, '150|150', '... ends, and the next one asks again') or diag($call->{err});
-is((grep { $_->{path} ne '/api/v1/models' } asked()), 0, '... for the same');
-$session->quit;
-
 # Who may not
 
 $omni->reset;
