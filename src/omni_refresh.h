@@ -325,9 +325,9 @@ extern bool omni_worker_wake(OmniError *error);
 extern bool omni_worker_launch(Oid database, BackgroundWorkerHandle **handle);
 extern bool omni_worker_begin(void);
 extern void omni_worker_turn_back(void);
-extern void omni_worker_attach(void);
+extern void omni_worker_attach(bool (*has_work) (void));
 extern bool omni_worker_is_unwanted(void);
-extern bool omni_worker_leave_if_idle(bool come_back);
+extern bool omni_worker_leave_if_idle(void);
 extern bool omni_worker_take_flag(void);
 extern dsm_segment *omni_worker_next_call(void);
 extern void omni_call_finish(dsm_segment *segment, int64 job_id,

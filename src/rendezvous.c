@@ -142,6 +142,7 @@ static LOCKTAG worker_lock;		/* held by the worker of the database */
 static dsm_segment *starter_call = NULL;	/* in a worker that is starting */
 static emit_log_hook_type next_emit_log_hook = NULL;
 static bool has_queued = false; /* this transaction, in this backend */
+static bool (*has_work) (void) = NULL;	/* the worker, for the next one */
 
 static Size reserve(Size *size, Size room);
 static void attach_shared(void);
@@ -157,6 +158,8 @@ static HandOver see_to_worker(Oid database, bool flag, bool leave_at_once,
 							  BackgroundWorkerHandle **handle);
 static HandOver start_in_slot(Oid database, int owner, const StartInfo *info,
 							  BackgroundWorkerHandle **handle, Slot **slot);
+static HandOver start_successor(void);
+static void tell_of_successor(HandOver result);
 static bool start_has_failed(const Slot *slot);
 static void at_transaction_end(XactEvent event, void *arg);
 static void explain(HandOver result, const OmniCall *call, OmniError *error);
@@ -164,6 +167,7 @@ static void wait_for_room(void);
 static void wait_for_latch(long timeout);
 static void forsake_call(dsm_segment *segment, Datum arg);
 static void keep_reason(ErrorData *data);
+static bool is_database_locked(void);
 static void leave_slot(int code, Datum arg);
 static void lose_call(dsm_segment *segment, Datum arg);
 
@@ -657,12 +661,16 @@ keep_reason(ErrorData *data)
  * The lock is held for the life of the process.  It is of the advisory kind,
  * which survives aborted transactions, with a fourth field that the SQL
  * functions for advisory locks cannot reach.
+ *
+ * *has_work says, when it leaves, whether there is anything for the next one; it
+ * raises no errors.
  */
 void
-omni_worker_attach(void)
+omni_worker_attach(bool (*has_work_for_next) (void))
 {
 	Slot	   *slot;
 
+	has_work = has_work_for_next;
 	attach_shared();
 	SET_LOCKTAG_ADVISORY(worker_lock, MyDatabaseId, 0x6f6d6e69, 0x72667368, 0x4f52);	/* "omnirfsh" */
 	(void) LockAcquire(&worker_lock, ExclusiveLock, true, false);
@@ -692,16 +700,20 @@ omni_worker_attach(void)
 
 /*
  * Whether somebody waits for us to leave: a worker of another version of the
- * library, or who wants to drop, rename or copy our database.  The latter holds a
- * lock on it that is in the way of the one that each new session takes.
+ * library, or who wants to drop, rename or copy our database.
  */
 bool
 omni_worker_is_unwanted(void)
 {
+	return LockHasWaiters(&worker_lock, ExclusiveLock, true) || is_database_locked();
+}
+
+/* Who wants to drop, rename or copy our database keeps new sessions out of it by a lock. */
+static bool
+is_database_locked(void)
+{
 	LOCKTAG		database;
 
-	if (LockHasWaiters(&worker_lock, ExclusiveLock, true))
-		return true;
 	SET_LOCKTAG_OBJECT(database, InvalidOid, DatabaseRelationId, MyDatabaseId, 0);
 	if (LockAcquire(&database, RowExclusiveLock, true, true) == LOCKACQUIRE_NOT_AVAIL)
 		return true;
@@ -710,14 +722,12 @@ omni_worker_is_unwanted(void)
 }
 
 /*
- * Ends the worker's part, unless somebody has asked for something since.  With
- * come_back, another worker is to go on: it is started at once, and waits like any
- * new session until those are done who want the database.
+ * Ends the worker's part, unless somebody has asked for something since.  If there is
+ * work left, another worker is started to go on with it.
  */
 bool
-omni_worker_leave_if_idle(bool come_back)
+omni_worker_leave_if_idle(void)
 {
-	StartInfo	info = {.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = true};
 	bool		relieved = LockHasWaiters(&worker_lock, ExclusiveLock, true);
 	Slot	   *slot;
 	bool		idle;
@@ -732,33 +742,66 @@ omni_worker_leave_if_idle(bool come_back)
 		LockReleaseSession(USER_LOCKMETHOD);
 		free_slot(slot);
 	}
-	if (idle && come_back && !relieved)
-		result = start_in_slot(MyDatabaseId, NOBODY, &info, NULL, &slot);
+	if (idle && !relieved && has_work())
+		result = start_successor();
 	LWLockRelease(&shared->lock);
 
-	if (result != HANDED_OVER)
-		ereport(LOG,
-				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
-				 errmsg("the requests to Omni are queued, but nobody can send them now"),
-				 errhint("Call omni_refresh_wake() when there is a background worker to spare.")));
+	tell_of_successor(result);
 	return idle;
 }
 
-/* Runs when the worker exits, however. */
+/*
+ * Runs when the worker exits, however.  From 19 on, who wants to rename or copy the
+ * database has workers ended: then, too, another one is to go on.
+ */
 static void
 leave_slot(int code, Datum arg)
 {
 	Slot	   *slot;
+	bool		locked;
+	HandOver	result = HANDED_OVER;
 
 	/* what ShutdownPostgres() is about to do, so that the lock goes first */
 	AbortOutOfAnyTransaction();
+	locked = is_database_locked();
 	LockReleaseAll(USER_LOCKMETHOD, true);
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(MyDatabaseId);
 	if (slot != NULL && slot->state == SLOT_RUNNING && slot->owner == my_proc())
+	{
+		bool		wanted = locked && (slot->flag || has_work());
+
 		free_slot(slot);
+		if (wanted)
+			result = start_successor();
+	}
 	LWLockRelease(&shared->lock);
+
+	tell_of_successor(result);
+}
+
+/*
+ * Starts the worker after us, which waits like any new session until those are done
+ * who want the database.  Called with the lock held.
+ */
+static HandOver
+start_successor(void)
+{
+	StartInfo	info = {.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = true};
+	Slot	   *slot;
+
+	return start_in_slot(MyDatabaseId, NOBODY, &info, NULL, &slot);
+}
+
+static void
+tell_of_successor(HandOver result)
+{
+	if (result != HANDED_OVER)
+		ereport(LOG,
+				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+				 errmsg("the requests to Omni are queued, but nobody can send them now"),
+				 errhint("Call omni_refresh_wake() when there is a background worker to spare.")));
 }
 
 /* Whether something was queued since this was asked last. */

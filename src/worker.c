@@ -117,7 +117,7 @@ omni_refresh_worker_main(Datum main_arg)
 		omni_worker_turn_back();
 		return;
 	}
-	omni_worker_attach();
+	omni_worker_attach(has_queued);
 	CommitTransactionCommand();
 
 	if (!leave_at_once)
@@ -324,7 +324,7 @@ turn(void)
 
 		if (idle_left <= 0 && TimestampDifferenceExceeds(omni_claim_last(), GetCurrentTimestamp(), LOOK_ROUND))
 			omni_claim_soon();	/* once more: COMMIT PREPARED wakes nobody */
-		else if (idle_left <= 0 && omni_worker_leave_if_idle(false))
+		else if (idle_left <= 0 && omni_worker_leave_if_idle())
 			return false;
 		pgstat_report_activity(STATE_IDLE, NULL);
 		delay = Min(Max(idle_left, 0), delay);
@@ -334,7 +334,7 @@ turn(void)
 	{
 		looked_round_at = now;
 		if (!is_waited_for() && (omni_worker_is_unwanted() || !is_extension_same()) &&
-			omni_worker_leave_if_idle(has_queued()))
+			omni_worker_leave_if_idle())
 			return false;
 	}
 	omni_http_wait(delay, wait_event);

@@ -101,7 +101,7 @@ for my $state ('idle', 'forsaken')
 	is(OmniLife::forks($node), $forks, '... and no worker tries to come back');
 }
 
-# The worker comes back by itself if there is anything to go on with. (19 ends it before it can see to that.)
+# The worker comes back by itself if there is anything to go on with.
 
 for my $ddl ('ALTER DATABASE %1$s RENAME TO %1$s_new', 'CREATE DATABASE %1$s_new TEMPLATE %1$s')
 {
@@ -112,7 +112,6 @@ for my $ddl ('ALTER DATABASE %1$s RENAME TO %1$s_new', 'CREATE DATABASE %1$s_new
 	$node->poll_query_until($db, "SELECT status = 'pending' AND attempts = 1 FROM omni_refresh_job WHERE id = $job");
 	quickly(sprintf($ddl, 'a database that has a job queued'), sprintf($ddl, $db));
 	$db .= '_new' if $ddl =~ /^ALTER/;
-	$node->safe_psql($db, 'SELECT omni_refresh_wake()') if $node->safe_psql($db, 'SHOW server_version_num') >= 190000;
 	ok($node->poll_query_until('postgres', "$workers_of '$db'", '1'), '... the worker comes back');
 	ok($node->poll_query_until($db, "SELECT status = 'accepted' AND attempts = 2 FROM omni_refresh_job WHERE id = $job"),
 		'... and the job goes on');
