@@ -712,7 +712,8 @@ tell_probed(OmniWork *work, const OmniAnswer *answer)
 	else if (work->outcome.error.sqlstate == 0)
 	{
 		call->length = answer->length;
-		memcpy((char *) call + call->answer, answer->body, answer->length);
+		if (answer->length > 0)
+			memcpy((char *) call + call->answer, answer->body, answer->length);
 	}
 }
 

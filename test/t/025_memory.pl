@@ -1,4 +1,5 @@
-# The worker does not grow, however many calls it makes and however they end.
+# The worker does not grow, however many calls it makes and however they end, nor much when models
+# are many; nor does the session.
 
 use strict;
 use warnings FATAL => 'all';
@@ -24,7 +25,31 @@ END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
 OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0);
 $omni->set(record => 0);
 
-# Of ten calls three are refused, one has no server, and one has long lists.
+# 10,000 models
+
+# The most that a process has had of memory, in kB
+sub peak
+{
+	my ($pid) = @_;
+
+	return (slurp_file("/proc/$pid/status") =~ /^VmHWM:\s+(\d+) kB/m)[0];
+}
+
+my $count = 'SELECT count(*) FROM omni_refresh_models()';
+my $session = OmniLife::session($node, 'postgres');
+$omni->set(models => 100);
+is(($session->query($count))[0], '100', 'a session warms up');
+my @pids = ($session->{pid}, OmniFault::worker($node));
+my @before = map { peak($_) } @pids;
+$omni->set(models => 10000);
+is(($session->query($count))[0], '10000', '10,000 models');
+my @after = map { peak($_) } @pids;
+note("... the session's memory grew by @{[$after[0] - $before[0]]} kB, the worker's by @{[$after[1] - $before[1]]} kB");
+cmp_ok($after[0] - $before[0], '<', 12000, '... without much memory in the session');
+cmp_ok($after[1] - $before[1], '<', 4000, '... or in the worker');
+$session->quit;
+
+# Many calls: of ten, three are refused, one has no server, and one has long lists.
 my $calls = <<END;
 SET omni_refresh.on_failure = warning;
 SET client_min_messages = error;
