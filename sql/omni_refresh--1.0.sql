@@ -3,13 +3,28 @@
 \echo Use "CREATE EXTENSION omni_refresh" to load this file. \quit
 
 /*
+ * Untrusted roles may have created objects in the target schema, and CREATE EXTENSION
+ * looks names up in pg_catalog first and in that schema second.  A function, aggregate
+ * or operator of the schema still wins if its argument types match exactly and those of
+ * pg_catalog's need a cast, as percentile_cont() does with a numeric.  It would run as
+ * whoever uses the extension.  So qualify every name that is not the extension's own, and
+ * pass the declared types.  Name sequences and primary keys explicitly, because
+ * PostgreSQL chooses another name for them if a default name is taken, while a name that is
+ * given is an error then.
+ *
+ * The extension's own objects are found without a schema: an existing object of the
+ * same name makes CREATE fail.  Do not use the placeholder for the schema, not even in a
+ * comment: it rules out schemas with a quote or a dollar sign in their name.
+ */
+
+/*
  * Where Omni is, and with which key: options of SQL/MED objects
  */
-CREATE FUNCTION omni_refresh_validator(options text[], catalog oid)
-	RETURNS void
+CREATE FUNCTION omni_refresh_validator(options pg_catalog.text[], catalog pg_catalog.oid)
+	RETURNS pg_catalog.void
 	AS 'MODULE_PATHNAME', 'omni_refresh_validator'
 	LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE;
-COMMENT ON FUNCTION omni_refresh_validator(text[], oid) IS
+COMMENT ON FUNCTION omni_refresh_validator(pg_catalog.text[], pg_catalog.oid) IS
 	'checks the options of foreign servers and user mappings of the foreign-data wrapper omni_refresh';
 
 CREATE FOREIGN DATA WRAPPER omni_refresh
@@ -23,36 +38,37 @@ COMMENT ON FOREIGN DATA WRAPPER omni_refresh IS
  * an array is a third of the work that a list with IN would be.
  */
 CREATE TABLE omni_refresh_job (
-	id				bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-	status			text NOT NULL
+	id				bigint GENERATED ALWAYS AS IDENTITY (SEQUENCE NAME omni_refresh_job_id_seq)
+					CONSTRAINT omni_refresh_job_pkey PRIMARY KEY,
+	status			pg_catalog.text NOT NULL
 					CONSTRAINT omni_refresh_job_status_check
-					CHECK (status = ANY ('{pending, sending, running, completed, failed,
+					CHECK (status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running, completed, failed,
 						accepted, canceled, merged, unknown}')),
-	job_id			uuid,
-	model_id		uuid NOT NULL,
-	branch_id		uuid,
-	kind			text NOT NULL
+	job_id			pg_catalog.uuid,
+	model_id		pg_catalog.uuid NOT NULL,
+	branch_id		pg_catalog.uuid,
+	kind			pg_catalog.text NOT NULL
 					CONSTRAINT omni_refresh_job_kind_check
-					CHECK (kind = ANY ('{schema, cache}')),
-	hard			bool,
-	schemas			text[],
-	tables			text[],
-	policy			text,
-	reset_at		timestamptz,
-	server			name NOT NULL,
-	origin			text NOT NULL
+					CHECK (kind OPERATOR(pg_catalog.=) ANY ('{schema, cache}')),
+	hard			boolean,
+	schemas			pg_catalog.text[],
+	tables			pg_catalog.text[],
+	policy			pg_catalog.text,
+	reset_at		pg_catalog.timestamptz,
+	server			pg_catalog.name NOT NULL,
+	origin			pg_catalog.text NOT NULL
 					CONSTRAINT omni_refresh_job_origin_check
-					CHECK (origin = ANY ('{call, on_commit, ddl, retry}')),
-	requested_by	name NOT NULL,
-	requested_by_oid oid NOT NULL,
-	requested_at	timestamptz NOT NULL,
-	run_at			timestamptz NOT NULL,
-	sent_at			timestamptz,
-	finished_at		timestamptz,
+					CHECK (origin OPERATOR(pg_catalog.=) ANY ('{call, on_commit, ddl, retry}')),
+	requested_by	pg_catalog.name NOT NULL,
+	requested_by_oid pg_catalog.oid NOT NULL,
+	requested_at	pg_catalog.timestamptz NOT NULL,
+	run_at			pg_catalog.timestamptz NOT NULL,
+	sent_at			pg_catalog.timestamptz,
+	finished_at		pg_catalog.timestamptz,
 	attempts		int NOT NULL DEFAULT 0,
 	merged_into		bigint,
-	database		oid NOT NULL,
-	error			text
+	database		pg_catalog.oid NOT NULL,
+	error			pg_catalog.text
 );
 COMMENT ON SEQUENCE omni_refresh_job_id_seq IS 'the numbers of the jobs';
 COMMENT ON TABLE omni_refresh_job IS 'requests to Omni, one row each';
@@ -83,33 +99,34 @@ COMMENT ON COLUMN omni_refresh_job.error IS 'the last error: SQLSTATE, message, 
 
 /* what is unfinished is found without reading what is */
 CREATE INDEX omni_refresh_job_unfinished_idx ON omni_refresh_job (run_at, id)
-	WHERE status = ANY ('{pending, sending, running}');
+	WHERE status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running}');
 COMMENT ON INDEX omni_refresh_job_unfinished_idx IS 'the jobs that are not at an end';
 
 /* what came to an end, and when: merged jobs, of which there may be many, come to none of their own */
 CREATE INDEX omni_refresh_job_finished_idx ON omni_refresh_job (server, status, finished_at)
-	WHERE status = ANY ('{completed, failed, accepted, canceled, unknown}');
+	WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, failed, accepted, canceled, unknown}');
 COMMENT ON INDEX omni_refresh_job_finished_idx IS 'the jobs that are at an end, by server and status, in order of time';
 
 /*
  * The event log
  */
 CREATE TABLE omni_refresh_event (
-	id				bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+	id				bigint GENERATED ALWAYS AS IDENTITY (SEQUENCE NAME omni_refresh_event_id_seq)
+					CONSTRAINT omni_refresh_event_pkey PRIMARY KEY,
 	job				bigint NOT NULL
 					CONSTRAINT omni_refresh_event_job_fkey
 					REFERENCES omni_refresh_job (id) ON DELETE CASCADE,
-	requested_by	name NOT NULL,
-	occurred_at		timestamptz NOT NULL,
-	event			text NOT NULL
+	requested_by	pg_catalog.name NOT NULL,
+	occurred_at		pg_catalog.timestamptz NOT NULL,
+	event			pg_catalog.text NOT NULL
 					CONSTRAINT omni_refresh_event_event_check
-					CHECK (event = ANY ('{requested, sending, accepted, attempt_failed, refused,
+					CHECK (event OPERATOR(pg_catalog.=) ANY ('{requested, sending, accepted, attempt_failed, refused,
 						rate_limited, merged, released, canceled, recovered,
 						completed, failed, unknown}')),
 	attempt			int,
 	http_status		int,
 	duration		interval,
-	detail			text
+	detail			pg_catalog.text
 );
 COMMENT ON SEQUENCE omni_refresh_event_id_seq IS 'the numbers of the events';
 COMMENT ON TABLE omni_refresh_event IS 'the event log: one row for each thing that happened to a job';
@@ -126,7 +143,7 @@ COMMENT ON COLUMN omni_refresh_event.detail IS 'what there is to say about it';
 
 /* what was sent and answered a short while ago, but nothing of what was merged instead */
 CREATE INDEX omni_refresh_event_attempt_idx ON omni_refresh_event (occurred_at)
-	WHERE event = 'sending' OR duration IS NOT NULL;
+	WHERE event OPERATOR(pg_catalog.=) 'sending' OR duration IS NOT NULL;
 COMMENT ON INDEX omni_refresh_event_attempt_idx IS 'the attempts and their answers, in order of time';
 
 CREATE INDEX omni_refresh_event_job_idx ON omni_refresh_event (job);
@@ -137,7 +154,7 @@ COMMENT ON INDEX omni_refresh_event_job_idx IS 'the events of a job';
  * of this one: these triggers keep it out.  They fire for nothing else.
  */
 CREATE FUNCTION omni_refresh_keep_out()
-	RETURNS trigger
+	RETURNS pg_catalog.trigger
 	AS 'MODULE_PATHNAME', 'omni_refresh_keep_out'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_keep_out() IS 'keeps out rows that logical replication brings';
@@ -158,13 +175,13 @@ ALTER TABLE omni_refresh_job ENABLE ROW LEVEL SECURITY;
 ALTER TABLE omni_refresh_event ENABLE ROW LEVEL SECURITY;
 
 CREATE POLICY omni_refresh_job_own ON omni_refresh_job FOR SELECT
-	USING (requested_by = ANY (ARRAY(SELECT rolname FROM pg_catalog.pg_roles
-									 WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+	USING (requested_by OPERATOR(pg_catalog.=) ANY (ARRAY(
+		SELECT rolname FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
 CREATE POLICY omni_refresh_job_monitor ON omni_refresh_job FOR SELECT
 	TO pg_monitor USING (true);
 CREATE POLICY omni_refresh_event_own ON omni_refresh_event FOR SELECT
-	USING (requested_by = ANY (ARRAY(SELECT rolname FROM pg_catalog.pg_roles
-									 WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+	USING (requested_by OPERATOR(pg_catalog.=) ANY (ARRAY(
+		SELECT rolname FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
 CREATE POLICY omni_refresh_event_monitor ON omni_refresh_event FOR SELECT
 	TO pg_monitor USING (true);
 COMMENT ON POLICY omni_refresh_job_own ON omni_refresh_job IS 'the jobs of the roles whose privileges one has';
@@ -179,47 +196,47 @@ GRANT SELECT ON omni_refresh_job, omni_refresh_event TO PUBLIC;
  * mappings, so that EXECUTE stays with PUBLIC.
  */
 CREATE FUNCTION omni_refresh(
-	model uuid,
-	branch uuid DEFAULT NULL,
-	hard bool DEFAULT NULL,
-	schemas text[] DEFAULT NULL,
-	tables text[] DEFAULT NULL)
+	model pg_catalog.uuid,
+	branch pg_catalog.uuid DEFAULT NULL,
+	hard boolean DEFAULT NULL,
+	schemas pg_catalog.text[] DEFAULT NULL,
+	tables pg_catalog.text[] DEFAULT NULL)
 	RETURNS omni_refresh_job
 	AS 'MODULE_PATHNAME', 'omni_refresh'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
-COMMENT ON FUNCTION omni_refresh(uuid, uuid, bool, text[], text[]) IS
+COMMENT ON FUNCTION omni_refresh(pg_catalog.uuid, pg_catalog.uuid, boolean, pg_catalog.text[], pg_catalog.text[]) IS
 	'asks Omni to refresh a model now, waits for its answer and returns the job';
 
 CREATE FUNCTION omni_refresh_on_commit(
-	model uuid,
-	branch uuid DEFAULT NULL,
-	hard bool DEFAULT NULL,
-	schemas text[] DEFAULT NULL,
-	tables text[] DEFAULT NULL)
+	model pg_catalog.uuid,
+	branch pg_catalog.uuid DEFAULT NULL,
+	hard boolean DEFAULT NULL,
+	schemas pg_catalog.text[] DEFAULT NULL,
+	tables pg_catalog.text[] DEFAULT NULL)
 	RETURNS omni_refresh_job
 	AS 'MODULE_PATHNAME', 'omni_refresh_on_commit'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
-COMMENT ON FUNCTION omni_refresh_on_commit(uuid, uuid, bool, text[], text[]) IS
+COMMENT ON FUNCTION omni_refresh_on_commit(pg_catalog.uuid, pg_catalog.uuid, boolean, pg_catalog.text[], pg_catalog.text[]) IS
 	'queues a refresh of a model, which is sent if and when the transaction commits, and returns the job';
 
 CREATE FUNCTION omni_refresh_cache(
-	model uuid,
-	policy text,
-	reset_at timestamptz DEFAULT NULL)
+	model pg_catalog.uuid,
+	policy pg_catalog.text,
+	reset_at pg_catalog.timestamptz DEFAULT NULL)
 	RETURNS omni_refresh_job
 	AS 'MODULE_PATHNAME', 'omni_refresh_cache'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
-COMMENT ON FUNCTION omni_refresh_cache(uuid, text, timestamptz) IS
+COMMENT ON FUNCTION omni_refresh_cache(pg_catalog.uuid, pg_catalog.text, pg_catalog.timestamptz) IS
 	'asks Omni to reset a cache policy of a model now, waits for its answer and returns the job';
 
 CREATE FUNCTION omni_refresh_cache_on_commit(
-	model uuid,
-	policy text,
-	reset_at timestamptz DEFAULT NULL)
+	model pg_catalog.uuid,
+	policy pg_catalog.text,
+	reset_at pg_catalog.timestamptz DEFAULT NULL)
 	RETURNS omni_refresh_job
 	AS 'MODULE_PATHNAME', 'omni_refresh_cache_on_commit'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
-COMMENT ON FUNCTION omni_refresh_cache_on_commit(uuid, text, timestamptz) IS
+COMMENT ON FUNCTION omni_refresh_cache_on_commit(pg_catalog.uuid, pg_catalog.text, pg_catalog.timestamptz) IS
 	'queues the reset of a cache policy of a model, which is sent if and when the transaction commits, and returns the job';
 
 CREATE FUNCTION omni_refresh_wait(
@@ -232,7 +249,7 @@ COMMENT ON FUNCTION omni_refresh_wait(bigint, interval) IS
 	'waits until a job, or the one that carries it out, has come to its end, and returns it';
 
 CREATE FUNCTION omni_refresh_cancel(id bigint)
-	RETURNS bool
+	RETURNS boolean
 	AS 'MODULE_PATHNAME', 'omni_refresh_cancel'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_cancel(bigint) IS
@@ -246,30 +263,30 @@ COMMENT ON FUNCTION omni_refresh_retry(bigint) IS
 	'queues what a failed, canceled or unknown job asked for once more, and returns the new job';
 
 CREATE FUNCTION omni_refresh_models(
-	name text DEFAULT NULL,
-	kind text DEFAULT NULL)
+	name pg_catalog.text DEFAULT NULL,
+	kind pg_catalog.text DEFAULT NULL)
 	RETURNS TABLE (
-		id uuid,
-		name text,
-		kind text,
-		connection_id uuid,
-		base_model_id uuid,
-		branches jsonb,
-		updated_at timestamptz)
+		id pg_catalog.uuid,
+		name pg_catalog.text,
+		kind pg_catalog.text,
+		connection_id pg_catalog.uuid,
+		base_model_id pg_catalog.uuid,
+		branches pg_catalog.jsonb,
+		updated_at pg_catalog.timestamptz)
 	AS 'MODULE_PATHNAME', 'omni_refresh_models'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
-COMMENT ON FUNCTION omni_refresh_models(text, text) IS
+COMMENT ON FUNCTION omni_refresh_models(pg_catalog.text, pg_catalog.text) IS
 	'the models that Omni has, of a name and of a kind if these are given';
 
 CREATE FUNCTION omni_refresh_check()
-	RETURNS TABLE (check_name text, ok bool, detail text)
+	RETURNS TABLE (check_name pg_catalog.text, ok boolean, detail pg_catalog.text)
 	AS 'MODULE_PATHNAME', 'omni_refresh_check'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE ROWS 20;
 COMMENT ON FUNCTION omni_refresh_check() IS
 	'goes the way of a request, step by step, and says what is wrong and what to do';
 
 CREATE FUNCTION omni_refresh_wake()
-	RETURNS bool
+	RETURNS boolean
 	AS 'MODULE_PATHNAME', 'omni_refresh_wake'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_wake() IS
@@ -295,55 +312,61 @@ SELECT
 	requests_last_minute,
 	worker_pid
 FROM pg_catalog.pg_foreign_server
-	JOIN pg_catalog.pg_foreign_data_wrapper AS w ON w.oid = srvfdw AND fdwname = 'omni_refresh',
+	JOIN pg_catalog.pg_foreign_data_wrapper AS w
+		ON w.oid OPERATOR(pg_catalog.=) srvfdw AND fdwname OPERATOR(pg_catalog.=) 'omni_refresh',
 	LATERAL (
 		SELECT
-			count(*) FILTER (WHERE status = 'pending') AS pending,
-			count(*) FILTER (WHERE status = 'sending') AS sending,
-			count(*) FILTER (WHERE status = 'running') AS running,
-			clock_timestamp() - min(requested_at) FILTER (WHERE status = 'pending') AS oldest_pending
+			pg_catalog.count(*) FILTER (WHERE status OPERATOR(pg_catalog.=) 'pending') AS pending,
+			pg_catalog.count(*) FILTER (WHERE status OPERATOR(pg_catalog.=) 'sending') AS sending,
+			pg_catalog.count(*) FILTER (WHERE status OPERATOR(pg_catalog.=) 'running') AS running,
+			pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-)
+				pg_catalog.min(requested_at) FILTER (WHERE status OPERATOR(pg_catalog.=) 'pending') AS oldest_pending
 		FROM omni_refresh_job
-		WHERE status = ANY ('{pending, sending, running}') AND server = srvname
+		WHERE status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running}') AND server OPERATOR(pg_catalog.=) srvname
 	) AS unfinished,
 	LATERAL (
 		SELECT
-			max(number) FILTER (WHERE name = 'completed') AS completed,
-			max(number) FILTER (WHERE name = 'accepted') AS accepted,
-			max(number) FILTER (WHERE name = 'failed') AS failed,
-			max(number) FILTER (WHERE name = 'canceled') AS canceled,
-			max(number) FILTER (WHERE name = 'unknown') AS unknown
+			pg_catalog.max(number) FILTER (WHERE name OPERATOR(pg_catalog.=) 'completed') AS completed,
+			pg_catalog.max(number) FILTER (WHERE name OPERATOR(pg_catalog.=) 'accepted') AS accepted,
+			pg_catalog.max(number) FILTER (WHERE name OPERATOR(pg_catalog.=) 'failed') AS failed,
+			pg_catalog.max(number) FILTER (WHERE name OPERATOR(pg_catalog.=) 'canceled') AS canceled,
+			pg_catalog.max(number) FILTER (WHERE name OPERATOR(pg_catalog.=) 'unknown') AS unknown
 		FROM (VALUES ('completed'), ('accepted'), ('failed'), ('canceled'), ('unknown')) AS ends (name), LATERAL (
-			SELECT count(*) AS number FROM omni_refresh_job
-			WHERE status = ANY ('{completed, failed, accepted, canceled, unknown}') AND server = srvname AND status = name
-				AND finished_at > statement_timestamp() - interval '1 hour') AS job
+			SELECT pg_catalog.count(*) AS number FROM omni_refresh_job
+			WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, failed, accepted, canceled, unknown}')
+				AND server OPERATOR(pg_catalog.=) srvname AND status OPERATOR(pg_catalog.=) name
+				AND finished_at OPERATOR(pg_catalog.>) (pg_catalog.statement_timestamp() OPERATOR(pg_catalog.-) interval '1 hour')) AS job
 	) AS finished,
 	LATERAL (
-		SELECT max(last) AS last_success
+		SELECT pg_catalog.max(last) AS last_success
 		FROM (VALUES ('completed'), ('accepted')) AS ends (name), LATERAL (
 			SELECT finished_at AS last FROM omni_refresh_job
-			WHERE status = ANY ('{completed, failed, accepted, canceled, unknown}') AND server = srvname AND status = name
+			WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, failed, accepted, canceled, unknown}')
+				AND server OPERATOR(pg_catalog.=) srvname AND status OPERATOR(pg_catalog.=) name
 			ORDER BY finished_at DESC LIMIT 1) AS job
 	) AS success
 	LEFT JOIN LATERAL (
 		SELECT last AS last_failure, why AS last_error
 		FROM (VALUES ('failed'), ('unknown')) AS ends (name), LATERAL (
 			SELECT finished_at AS last, error AS why FROM omni_refresh_job
-			WHERE status = ANY ('{completed, failed, accepted, canceled, unknown}') AND server = srvname AND status = name
+			WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, failed, accepted, canceled, unknown}')
+				AND server OPERATOR(pg_catalog.=) srvname AND status OPERATOR(pg_catalog.=) name
 			ORDER BY finished_at DESC LIMIT 1) AS job
 		ORDER BY last DESC LIMIT 1
 	) AS failure ON true,
 	LATERAL (
 		SELECT
-			percentile_cont(0.5) WITHIN GROUP (ORDER BY duration) AS p50,
-			percentile_cont(0.95) WITHIN GROUP (ORDER BY duration) AS p95,
-			count(*) FILTER (WHERE event = 'sending' AND occurred_at > statement_timestamp() - interval '1 min') AS requests_last_minute
-		FROM omni_refresh_event AS e JOIN omni_refresh_job AS j ON j.id = e.job
-		WHERE occurred_at > statement_timestamp() - interval '1 hour'
-			AND (event = 'sending' OR duration IS NOT NULL) AND server = srvname
+			pg_catalog.percentile_cont(0.5::double precision) WITHIN GROUP (ORDER BY duration) AS p50,
+			pg_catalog.percentile_cont(0.95::double precision) WITHIN GROUP (ORDER BY duration) AS p95,
+			pg_catalog.count(*) FILTER (WHERE event OPERATOR(pg_catalog.=) 'sending'
+				AND occurred_at OPERATOR(pg_catalog.>) (pg_catalog.statement_timestamp() OPERATOR(pg_catalog.-) interval '1 min')) AS requests_last_minute
+		FROM omni_refresh_event AS e JOIN omni_refresh_job AS j ON j.id OPERATOR(pg_catalog.=) e.job
+		WHERE occurred_at OPERATOR(pg_catalog.>) (pg_catalog.statement_timestamp() OPERATOR(pg_catalog.-) interval '1 hour')
+			AND (event OPERATOR(pg_catalog.=) 'sending' OR duration IS NOT NULL) AND server OPERATOR(pg_catalog.=) srvname
 	) AS answers,
 	LATERAL (
-		SELECT max(pid) AS worker_pid FROM pg_catalog.pg_stat_activity
-		WHERE backend_type = 'omni_refresh worker' AND datname = current_database()
+		SELECT pg_catalog.max(pid) AS worker_pid FROM pg_catalog.pg_stat_activity
+		WHERE backend_type OPERATOR(pg_catalog.=) 'omni_refresh worker' AND datname OPERATOR(pg_catalog.=) pg_catalog.current_database()
 	) AS worker;
 COMMENT ON VIEW omni_refresh_status IS 'for monitoring: a row for each server';
 COMMENT ON COLUMN omni_refresh_status.server IS 'the foreign server that names the Omni instance';
