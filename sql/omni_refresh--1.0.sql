@@ -150,20 +150,23 @@ CREATE INDEX omni_refresh_event_job_idx ON omni_refresh_event (job);
 COMMENT ON INDEX omni_refresh_event_job_idx IS 'the events of a job';
 
 /*
- * What logical replication brings is another database's, and may well bear the OID
- * of this one: these triggers keep it out.  They fire for nothing else.
+ * Keep out what logical replication applies: the jobs are another database's, which
+ * may have the same OID as this one, and as both number their jobs from 1, changes would
+ * be applied to jobs of this database.  The triggers fire with session_replication_role =
+ * replica only, as in an apply or table synchronization worker.  TRUNCATE has no row triggers:
+ * it could only be made to fail, which would stop the subscription.
  */
 CREATE FUNCTION omni_refresh_keep_out()
 	RETURNS pg_catalog.trigger
 	AS 'MODULE_PATHNAME', 'omni_refresh_keep_out'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
-COMMENT ON FUNCTION omni_refresh_keep_out() IS 'keeps out rows that logical replication brings';
-CREATE TRIGGER omni_refresh_job_keep_out BEFORE INSERT ON omni_refresh_job
+COMMENT ON FUNCTION omni_refresh_keep_out() IS 'keeps out changes that logical replication applies';
+CREATE TRIGGER omni_refresh_job_keep_out BEFORE INSERT OR UPDATE OR DELETE ON omni_refresh_job
 	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
-CREATE TRIGGER omni_refresh_event_keep_out BEFORE INSERT ON omni_refresh_event
+CREATE TRIGGER omni_refresh_event_keep_out BEFORE INSERT OR UPDATE OR DELETE ON omni_refresh_event
 	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
-COMMENT ON TRIGGER omni_refresh_job_keep_out ON omni_refresh_job IS 'keeps out jobs that logical replication brings';
-COMMENT ON TRIGGER omni_refresh_event_keep_out ON omni_refresh_event IS 'keeps out events that logical replication brings';
+COMMENT ON TRIGGER omni_refresh_job_keep_out ON omni_refresh_job IS 'keeps out changes of jobs that logical replication applies';
+COMMENT ON TRIGGER omni_refresh_event_keep_out ON omni_refresh_event IS 'keeps out changes of events that logical replication applies';
 ALTER TABLE omni_refresh_job ENABLE REPLICA TRIGGER omni_refresh_job_keep_out;
 ALTER TABLE omni_refresh_event ENABLE REPLICA TRIGGER omni_refresh_event_keep_out;
 

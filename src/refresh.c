@@ -162,7 +162,10 @@ omni_refresh_wake(PG_FUNCTION_ARGS)
 	PG_RETURN_BOOL(any);
 }
 
-/* A trigger that lets no row in: fires for what logical replication brings. */
+/*
+ * BEFORE ROW trigger: skip the INSERT, UPDATE or DELETE.  The extension's tables have
+ * it enabled for replicas only, so that it fires for what logical replication applies.
+ */
 Datum
 omni_refresh_keep_out(PG_FUNCTION_ARGS)
 {

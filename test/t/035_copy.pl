@@ -89,6 +89,43 @@ is($subscriber->safe_psql('postgres', 'SELECT count(*) FROM omni_refresh_job'), 
 is($subscriber->safe_psql('postgres', "SELECT omni_refresh_wake(), id FROM omni_refresh('$model')"), 'f|1', '... it has jobs of its own');
 is($subscriber->safe_psql('postgres', 'SELECT count(*) FROM omni_refresh_event'), '3', '... and events');
 is(scalar(() = $omni->requests), 1, '... which alone are sent');
+
+# Both databases number their jobs from 1: rows of the publisher that change or go are not to be
+# taken for the subscriber's rows of the same ids, whichever columns identify a row.
+
+my $rows = q{
+	SELECT string_agg(concat_ws(' ', 'job', id, status, error), ', ' ORDER BY id) FROM omni_refresh_job
+	UNION ALL
+	SELECT string_agg(concat_ws(' ', 'event', id, event, detail), ', ' ORDER BY id) FROM omni_refresh_event};
+for my $identity ('DEFAULT', 'FULL')
+{
+	for my $on ($node, $subscriber)
+	{
+		my $name = $on->name;
+		$on->safe_psql('postgres', qq{
+			ALTER TABLE omni_refresh_job REPLICA IDENTITY $identity;
+			ALTER TABLE omni_refresh_event REPLICA IDENTITY $identity;
+			INSERT INTO omni_refresh_job (id, status, model_id, kind, server, origin, requested_by, requested_by_oid,
+				requested_at, run_at, finished_at, database, error) OVERRIDING SYSTEM VALUE
+			SELECT i, 'failed', '$model', 'schema', 'omni', 'call', current_user, 10, now(), now(), now(), 1, '$name'
+			FROM generate_series(1001, 1003) AS i;
+			INSERT INTO omni_refresh_event (id, job, requested_by, occurred_at, event, detail) OVERRIDING SYSTEM VALUE
+			SELECT i, i, current_user, now(), 'failed', '$name' FROM generate_series(1001, 1003) AS i});
+	}
+	my $kept = $subscriber->safe_psql('postgres', $rows);
+	like($kept, qr/job 1001 failed subscriber, .*event 1001 failed subscriber, /s, "the subscriber has rows of the same ids, identity $identity");
+	$node->safe_psql('postgres', q{
+		UPDATE omni_refresh_job SET error = 'changed' WHERE id = 1001;
+		UPDATE omni_refresh_event SET detail = 'changed' WHERE id = 1001;
+		DELETE FROM omni_refresh_event WHERE id = 1002;
+		DELETE FROM omni_refresh_job WHERE id = 1003;
+		INSERT INTO theirs VALUES ('changes')});
+	my $markers = $node->safe_psql('postgres', 'SELECT count(*) FROM theirs');
+	ok($subscriber->poll_query_until('postgres', "SELECT count(*) = $markers FROM theirs"), '... and has got all changes');
+	is($subscriber->safe_psql('postgres', $rows), $kept, '... but for those of the jobs and events');
+	$_->safe_psql('postgres', 'DELETE FROM omni_refresh_job WHERE id >= 1001') for $node, $subscriber;
+	is($subscriber->safe_psql('postgres', 'SELECT count(*) FROM omni_refresh_event WHERE id >= 1001'), '0', '... which it can delete by itself');
+}
 $subscriber->safe_psql('postgres', 'DROP SUBSCRIPTION everything');
 
 # The original
