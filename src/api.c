@@ -8,8 +8,9 @@
  * accepted.
  *
  * An answer comes from outside and may be anything.  Whatever it is, it is no
- * reason to raise an error: it makes an outcome.  What is quoted from it never
- * holds the API key, even if the other side sends it back.
+ * reason to raise an error: it makes an outcome.  All that is quoted from outside
+ * goes through quote(), which removes the API key and what does not belong in a
+ * line of text.
  *
  *-------------------------------------------------------------------------
  */
@@ -32,6 +33,16 @@
 /* Omni's answers are two or three levels deep */
 #define MAX_NESTING			32
 
+/* Bytes of a remote text that are read: an error holds 1 kB, the rest is white space */
+#define MAX_READ			4096
+
+/*
+ * Bytes that one character of the key may take, for example "\u0026#x00006f;", and
+ * how many escapes may lie one within another
+ */
+#define MAX_SPELLING		32
+#define MAX_ESCAPES			3
+
 static char *uuid_text(const pg_uuid_t *uuid);
 static char *escape(const char *text);
 static char *list_text(ArrayType *list);
@@ -48,6 +59,8 @@ static void read_reset(const OmniJob *job, const char *key,
 					   const OmniAnswer *answer, OmniOutcome *outcome);
 static void set_failed(const OmniJob *job, OmniOutcome *outcome);
 static void set_malformed(const OmniJob *job, OmniOutcome *outcome, const char *what);
+static void set_not_json(const OmniJob *job, const char *key,
+						 const OmniAnswer *answer, const char *why, OmniOutcome *outcome);
 static bool try_input(PGFunction function, const char *text, Datum *value);
 static char *to_server(const char *body, size_t length, char **why);
 static char *ascii_only(const char *text);
@@ -55,24 +68,37 @@ static bool nests_too_deep(const char *json);
 static bool has_value(Jsonb *object, const char *name);
 static bool looks_like_uuid(const char *text);
 static char *error_text(const OmniAnswer *answer, const char *key);
-static char *plain_text(const char *bytes, size_t length);
-static char *redact(const char *text, const char *key);
+
+/* A text in which escapes are undone, and where each of its characters comes from */
+typedef struct Plain
+{
+	char	   *text;			/* in lower case */
+	int		   *origins;		/* offsets, one more than length */
+	int			length;
+} Plain;
 
 /*
- * Reads a character that is spelled in a special way: writes it to *out and returns
- * how many bytes of the text it takes, 0 if it is none.
+ * Reads a character that is spelled in a special way, in lower case: writes it to
+ * *out and returns how many bytes of the text it takes, 0 if it is none.
  */
 typedef int (*Spelling) (const char *text, char *out);
 
-static char *decode(const char *text, Spelling spelling);
+static char *quote(const char *bytes, size_t length, const char *key);
+static int	clean(const char *bytes, size_t length, StringInfo text);
+static bool is_invisible(pg_wchar character);
+static void find_key(const Plain *plain, const char *key, int escapes, bool *found);
+static bool undo(const Plain *plain, Spelling spelling, Plain *result);
 static int	json_character(const char *text, char *out);
 static int	percent_character(const char *text, char *out);
 static int	html_character(const char *text, char *out);
+static const char *read_number(const char *text, int base, uint32 *number);
+static char *lower_case(const char *text);
+static char ascii_character(uint32 code);
 
 /*
  * Host and port of a URL, as in "acme.omniapp.co:443", or as in
  * "https://acme.omniapp.co" if it is to be read; NULL if libcurl finds none in it.
- * The result is palloc'd, lower case and plain ASCII.
+ * The result is palloc'd and in lower case.
  */
 char *
 omni_api_host(const char *text, bool with_scheme)
@@ -92,7 +118,6 @@ omni_api_host(const char *text, bool with_scheme)
 							with_scheme ? CURLU_NO_DEFAULT_PORT : CURLU_DEFAULT_PORT);
 		result = psprintf("%s%s%s%s%s", with_scheme ? scheme : "", with_scheme ? "://" : "",
 						  host, port != NULL ? ":" : "", port != NULL ? port : "");
-		result = plain_text(result, strlen(result));
 	}
 	curl_free(scheme);
 	curl_free(host);
@@ -309,7 +334,7 @@ omni_api_probe_outcome(const OmniJob *job, const char *key,
 		return;
 	json = omni_api_json(answer->body, answer->length, &why);
 	if (json == NULL)
-		set_malformed(job, outcome, psprintf("The answer is not JSON: %s.", redact(why, key)));
+		set_not_json(job, key, answer, why, outcome);
 	else if (!JB_ROOT_IS_OBJECT(json) || !has_value(json, "records"))
 		set_malformed(job, outcome, "The answer is JSON, but not of the shape that Omni's has.");
 }
@@ -325,7 +350,7 @@ read_answer(const OmniJob *job, const char *key, const OmniAnswer *answer,
 	memset(outcome, 0, sizeof(*outcome));
 	outcome->http_status = answer->status;
 	outcome->elapsed = answer->elapsed;
-	outcome->retry_after = answer->retry_after;
+	outcome->retry_after = Max(answer->retry_after, 0);
 
 	if (answer->failed)
 		read_failure(job, key, answer, outcome);
@@ -365,6 +390,7 @@ read_failure(const OmniJob *job, const char *key,
 			"Omni has got the request: look there before you send it again. The option \"timeout\" says how long to wait."
 		},
 	};
+	char	   *reason;
 
 	if (answer->too_large)
 	{
@@ -383,8 +409,9 @@ read_failure(const OmniJob *job, const char *key,
 				   answer->timed_out ? "timed out on" : "could not reach",
 				   NameStr(job->request.server), answer->elapsed / 1000,
 				   phases[answer->phase].what);
-	omni_error_detail(&outcome->error, "%s",
-					  redact(plain_text(answer->reason, strlen(answer->reason)), key));
+	reason = quote(answer->reason, strlen(answer->reason), key);
+	if (reason != NULL)
+		omni_error_detail(&outcome->error, "%s", reason);
 	omni_error_hint(&outcome->error, "%s", phases[answer->phase].hint);
 }
 
@@ -425,8 +452,9 @@ read_refusal(const OmniJob *job, const char *key,
 	{
 		char	   *host = answer->redirect_url != NULL ? omni_api_host(answer->redirect_url, true) : NULL;
 
+		host = host != NULL ? quote(host, strlen(host), key) : NULL;
 		set_malformed(job, outcome, host != NULL ?
-					  psprintf("The server redirects to %s.", redact(host, key)) :
+					  psprintf("The server redirects to %s.", host) :
 					  psprintf("HTTP status %d.", answer->status));
 		omni_error_hint(&outcome->error, "Redirects are not followed, since the API key is for one host only; set \"base_url\" to the login host of the instance.");
 		return;
@@ -477,7 +505,7 @@ read_acceptance(const OmniJob *job, const char *key,
 
 	if (json == NULL)
 	{
-		set_malformed(job, outcome, psprintf("The answer is not JSON: %s.", redact(why, key)));
+		set_not_json(job, key, answer, why, outcome);
 		return;
 	}
 	status = omni_api_member(&json->root, "status");
@@ -522,7 +550,7 @@ read_reset(const OmniJob *job, const char *key, const OmniAnswer *answer, OmniOu
 	JsonbValue	success;
 
 	if (json == NULL)
-		set_malformed(job, outcome, psprintf("The answer is not JSON: %s.", redact(why, key)));
+		set_not_json(job, key, answer, why, outcome);
 	else if (!JB_ROOT_IS_OBJECT(json) ||
 			 getKeyJsonValueFromContainer(&json->root, "success", strlen("success"), &success) == NULL ||
 			 success.type != jbvBool)
@@ -552,9 +580,23 @@ set_malformed(const OmniJob *job, OmniOutcome *outcome, const char *what)
 	omni_error_hint(&outcome->error, "Check that the server's \"base_url\" is the login host of an Omni instance, and what proxies are in between.");
 }
 
+/* The same of an answer that omni_api_json() has not taken, and why. */
+static void
+set_not_json(const OmniJob *job, const char *key,
+			 const OmniAnswer *answer, const char *why, OmniOutcome *outcome)
+{
+	char	   *body = why == NULL ? quote(answer->body, answer->length, key) : NULL;
+
+	if (body != NULL)
+		why = psprintf("it reads %s", body);
+	else if (why == NULL)
+		why = "it is blank";
+	set_malformed(job, outcome, psprintf("The answer is not JSON: %s.", why));
+}
+
 /*
- * Parses the body of an answer.  Returns NULL and says why if it is not JSON, or
- * JSON that no instance of Omni would send.
+ * Parses the body of an answer.  Returns NULL if it is not JSON, or JSON that no
+ * instance of Omni would send, and says why unless one sees it.
  */
 Jsonb *
 omni_api_json(const char *body, size_t length, char **why)
@@ -571,8 +613,7 @@ omni_api_json(const char *body, size_t length, char **why)
 	}
 	if (try_input(jsonb_in, text, &json))
 		return DatumGetJsonbP(json);
-	*why = plain_text(body, length);
-	*why = *why != NULL ? psprintf("it reads %s", *why) : "it is blank";
+	*why = NULL;
 	return NULL;
 }
 
@@ -765,139 +806,287 @@ error_text(const OmniAnswer *answer, const char *key)
 			text = error;
 	}
 	if (text != NULL)
-		return psprintf("Omni says: %s", redact(text, key));
+		text = quote(text, strlen(text), key);
+	if (text != NULL)
+		return psprintf("Omni says: %s", text);
 
-	text = plain_text(answer->body, answer->length);
-	return text != NULL ? psprintf("The answer reads: %s", redact(text, key)) : NULL;
-}
-
-/* Remote bytes on one line and in plain ASCII; NULL if there is nothing to see. */
-static char *
-plain_text(const char *bytes, size_t length)
-{
-	StringInfoData text;
-
-	initStringInfo(&text);
-	for (size_t i = 0; i < length; i++)
-	{
-		if (bytes[i] > ' ' && bytes[i] <= '~')
-			appendStringInfoChar(&text, bytes[i]);
-		else if (IS_HIGHBIT_SET(bytes[i]))
-			appendStringInfoChar(&text, '?');
-		else if (text.len > 0 && text.data[text.len - 1] != ' ')
-			appendStringInfoChar(&text, ' ');
-	}
-	return text.len > 0 ? text.data : NULL;
+	text = quote(answer->body, answer->length, key);
+	return text != NULL ? psprintf("The answer reads: %s", text) : NULL;
 }
 
 /*
- * A copy of a remote text in which the key does not occur, neither as it is nor in
- * one of the spellings that texts on the web have for special characters.
+ * The beginning of a remote text as an error may show it: in one line, in the
+ * server's encoding, and without the key, neither as it is nor in one of the
+ * spellings that texts on the web have for special characters.  NULL if there is
+ * nothing to see.
+ *
+ * The key may begin in what is shown and end behind it, so that more is read.
  */
 static char *
-redact(const char *text, const char *key)
+quote(const char *bytes, size_t length, const char *key)
 {
-	static const Spelling spellings[] = {json_character, percent_character, html_character};
+	size_t		most = MAX_READ + MAX_SPELLING * strlen(key);
+	StringInfoData text;
 	StringInfoData result;
-	const char *found;
+	Plain		plain;
+	bool	   *found;
+	int			shown;
+
+	initStringInfo(&text);
+	shown = clean(bytes, Min(length, most), &text);
+
+	plain.text = lower_case(text.data);
+	plain.length = text.len;
+	plain.origins = palloc((text.len + 1) * sizeof(int));
+	for (int i = 0; i <= text.len; i++)
+		plain.origins[i] = i;
+	found = palloc0(text.len + 1);
+	find_key(&plain, lower_case(key), MAX_ESCAPES, found);
 
 	initStringInfo(&result);
-	while ((found = strstr(text, key)) != NULL)
+	for (int i = 0; i < shown; i++)
 	{
-		appendBinaryStringInfo(&result, text, found - text);
-		appendStringInfoString(&result, "[API key]");
-		text = found + strlen(key);
+		if (!found[i])
+			appendStringInfoChar(&result, text.data[i]);
+		else if (i == 0 || !found[i - 1])
+			appendStringInfoString(&result, "[API key]");
 	}
-	appendStringInfoString(&result, text);
-
-	for (int i = 0; i < lengthof(spellings); i++)
-	{
-		if (strstr(decode(result.data, spellings[i]), key) != NULL)
-			return pstrdup("a text that quotes the [API key]");
-	}
-	return result.data;
+	while (result.len > 0 && result.data[result.len - 1] == ' ')
+		result.data[--result.len] = '\0';
+	if (result.len > 0 && length > MAX_READ)
+		appendStringInfoString(&result, "...");
+	return result.len > 0 ? result.data : NULL;
 }
 
-/* Writes a text the plain way. */
-static char *
-decode(const char *text, Spelling spelling)
+/*
+ * Appends remote bytes, which should be UTF-8, to a text as one line in the server's
+ * encoding.  What is no character, or none in that encoding, becomes a question
+ * mark, what cannot be seen a space.  Returns how long the part of the text is that
+ * stands for the first MAX_READ bytes.
+ */
+static int
+clean(const char *bytes, size_t length, StringInfo text)
 {
-	char	   *plain = palloc(strlen(text) + 1);
-	char	   *out = plain;
+	int			shown = -1;
+	size_t		used;
 
-	while (*text != '\0')
+	for (size_t i = 0; i < length; i += used)
 	{
-		int			used = spelling(text, out);
+		const unsigned char *c = (const unsigned char *) bytes + i;
+		bool		space = false;
 
+		if (i >= MAX_READ && shown < 0)
+			shown = text->len;
+		used = *c < 0x80 ? 1 : *c < 0xe0 ? 2 : *c < 0xf0 ? 3 : 4;
+		if (used == 1)
+			space = *c <= ' ' || *c == 0x7f;
+		else if (used > length - i || !pg_utf8_islegal(c, used))
+			used = 1;
+		else
+			space = is_invisible(utf8_to_unicode(c));
+
+		if (!space && (*c < 0x80 || (used > 1 && GetDatabaseEncoding() == PG_UTF8)))
+			appendBinaryStringInfo(text, (const char *) c, used);
+		else if (!space)
+			appendStringInfoChar(text, '?');
+		else if (text->len > 0 && text->data[text->len - 1] != ' ')
+			appendStringInfoChar(text, ' ');
+	}
+	return shown >= 0 ? shown : text->len;
+}
+
+/*
+ * Whether a character outside of ASCII is a control or format character, separates
+ * lines, or is none: Unicode's categories Cc, Cf, Zl and Zp, and U+FFFE and the like.
+ */
+static bool
+is_invisible(pg_wchar character)
+{
+	static const struct
+	{
+		pg_wchar	first;
+		pg_wchar	last;
+	}			ranges[] = {
+		{0x80, 0x9f}, {0xad, 0xad}, {0x600, 0x605}, {0x61c, 0x61c}, {0x6dd, 0x6dd},
+		{0x70f, 0x70f}, {0x890, 0x891}, {0x8e2, 0x8e2}, {0x180e, 0x180e},
+		{0x200b, 0x200f}, {0x2028, 0x202e}, {0x2060, 0x206f}, {0xfdd0, 0xfdef},
+		{0xfeff, 0xfeff}, {0xfff9, 0xfffb}, {0x110bd, 0x110bd}, {0x110cd, 0x110cd},
+		{0x13430, 0x1343f}, {0x1bca0, 0x1bca3}, {0x1d173, 0x1d17a}, {0xe0000, 0xe007f}
+	};
+
+	for (int i = 0; i < lengthof(ranges); i++)
+	{
+		if (character >= ranges[i].first && character <= ranges[i].last)
+			return true;
+	}
+	return (character & 0xfffe) == 0xfffe;
+}
+
+/*
+ * Marks in found, an array as long as the text that *plain comes from, where the key
+ * occurs in *plain or, with up to so many kinds of escapes undone, in what it spells.
+ * The key is in lower case, too: the host of a URL may come back so.
+ */
+static void
+find_key(const Plain *plain, const char *key, int escapes, bool *found)
+{
+	static const Spelling spellings[] = {json_character, percent_character, html_character};
+	size_t		length = strlen(key);
+
+	for (const char *at = plain->text; (at = strstr(at, key)) != NULL; at += length)
+	{
+		int			begin = plain->origins[at - plain->text];
+
+		memset(found + begin, true, plain->origins[at - plain->text + length] - begin);
+	}
+	if (escapes == 0)
+		return;
+	for (int i = 0; i < lengthof(spellings); i++)
+	{
+		Plain		undone;
+
+		if (undo(plain, spellings[i], &undone))
+			find_key(&undone, key, escapes - 1, found);
+		pfree(undone.text);
+		pfree(undone.origins);
+	}
+}
+
+/* Undoes one kind of escapes, once, as far as there are any; returns whether. */
+static bool
+undo(const Plain *plain, Spelling spelling, Plain *result)
+{
+	int			used;
+
+	result->text = palloc(plain->length + 1);
+	result->origins = palloc((plain->length + 1) * sizeof(int));
+	result->length = 0;
+	for (int i = 0; i < plain->length; i += used)
+	{
+		char	   *out = &result->text[result->length];
+
+		used = spelling(plain->text + i, out);
 		if (used == 0)
 		{
-			*out = *text;
+			*out = plain->text[i];
 			used = 1;
 		}
-		out++;
-		text += used;
+		result->origins[result->length++] = plain->origins[i];
 	}
-	*out = '\0';
-	return plain;
+	result->text[result->length] = '\0';
+	result->origins[result->length] = plain->origins[plain->length];
+	return result->length < plain->length;
 }
 
 /* "\u006f", "\/": as in JSON */
 static int
 json_character(const char *text, char *out)
 {
-	unsigned int code;
-	int			used = 0;
+	uint32		code;
 
-	if (text[0] == '\\' && sscanf(text, "\\u%4x%n", &code, &used) == 1 && used == 6)
-		*out = code;
-	else if (text[0] == '\\' && text[1] != '\0')
+	if (text[0] != '\\' || text[1] == '\0')
+		return 0;
+	if (text[1] == 'u' && strspn(text + 2, "0123456789abcdef") >= 4)
 	{
-		*out = text[1];
-		used = 2;
+		char		digits[] = {text[2], text[3], text[4], text[5], '\0'};
+
+		(void) read_number(digits, 16, &code);
+		*out = ascii_character(code);
+		return 6;
 	}
-	return used;
+	*out = text[1];
+	return 2;
 }
 
 /* "%6f": as in URLs */
 static int
 percent_character(const char *text, char *out)
 {
-	unsigned int code;
-	int			used = 0;
+	uint32		code;
 
-	if (text[0] != '%' || sscanf(text, "%%%2x%n", &code, &used) != 1 || used != 3)
+	if (text[0] != '%' || !isxdigit((unsigned char) text[1]) || !isxdigit((unsigned char) text[2]))
 		return 0;
-	*out = code;
-	return used;
+	(void) read_number((char[]) {text[1], text[2], '\0'}, 16, &code);
+	*out = ascii_character(code);
+	return 3;
 }
 
 /* "&amp;", "&#111;", "&#x6f;": as in HTML */
 static int
 html_character(const char *text, char *out)
 {
+	/* HTML's names for ASCII, in lower case */
 	static const struct
 	{
 		const char *name;
 		char		character;
 	}			names[] = {
-		{"&amp;", '&'}, {"&lt;", '<'}, {"&gt;", '>'}, {"&quot;", '"'}, {"&apos;", '\''}
+		{"excl", '!'}, {"quot", '"'}, {"num", '#'}, {"dollar", '$'}, {"percnt", '%'},
+		{"amp", '&'}, {"apos", '\''}, {"lpar", '('}, {"rpar", ')'}, {"ast", '*'},
+		{"midast", '*'}, {"plus", '+'}, {"comma", ','}, {"period", '.'}, {"sol", '/'},
+		{"colon", ':'}, {"semi", ';'}, {"lt", '<'}, {"equals", '='}, {"gt", '>'},
+		{"quest", '?'}, {"commat", '@'}, {"lsqb", '['}, {"lbrack", '['}, {"bsol", '\\'},
+		{"rsqb", ']'}, {"rbrack", ']'}, {"hat", '^'}, {"lowbar", '_'}, {"underbar", '_'},
+		{"grave", '`'}, {"diacriticalgrave", '`'}, {"lcub", '{'}, {"lbrace", '{'},
+		{"verbar", '|'}, {"vert", '|'}, {"verticalline", '|'}, {"rcub", '}'}, {"rbrace", '}'}
 	};
-	unsigned int code;
-	int			used = 0;
+	const char *end;
+	uint32		code;
 
 	if (text[0] != '&')
 		return 0;
+	if (text[1] == '#')
+	{
+		end = text[2] == 'x' ? read_number(text + 3, 16, &code) : read_number(text + 2, 10, &code);
+		if (end == NULL || *end != ';')
+			return 0;
+		*out = ascii_character(code);
+		return end + 1 - text;
+	}
 	for (int i = 0; i < lengthof(names); i++)
 	{
-		if (strncmp(text, names[i].name, strlen(names[i].name)) == 0)
+		size_t		length = strlen(names[i].name);
+
+		if (strncmp(text + 1, names[i].name, length) == 0 && text[length + 1] == ';')
 		{
 			*out = names[i].character;
-			return strlen(names[i].name);
+			return length + 2;
 		}
 	}
-	if ((sscanf(text, "&#x%6x;%n", &code, &used) != 1 &&
-		 sscanf(text, "&#%6u;%n", &code, &used) != 1) || used == 0)
-		return 0;
-	*out = code;
-	return used;
+	return 0;
+}
+
+/* Reads digits, of which hexadecimal ones are small; returns their end, or NULL. */
+static const char *
+read_number(const char *text, int base, uint32 *number)
+{
+	static const char digits[] = "0123456789abcdef";
+	size_t		length = 0;
+	const char *digit;
+
+	*number = 0;
+	while (text[length] != '\0' && (digit = strchr(digits, text[length])) != NULL && digit - digits < base)
+	{
+		*number = Min(*number * base + (digit - digits), 0xffffff);
+		length++;
+	}
+	return length > 0 ? text + length : NULL;
+}
+
+/* A palloc'd copy of a text in which the letters of ASCII are small. */
+static char *
+lower_case(const char *text)
+{
+	char	   *copy = pstrdup(text);
+
+	for (char *c = copy; *c != '\0'; c++)
+		*c = pg_ascii_tolower(*c);
+	return copy;
+}
+
+/* A character as such a text has it; what is no ASCII is what no key has. */
+static char
+ascii_character(uint32 code)
+{
+	return code > 0 && code < 0x7f ? pg_ascii_tolower(code) : 0x7f;
 }

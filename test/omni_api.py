@@ -509,7 +509,7 @@ class Connection:
         body, self.buffer = self.buffer[end + 4:stop], self.buffer[stop:]
         self.keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
         return {"n": None, "time": time.time(), "method": method, "path": path, "query": query,
-                "headers": headers, "body": body.decode("utf-8", "replace"),
+                "headers": headers, "body": body.decode("utf-8", "surrogatepass"),
                 "connection": self.number, "tls": self.context is not None, "status": None}
 
     def receive(self):

@@ -88,11 +88,13 @@ foreach my $case (
 	[ 'JSON with another type', '{"detail": {"a": 1}}', 'The answer reads: {"detail": {"a": 1}}' ],
 	[ 'an error only', '{"error": "Conflict"}', 'Omni says: Conflict' ],
 	[ 'a message only', '{"message": "Busy"}', 'Omni says: Busy' ],
-	[ 'HTML', "<html>\r\n\t<b>No</b>\r\n</html>\r\n", 'The answer reads: <html> <b>No</b> </html> ' ],
-	[ 'control characters', "a\0b\e[31mc\x7f", 'The answer reads: a b [31mc ' ],
-	[ 'no text at all', "\xff\xfe", 'The answer reads: ????' ],
+	[ 'HTML', "<html>\r\n\t<b>No</b>\r\n</html>\r\n", 'The answer reads: <html> <b>No</b> </html>' ],
+	[ 'control characters', "a\0b\e[31mc\x7f", 'The answer reads: a b [31mc' ],
+	[ 'text', "Gr\xf6\xdfe \x{8868}", "The answer reads: Gr\xc3\xb6\xc3\x9fe \xe8\xa1\xa8" ],
+	[ 'no text at all', "\x{dcff}\x{dcfe}", 'The answer reads: ??' ],	# surrogates stand for bytes
+	[ 'nothing that can be seen', "\x{200b}\x{2028}\0 \e", undef ],
 	[ 'another language', '{"detail": "Gr\u00f6\u00dfe \u8868"}', "Omni says: Gr\xc3\xb6\xc3\x9fe \xe8\xa1\xa8" ],
-	[ 'several lines', '{"detail": "one\ntwo"}', "Omni says: one\ntwo" ])
+	[ 'several lines', '{"detail": "one\ntwo"}', "Omni says: one two" ])
 {
 	my ($what, $body, $detail) = @$case;
 	$omni->reset;

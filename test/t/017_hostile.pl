@@ -6,6 +6,7 @@ use warnings FATAL => 'all';
 use File::Spec;
 use IO::Select;
 use IO::Socket::INET;
+use JSON::PP;
 use POSIX ();
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
@@ -92,6 +93,129 @@ for my $key ('', "k\r\nX-Evil: 1", "k\n", "k\t", 'a b', 'kéy', "k\x7f")
 	is($call->{sqlstate}, '22023', 'a key that would not fit a header is refused');
 	unlike("$call->{message} $call->{detail}", qr/X-Evil|a b/, '... without being shown');
 }
+
+# Answers that keep a careless reader busy: the limit of time is far above what one takes that
+# reads each of them once
+
+my %million = map { ($_ => $_ x int(1_000_000 / length)) }
+	('&', '&#', '&amp', '&amp;', '%', '%2', '%25', '\\', '\\u0', '\\\\', ' ', "\e", 'a');
+for my $bait (sort keys %million)
+{
+	my %bodies = (text => $million{$bait}, JSON => encode_json({ detail => $million{$bait} }));
+	for my $kind (sort keys %bodies)
+	{
+		next if length $bodies{$kind} > 1 << 20;
+		$omni->fault('answer', status => 409, body => $bodies{$kind});
+		my $call = OmniFault::call($node, $refresh);
+		is($call->{sqlstate}, '38000', "a million of $kind: " . encode_json([$bait])) or diag($call->{message});
+		cmp_ok($call->{seconds}, '<', 5, '... is read at once');
+	}
+}
+for my $case (
+	[ 'members', '{' . join(',', map { qq("m$_": 1) } 1 .. 70_000) . '}' ],
+	[ 'elements', '[' . '1,' x 400_000 . '1]' ],
+	[ 'levels', '{"a":' x 150_000 ],
+	[ 'digits', '{"status": ' . '9' x 1_000_000 . '}' ],
+	[ 'an exponent', '{"status": 1e' . '9' x 100_000 . '}' ],
+	[ 'a name', '{"' . 'a' x 1_000_000 . '": 1}' ])
+{
+	for my $status (200, 409)
+	{
+		$omni->fault('answer', status => $status, body => $case->[1]);
+		my $call = OmniFault::call($node, $refresh);
+		is($call->{sqlstate}, $status == 200 ? '08P01' : '38000', "an answer of $status with endless $case->[0]");
+		cmp_ok($call->{seconds}, '<', 5, '... is read at once');
+	}
+}
+$omni->fault('answer', status => 200, body => '{"status": "' . 'a' x 1_000_000 . '"}');
+is(OmniFault::call($node, $refresh)->{status}, 0, 'a status may be long');
+my @after = ('9' x 30, '-1', 'Thu, 01 Jan 1970 00:00:00 GMT', 'soon', '');
+for my $i (0 .. $#after)
+{
+	# a key of its own, since one that was answered so may have to wait
+	$node->safe_psql('postgres', "ALTER USER MAPPING FOR PUBLIC SERVER omni OPTIONS (SET api_key 'key$i')");
+	$omni->set(key => "key$i");
+	$omni->fault('answer', status => 429, body => '', headers => { 'Retry-After' => $after[$i] });
+	my $call = OmniFault::call($node, "SET omni_refresh.call_timeout = '3 s'; $refresh");
+	like($call->{sqlstate}, qr/^(53000)?$/, "Retry-After: $after[$i]");
+}
+$node->safe_psql('postgres', "ALTER USER MAPPING FOR PUBLIC SERVER omni OPTIONS (SET api_key '${\ $omni->key}')");
+$omni->set(key => $omni->key);
+
+# Answers made for whoever reads them at a terminal. All that is quoted is one line without
+# control characters and what else changes how a line looks, whichever way it came.
+
+my $dirt = join '', map { chr } 1 .. 31, 127 .. 159, 0xad, 0x61c, 0x180e, 0x200b .. 0x200f, 0x2028 .. 0x202e,
+	0x2060 .. 0x206f, 0xfeff, 0xfff9 .. 0xfffb, 0xe0001, 0xe0020 .. 0xe007f;
+my $forged = "Mod\xe8le introuvable \x{65e5}\x{672c}$dirt\nHINT:  Run DROP.\r\nERROR:  \e[2J";
+my $json = JSON::PP->new->ascii;
+my %forged = (
+	'a detail' => [ 409, $json->encode({ detail => $forged }) ],
+	'an error' => [ 409, $json->encode({ error => $forged }) ],
+	'a message' => [ 409, $json->encode({ error => 'x', message => $forged }) ],
+	'a text' => [ 409, $forged ],
+	'half a text of JSON' => [ 409, qq({"detail": "$forged) ],
+	'a text that means yes' => [ 200, $forged ]);
+for my $what (sort keys %forged)
+{
+	$omni->fault('answer', status => $forged{$what}[0], body => $forged{$what}[1]);
+	my $call = OmniFault::call($node, $refresh);
+	my $error = $node->safe_psql('postgres', 'SELECT error FROM omni_refresh_job ORDER BY id DESC LIMIT 1');
+	for my $text ($call->{err}, $error)
+	{
+		ok(utf8::decode($text), "$what: valid UTF-8");
+		like($text, qr/Mod\xe8le introuvable \x{65e5}\x{672c} /, '... which can be read');
+		is(join(' ', map { sprintf '%X', ord } $text =~ /([^\n\PC])/g), '', '... without what one cannot see');
+		unlike($text, qr/^HINT:  Run|^ERROR:  \[/m, '... and without forged lines');
+	}
+}
+$omni->fault('redirect', location => "https://a\xe8b/\e[2J");
+unlike(OmniFault::call($node, $refresh)->{detail}, qr/[\0-\x1f\x7f]/, 'a redirect is told without control characters');
+
+# The key where a text is cut off, which may be in the middle of it
+
+my $tail = substr $omni->key, 9, 12;
+my %spelled = (
+	'as it is' => $omni->key,
+	'in JSON' => join('', map { sprintf '\\u%04x', ord } split //, $omni->key),
+	'in a URL' => join('', map { sprintf '%%%02x', ord } split //, $omni->key),
+	'in HTML' => join('', map { sprintf '&#%d;', ord } split //, $omni->key),
+	'in hexadecimal HTML' => join('', map { sprintf '&#x%06X;', ord } split //, $omni->key),
+	'by name' => $omni->key =~ s/_/&lowbar;/gr,
+	'in HTML in JSON' => join('', map { sprintf '\\u0026#x%x;', ord } split //, $omni->key),
+	'twice in a URL' => join('', map { sprintf '%%25%02x', ord } split //, $omni->key),
+	'in capitals' => uc $omni->key);
+my %undo = (
+	'\\\\u00([0-9a-f]{2})' => sub { chr hex $_[0] }, '%([0-9a-f]{2})' => sub { chr hex $_[0] },
+	'&#0*(\\d{1,3});' => sub { chr $_[0] }, '&#x0*([0-9a-f]{1,2});' => sub { chr hex $_[0] },
+	'&(lowbar|amp);' => sub { $_[0] eq 'amp' ? '&' : '_' });
+
+# Whether there is a piece of the key in a text, however it is spelled
+sub has_piece
+{
+	my ($text, $depth) = @_;
+	return 1 if index(lc $text, lc $tail) >= 0;
+	return 0 if $depth == 0;
+	for my $pattern (keys %undo)
+	{
+		my $plain = $text =~ s/$pattern/$undo{$pattern}->($1)/gier;
+		return 1 if $plain ne $text && has_piece($plain, $depth - 1);
+	}
+	return 0;
+}
+for my $how (sort keys %spelled)
+{
+	ok(has_piece("x$spelled{$how}", 2), "this test would notice a key $how");
+	my @before = map { 'x' x $_ } 0, map { my $end = $_; map { $end - $_ * 17 } 0 .. 12 } 1030;
+	push @before, ' ' x 4050, ' ' x 4090;
+	$omni->fault('answer', status => 409, body => "$_$spelled{$how}yz") for @before;
+	my $call = OmniFault::call($node, "\\set ON_ERROR_STOP off\n" . $refresh x @before);
+	is(scalar(() = $call->{err} =~ /ERROR:/g), scalar(@before), "a key $how, cut off anywhere");
+	is(has_piece($call->{err}, 2), 0, '... is not told, nor half of it') or diag(substr $call->{err}, 0, 300);
+}
+$omni->fault('redirect', location => 'https://' . uc($omni->key) . '.example/');
+is(has_piece(OmniFault::call($node, $refresh)->{err}, 1), 0, 'a host that is a key is not told');
+is(OmniFault::worker($node), $worker, 'the worker is the same after all that');
 
 # Settings of a database, of roles and of a session are not the worker's
 
