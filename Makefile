@@ -10,6 +10,7 @@
 #	make test				builds and tests a copy, and leaves this directory as it is
 #	make check-asan			the same with AddressSanitizer and UndefinedBehaviorSanitizer
 #	make check-valgrind		every fault of the stand-in for Omni, with a server run by valgrind
+#	make fuzz				made-up answers of Omni's for a minute, or SECONDS=600
 #	make soak				random kills and faults, of calls and then of what is queued, for ten
 #							minutes each, or MINUTES=30; SEED= of a run that failed repeats its
 #							schedule
@@ -43,7 +44,7 @@ ENCODING = UTF8
 NO_LOCALE = 1
 
 goals := $(or $(MAKECMDGOALS),all)
-private := test soak demo check-asan check-valgrind
+private := test fuzz soak demo check-asan check-valgrind
 
 # libcurl. The floor is RHEL 9's; src/compat.h repeats it.
 ifneq ($(filter-out $(private) clean distclean maintainer-clean uninstall %installcheck,$(goals)),)
@@ -88,6 +89,8 @@ endif
 .PHONY: $(private)
 test:
 	@test/run
+fuzz:
+	@test/fuzz/run -max_total_time='$(or $(SECONDS),60)'
 soak:
 	@REGRESS= ISOLATION= PROVE_TESTS='test/t/04?_*.pl' PROVE_FLAGS=-v \
 		OMNI_SOAK_MINUTES='$(or $(MINUTES),10)' OMNI_SOAK_SEED='$(SEED)' test/run

@@ -77,17 +77,23 @@ typedef struct Plain
 	int			length;
 } Plain;
 
-/*
- * Reads a character that is spelled in a special way, in lower case: writes it to
- * *out and returns how many bytes of the text it takes, 0 if it is none.
- */
-typedef int (*Spelling) (const char *text, char *out);
+/* A way to spell characters, on the web */
+typedef struct Spelling
+{
+	char		mark;			/* what each begins with */
+
+	/*
+	 * Reads a character that may be spelled so, in lower case: writes it to *out
+	 * and returns how many bytes of the text it takes, 0 if it is none.
+	 */
+	int			(*read) (const char *text, char *out);
+} Spelling;
 
 static char *quote(const char *bytes, size_t length, const char *key);
 static int	clean(const char *bytes, size_t length, StringInfo text);
 static bool is_invisible(pg_wchar character);
 static void find_key(const Plain *plain, const char *key, int escapes, bool *found);
-static bool undo(const Plain *plain, Spelling spelling, Plain *result);
+static void undo(const Plain *plain, const Spelling *spelling, Plain *result);
 static int	json_character(const char *text, char *out);
 static int	percent_character(const char *text, char *out);
 static int	html_character(const char *text, char *out);
@@ -930,7 +936,7 @@ is_invisible(pg_wchar character)
 static void
 find_key(const Plain *plain, const char *key, int escapes, bool *found)
 {
-	static const Spelling spellings[] = {json_character, percent_character, html_character};
+	static const Spelling spellings[] = {{'\\', json_character}, {'%', percent_character}, {'&', html_character}};
 	size_t		length = strlen(key);
 
 	for (const char *at = plain->text; (at = strstr(at, key)) != NULL; at += length)
@@ -945,16 +951,19 @@ find_key(const Plain *plain, const char *key, int escapes, bool *found)
 	{
 		Plain		undone;
 
-		if (undo(plain, spellings[i], &undone))
+		if (strchr(plain->text, spellings[i].mark) == NULL)
+			continue;
+		undo(plain, &spellings[i], &undone);
+		if (undone.length < plain->length)
 			find_key(&undone, key, escapes - 1, found);
 		pfree(undone.text);
 		pfree(undone.origins);
 	}
 }
 
-/* Undoes one kind of escapes, once, as far as there are any; returns whether. */
-static bool
-undo(const Plain *plain, Spelling spelling, Plain *result)
+/* Undoes one kind of escapes, once, as far as there are any. */
+static void
+undo(const Plain *plain, const Spelling *spelling, Plain *result)
 {
 	int			used;
 
@@ -965,7 +974,7 @@ undo(const Plain *plain, Spelling spelling, Plain *result)
 	{
 		char	   *out = &result->text[result->length];
 
-		used = spelling(plain->text + i, out);
+		used = plain->text[i] == spelling->mark ? spelling->read(plain->text + i, out) : 0;
 		if (used == 0)
 		{
 			*out = plain->text[i];
@@ -975,7 +984,6 @@ undo(const Plain *plain, Spelling spelling, Plain *result)
 	}
 	result->text[result->length] = '\0';
 	result->origins[result->length] = plain->origins[plain->length];
-	return result->length < plain->length;
 }
 
 /* "\u006f", "\/": as in JSON */
@@ -984,7 +992,7 @@ json_character(const char *text, char *out)
 {
 	uint32		code;
 
-	if (text[0] != '\\' || text[1] == '\0')
+	if (text[1] == '\0')
 		return 0;
 	if (text[1] == 'u' && strspn(text + 2, "0123456789abcdef") >= 4)
 	{
@@ -1004,7 +1012,7 @@ percent_character(const char *text, char *out)
 {
 	uint32		code;
 
-	if (text[0] != '%' || !isxdigit((unsigned char) text[1]) || !isxdigit((unsigned char) text[2]))
+	if (!isxdigit((unsigned char) text[1]) || !isxdigit((unsigned char) text[2]))
 		return 0;
 	(void) read_number((char[]) {text[1], text[2], '\0'}, 16, &code);
 	*out = ascii_character(code);
@@ -1033,8 +1041,6 @@ html_character(const char *text, char *out)
 	const char *end;
 	uint32		code;
 
-	if (text[0] != '&')
-		return 0;
 	if (text[1] == '#')
 	{
 		end = text[2] == 'x' ? read_number(text + 3, 16, &code) : read_number(text + 2, 10, &code);
