@@ -242,7 +242,50 @@ omni_api_models_lookup(const char *name, const char *kind, const char *cursor)
 					cursor != NULL ? "&cursor=" : "", cursor != NULL ? escape(cursor) : "");
 }
 
-/* The elements of a list as Omni wants them: separated by commas, in UTF-8. */
+/*
+ * How many bytes a text takes as a part of a URL.  This is the most: a space may
+ * take one byte in place of three.
+ */
+Size
+omni_api_encoded_length(const char *text)
+{
+	Size		length = 0;
+
+	for (const char *c = pg_server_to_any(text, strlen(text), PG_UTF8); *c != '\0'; c++)
+		length += strchr("-._~", *c) != NULL || (!IS_HIGHBIT_SET(*c) && isalnum((unsigned char) *c)) ? 1 : 3;
+	return length;
+}
+
+/* How many bytes the path and the query take in the URL of a refresh. */
+Size
+omni_api_path_length(const OmniJob *job)
+{
+	static const char uuid[] = "00000000-0000-0000-0000-000000000000";
+	const OmniRequest *request = &job->request;
+	Size		length = strlen("/api/v1/models/") + strlen(uuid) + strlen("/refresh");
+
+	if (request->has_branch)
+		length += strlen("?branch_id=") + strlen(uuid);
+	if (request->hard_named)
+		length += strlen("?hard_refresh=") + strlen(request->hard ? "true" : "false");
+	if (job->schemas != NULL)
+		length += strlen("?schemas=") + omni_api_encoded_length(list_text(job->schemas));
+	if (job->tables != NULL)
+		length += strlen("?tables=") + omni_api_encoded_length(list_text(job->tables));
+	return length;
+}
+
+/*
+ * Whether servers take the URL of a refresh.  Of the request, what counts is whether
+ * it has a branch and says if it is hard.
+ */
+bool
+omni_api_fits(const OmniJob *job)
+{
+	return omni_api_path_length(job) <= OMNI_MAX_PATH;
+}
+
+/* The elements of a list as Omni wants them, separated by commas. */
 static char *
 list_text(ArrayType *list)
 {
@@ -254,13 +297,14 @@ list_text(ArrayType *list)
 	initStringInfo(&names);
 	for (int i = 0; i < count; i++)
 		appendStringInfo(&names, "%s%s", i == 0 ? "" : ",", TextDatumGetCString(elements[i]));
-	return pg_server_to_any(names.data, names.len, PG_UTF8);
+	return names.data;
 }
 
+/* Adds a parameter to a URL, in UTF-8. */
 static void
 add_parameter(CURLU *url, const char *name, const char *value)
 {
-	char	   *parameter = psprintf("%s=%s", name, value);
+	char	   *parameter = psprintf("%s=%s", name, pg_server_to_any(value, strlen(value), PG_UTF8));
 
 	if (curl_url_set(url, CURLUPART_QUERY, parameter,
 					 CURLU_APPENDQUERY | CURLU_URLENCODE) != CURLUE_OK)

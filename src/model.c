@@ -23,6 +23,9 @@
 /* What the rate limit may keep a page waiting, on top of call_timeout, in ms */
 #define RATE_PATIENCE		70000
 
+/* Bytes of a URL that the name, the kind and the cursor may take, each, so that it is taken */
+#define MAX_PARAMETER		((OMNI_MAX_PATH - 200) / 3)
+
 /* A circle of cursors */
 typedef struct Circle
 {
@@ -87,17 +90,17 @@ omni_refresh_models(PG_FUNCTION_ARGS)
 	return (Datum) 0;
 }
 
-/* An argument, or NULL.  Raises an error if no address could hold it. */
+/* An argument, or NULL.  Raises an error if a URL could not hold two like it and a cursor. */
 static char *
 text_argument(FunctionCallInfo fcinfo, int argno, const char *name)
 {
 	char	   *value = PG_ARGISNULL(argno) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(argno));
 
-	if (value != NULL && strlen(value) > OMNI_MAX_LIST)
+	if (value != NULL && (strlen(value) > MAX_PARAMETER || omni_api_encoded_length(value) > MAX_PARAMETER))
 		ereport(ERROR,
 				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 				 errmsg("%s is too long", name),
-				 errdetail("It may have %d bytes.", OMNI_MAX_LIST)));
+				 errdetail("It may have %d bytes, or fewer if they must be percent-encoded.", MAX_PARAMETER)));
 	return value;
 }
 
@@ -180,6 +183,8 @@ put_page(ReturnSetInfo *result, Jsonb *page)
 		getKeyJsonValueFromContainer(info, "hasNextPage", strlen("hasNextPage"), &value) != NULL &&
 		value.type == jbvBool;
 	next = omni_api_member(info, "nextCursor");
+	if (next != NULL && (strlen(next) > MAX_PARAMETER || omni_api_encoded_length(next) > MAX_PARAMETER))
+		malformed("A page of models names the next by more than a URL can hold.");
 	if (says && value.val.boolean && next == NULL)
 		malformed("A page of models is not the last one, and does not name the next.");
 	return says && !value.val.boolean ? NULL : next;

@@ -25,10 +25,21 @@
 #define OMNI_EXTENSION "omni_refresh"	/* also the name of the FDW */
 
 /*
- * How long the names of a list may be together, in bytes.  Servers refuse longer
- * URLs than this, and libcurl longer ones than 8 MB.
+ * How long a URL may be, in bytes: servers and proxies commonly take 8 kB.  A longer
+ * one not only is refused; with HTTP/2, it ends the connection and the requests of
+ * others on it.  A base URL has a host's name, of at most 253 bytes, and a port.
  */
-#define OMNI_MAX_LIST		500000
+#define OMNI_MAX_URL		8000
+#define OMNI_MAX_BASE_URL	300
+
+/* What of it is left for the path and the query */
+#define OMNI_MAX_PATH		(OMNI_MAX_URL - OMNI_MAX_BASE_URL)
+
+/*
+ * How large a list of several jobs' names may be, in bytes: two of these, encoded,
+ * fit in a URL, whatever their characters are.
+ */
+#define OMNI_MAX_LIST		1200
 
 /* An answer of Omni's is a few hundred bytes, a page of models some 100 kB */
 #define OMNI_MAX_ANSWER		(1024 * 1024)
@@ -390,6 +401,9 @@ extern char *omni_api_job_url(const char *base_url, const OmniJob *job);
 extern char *omni_api_job_body(const OmniJob *job);
 extern char *omni_api_follow_url(const char *base_url, const pg_uuid_t *job_id);
 extern char *omni_api_lookup_url(const char *base_url, const char *lookup);
+extern Size omni_api_encoded_length(const char *text);
+extern Size omni_api_path_length(const OmniJob *job);
+extern bool omni_api_fits(const OmniJob *job);
 extern char *omni_api_models_lookup(const char *name, const char *kind, const char *cursor);
 extern void omni_api_job_outcome(const OmniJob *job, const char *key,
 								 const OmniAnswer *answer, OmniOutcome *outcome);

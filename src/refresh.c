@@ -22,6 +22,11 @@
 #include "compat.h"
 #include "omni_refresh.h"
 
+/* Bytes of a list's names that are looked at, since duplicates do not count */
+#define MAX_NAMES			1000000
+
+#define TOO_LONG_HINT		"For a soft refresh of the whole model, leave out schemas and tables and set hard to false."
+
 /* A name in the list of schemas or of tables */
 typedef struct ListedName
 {
@@ -268,6 +273,13 @@ read_refresh(FunctionCallInfo fcinfo, OmniJob *job)
 				 errmsg("a hard refresh cannot be limited to schemas or tables"),
 				 errdetail("Omni always refreshes the whole model then."),
 				 errhint("Leave out hard for a soft refresh of what is listed, or leave out schemas and tables.")));
+	if (!omni_api_fits(job))
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("the names in schemas and tables are too long for one request"),
+				 errdetail("The path and the query of its URL would have %zu bytes, and may have %d.",
+						   omni_api_path_length(job), OMNI_MAX_PATH),
+				 errhint(TOO_LONG_HINT)));
 }
 
 /* The row of a job that is not even queued because omni_refresh.enabled is off. */
@@ -356,12 +368,12 @@ check_list(FunctionCallInfo fcinfo, int argno, const char *name)
 					 errmsg("%s must not contain nulls", name),
 					 errdetail("Element %d is null.", i + 1)));
 		length += VARSIZE_ANY_EXHDR(DatumGetPointer(elements[i]));
-		if (length > OMNI_MAX_LIST)
+		if (length > MAX_NAMES)
 			ereport(ERROR,
 					(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 					 errmsg("%s is too long", name),
-					 errdetail("Its names may have %d bytes together.", OMNI_MAX_LIST),
-					 errhint("Leave it out to refresh all of them.")));
+					 errdetail("Its names, with their duplicates, may have %d bytes together.", MAX_NAMES),
+					 errhint(TOO_LONG_HINT)));
 		names[i].text = TextDatumGetCString(elements[i]);
 		names[i].position = i;
 		check_name(&names[i], name);

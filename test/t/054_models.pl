@@ -162,7 +162,18 @@ for my $name ('a&cursor=b', 'a=b#c', '100%', '%41', 'a+b', 'a b', 'it\'s "q"', '
 	like($request->{query}, qr/^[!-~]+$/, '... in printable ASCII');
 }
 $omni->reset;
-unlike(fails(q{SELECT omni_refresh_models(repeat('x', 20000000))}), qr/^ERROR:  XX/, 'a name that is too long is no internal error');
+for my $filter ([ 'x', 2500 ], [ '/', 833 ], [ 'é', 416 ])
+{
+	my ($character, $most) = @$filter;
+	for my $argument ('name', 'kind')
+	{
+		is($test->sql("SELECT count(*) FROM omni_refresh_models($argument => repeat('$character', $most))"), '0', "a long $argument is sent");
+		like(fails("SELECT omni_refresh_models($argument => repeat('$character', $most + 1))"),
+			qr/^ERROR:  54000: $argument is too long\nDETAIL:  It may have 2500 bytes/, '... but not one that is too long');
+	}
+}
+is(scalar(asked()), 6, '... which is not sent');
+like(fails(q{SELECT omni_refresh_models(repeat('x', 20000000))}), qr/^ERROR:  54000/, 'a name that is far too long is no internal error');
 
 # What is deleted, what is missing, how names are spelled
 
