@@ -70,9 +70,10 @@ static const Option *find_option(const char *name, Oid catalog);
 pg_noreturn static void unrecognized_option(const char *name, Oid catalog);
 static int	parse_duration(const char *value);
 static bool find_server(const char *servername, Oid role, OmniTarget *target,
-						Oid *serverid, OmniError *error);
-static bool find_mapping(const char *servername, Oid serverid, Oid role,
+						ForeignServer **found, OmniError *error);
+static bool find_mapping(const ForeignServer *server, Oid role,
 						 OmniTarget *target, OmniError *error);
+static bool may_use_key_file(const ForeignServer *server, OmniError *error);
 static bool is_key(const char *key);
 
 PG_FUNCTION_INFO_V1(omni_refresh_validator);
@@ -391,11 +392,11 @@ is_key(const char *key)
 bool
 omni_target_find(const char *servername, Oid role, OmniTarget *target, OmniError *error)
 {
-	Oid			serverid;
+	ForeignServer *server;
 
 	memset(target, 0, sizeof(*target));
-	return find_server(servername, role, target, &serverid, error) &&
-		find_mapping(servername, serverid, role, target, error);
+	return find_server(servername, role, target, &server, error) &&
+		find_mapping(server, role, target, error);
 }
 
 /* Says that what this transaction did to an object must be committed first. */
@@ -411,7 +412,7 @@ not_committed(OmniError *error, const char *what, const char *servername)
 
 static bool
 find_server(const char *servername, Oid role, OmniTarget *target,
-			Oid *serverid, OmniError *error)
+			ForeignServer **found, OmniError *error)
 {
 	ForeignServer *server = GetForeignServerByName(servername, true);
 	HeapTuple	tuple;
@@ -474,14 +475,14 @@ find_server(const char *servername, Oid role, OmniTarget *target,
 		else if (strcmp(def->defname, "rate_limit") == 0)
 			(void) parse_int(value, &target->rate_limit, 0, NULL);
 	}
-	*serverid = server->serverid;
+	*found = server;
 	return true;
 }
 
 static bool
-find_mapping(const char *servername, Oid serverid, Oid role,
-			 OmniTarget *target, OmniError *error)
+find_mapping(const ForeignServer *server, Oid role, OmniTarget *target, OmniError *error)
 {
+	const char *servername = server->servername;
 	char	   *rolename = GetUserNameFromId(role, false);
 	HeapTuple	tuple;
 	bool		own;
@@ -490,10 +491,10 @@ find_mapping(const char *servername, Oid serverid, Oid role,
 	ListCell   *cell;
 
 	tuple = SearchSysCache2(USERMAPPINGUSERSERVER, ObjectIdGetDatum(role),
-							ObjectIdGetDatum(serverid));
+							ObjectIdGetDatum(server->serverid));
 	if (!HeapTupleIsValid(tuple))	/* PUBLIC's */
 		tuple = SearchSysCache2(USERMAPPINGUSERSERVER, ObjectIdGetDatum(InvalidOid),
-								ObjectIdGetDatum(serverid));
+								ObjectIdGetDatum(server->serverid));
 	if (!HeapTupleIsValid(tuple))
 	{
 		omni_error_set(error, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
@@ -528,7 +529,36 @@ find_mapping(const char *servername, Oid serverid, Oid role,
 		omni_error_hint(error, "Set the option \"api_key\" or \"api_key_file\" of the user mapping.");
 		return false;
 	}
+	if (target->key_file != NULL && !may_use_key_file(server, error))
+	{
+		/*
+		 * the worker retries if there is a file, which it takes for
+		 * unreadable
+		 */
+		target->key_file = NULL;
+		return false;
+	}
 	return true;
+}
+
+/*
+ * Check that only superusers can alter the server of a mapping with a key file.  Any
+ * other owner could have the key sent to a host of its own: the validator does not see
+ * what the options were before, and thus cannot keep proxy and ca_file from being dropped.
+ */
+static bool
+may_use_key_file(const ForeignServer *server, OmniError *error)
+{
+	if (superuser_arg(server->owner))
+		return true;
+	omni_error_set(error, ERRCODE_INSUFFICIENT_PRIVILEGE,
+				   "server \"%s\" must be owned by a superuser for its mappings to use \"api_key_file\"",
+				   server->servername);
+	omni_error_detail(error, "Its owner \"%s\" is not a superuser and could redirect the key.",
+					  GetUserNameFromId(server->owner, false));
+	omni_error_hint(error, "Have a superuser run ALTER SERVER %s OWNER TO CURRENT_USER, or use the option \"api_key\".",
+					quote_identifier(server->servername));
+	return false;
 }
 
 /*

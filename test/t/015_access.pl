@@ -116,6 +116,8 @@ $node->safe_psql('postgres', "ALTER SERVER own OPTIONS (ADD ca_file '$ca')");
 is(state_of('alice', "ALTER SERVER own OPTIONS (SET base_url 'https://b.example')"), '42501',
 	'what a superuser has set keeps her from redirecting it');
 like("$last->{detail} $last->{hint}", qr/superuser/, '... as she is told');
+is(state_of('alice', "ALTER SERVER own OPTIONS (DROP ca_file, SET base_url 'https://b.example')"), '00000',
+	'... unless she drops it: the validator does not know what an option was');
 for my $url ('http://a.example', 'https://u:p@a.example', 'https://a.example/x', 'https://a.example?x',
 	'ftp://a.example', 'file:///etc/passwd', "https://a.example/\nx", 'https://a.example/api#x')
 {
