@@ -67,6 +67,7 @@ CREATE TABLE omni_refresh_job (
 	finished_at		pg_catalog.timestamptz,
 	attempts		int NOT NULL DEFAULT 0,
 	merged_into		bigint,
+	renewed_at		pg_catalog.timestamptz,
 	database		pg_catalog.oid NOT NULL,
 	error			pg_catalog.text
 );
@@ -94,13 +95,24 @@ COMMENT ON COLUMN omni_refresh_job.sent_at IS 'when the last attempt began';
 COMMENT ON COLUMN omni_refresh_job.finished_at IS 'when the job reached its end';
 COMMENT ON COLUMN omni_refresh_job.attempts IS 'how often it was sent, raised before each sending';
 COMMENT ON COLUMN omni_refresh_job.merged_into IS 'the job that carries this one out';
+COMMENT ON COLUMN omni_refresh_job.renewed_at IS 'when the newest request was made that this job carries out, too';
 COMMENT ON COLUMN omni_refresh_job.database IS 'the OID of the database it was asked for in; copies elsewhere are never sent';
 COMMENT ON COLUMN omni_refresh_job.error IS 'the last error: SQLSTATE, message, detail and hint';
 
-/* what is unfinished is found without reading what is */
-CREATE INDEX omni_refresh_job_unfinished_idx ON omni_refresh_job (run_at, id)
-	WHERE status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running}');
-COMMENT ON INDEX omni_refresh_job_unfinished_idx IS 'the jobs that are not at an end';
+/*
+ * What is unfinished is found without reading what is: what waits in the queue, so that
+ * one goes from role to role and from model to model by steps, whatever else waits ...
+ */
+CREATE INDEX omni_refresh_job_queue_idx ON omni_refresh_job
+	(requested_by_oid, (server::pg_catalog.text) COLLATE pg_catalog."C", model_id, run_at, id)
+	WHERE status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.<>) 'call';
+COMMENT ON INDEX omni_refresh_job_queue_idx IS 'the queue: jobs that are pending, and not of a call';
+
+/* ... and what a worker has, or had, in hand */
+CREATE INDEX omni_refresh_job_active_idx ON omni_refresh_job (run_at, id)
+	WHERE status OPERATOR(pg_catalog.=) ANY ('{sending, running}')
+		OR (status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.=) 'call');
+COMMENT ON INDEX omni_refresh_job_active_idx IS 'the jobs that are being carried out';
 
 /* what came to an end, and when: merged jobs, of which there may be many, come to none of their own */
 CREATE INDEX omni_refresh_job_finished_idx ON omni_refresh_job (server, status, finished_at)
@@ -324,8 +336,15 @@ FROM pg_catalog.pg_foreign_server
 			pg_catalog.count(*) FILTER (WHERE status OPERATOR(pg_catalog.=) 'running') AS running,
 			pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-)
 				pg_catalog.min(requested_at) FILTER (WHERE status OPERATOR(pg_catalog.=) 'pending') AS oldest_pending
-		FROM omni_refresh_job
-		WHERE status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running}') AND server OPERATOR(pg_catalog.=) srvname
+		FROM (
+			SELECT status, requested_at FROM omni_refresh_job
+			WHERE status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.<>) 'call'
+				AND server OPERATOR(pg_catalog.=) srvname
+			UNION ALL
+			SELECT status, requested_at FROM omni_refresh_job
+			WHERE (status OPERATOR(pg_catalog.=) ANY ('{sending, running}')
+					OR (status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.=) 'call'))
+				AND server OPERATOR(pg_catalog.=) srvname) AS job
 	) AS unfinished,
 	LATERAL (
 		SELECT

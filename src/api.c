@@ -865,6 +865,20 @@ error_text(const OmniAnswer *answer, const char *key)
 }
 
 /*
+ * Copies a remote text, or NULL, into a fixed place as it may be shown; what does
+ * not fit is cut off between characters.
+ */
+void
+omni_api_copy(char *buffer, Size size, const char *text, const char *key)
+{
+	char	   *quoted = text != NULL ? quote(text, strlen(text), key) : NULL;
+
+	buffer[0] = '\0';
+	if (quoted != NULL)
+		strlcpy(buffer, quoted, pg_mbcliplen(quoted, strlen(quoted), size - 1) + 1);
+}
+
+/*
  * The beginning of a remote text as an error may show it: in one line, in the
  * server's encoding, and without the key, neither as it is nor in one of the
  * spellings that texts on the web have for special characters.  NULL if there is

@@ -16,6 +16,7 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 #include "work.h"
@@ -37,7 +38,7 @@ static bool is_late(OmniWork *work);
 static bool choose(OmniWork *work);
 static bool begin(void *only);
 static bool is_lookup(const OmniWork *only);
-static void lock_queued(OmniWork *only);
+static void lock_rows(OmniWork *only);
 static void begin_one(OmniWork *work);
 static void refuse(OmniWork *work);
 static bool find_target(OmniWork *work, OmniError *error);
@@ -136,19 +137,16 @@ is_about_resources(int sqlstate)
 static bool
 is_late(OmniWork *work)
 {
-	TimestampTz now = GetCurrentTimestamp();
+	int64		now = omni_clock();
 
 	return now >= work->deadline ||
-		TimestampDifferenceExceeds(work->step == NEW ? work->taken_at : work->run_at,
-								   now, LOCK_PATIENCE);
+		now - (work->step == NEW ? work->taken_at : work->run_at) > OMNI_MS(LOCK_PATIENCE);
 }
 
 /* Decides whether an attempt should begin in this turn, or never. */
 static bool
 choose(OmniWork *work)
 {
-	TimestampTz now = GetCurrentTimestamp();
-
 	work->beginning = false;
 	if (omni_work_is_forsaken(work))
 	{
@@ -159,9 +157,7 @@ choose(OmniWork *work)
 		return false;
 	}
 
-	/* a time later than any wait of ours comes of a clock that was set back */
-	work->beginning = work->step == NEW ||
-		(work->step == PENDING && (work->run_at <= now || work->run_at > now + OMNI_MAX_WAIT));
+	work->beginning = work->step == NEW || (work->step == PENDING && work->run_at <= omni_clock());
 	return work->beginning;
 }
 
@@ -179,8 +175,7 @@ begin(void *only)
 	{
 		if (!omni_tables_lock())
 			return false;
-		omni_claim_settle();
-		lock_queued(only);
+		lock_rows(only);
 	}
 	dlist_foreach(iter, &omni_works)
 	{
@@ -199,33 +194,34 @@ is_lookup(const OmniWork *only)
 	return only != NULL && only->lookup;
 }
 
-/* Sets whether the jobs of the queue that are to begin are gone, or locked by others. */
+/* Locks the rows of the jobs that are to begin, and are queued or have begun before. */
 static void
-lock_queued(OmniWork *only)
+lock_rows(OmniWork *only)
 {
-	List	   *queued = NIL;
+	List	   *works = NIL;
 	ListCell   *cell;
 	int64	   *ids;
-	bool	   *locked;
+	OmniRow    *rows;
 	dlist_iter	iter;
 
 	dlist_foreach(iter, &omni_works)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 
-		work->gone = false;
-		if (work->beginning && work->class == OMNI_RATE_JOB && (only == NULL || only == work))
-			queued = lappend(queued, work);
+		work->row = OMNI_ROW_OURS;
+		if (work->beginning && !work->lookup && work->class != OMNI_RATE_POLL && (only == NULL || only == work) &&
+			(work->class == OMNI_RATE_JOB || work->step == PENDING))
+			works = lappend(works, work);
 	}
-	if (queued == NIL)
+	if (works == NIL)
 		return;
 
-	ids = palloc(list_length(queued) * sizeof(int64));
-	foreach(cell, queued)
+	ids = palloc(list_length(works) * sizeof(int64));
+	foreach(cell, works)
 		ids[foreach_current_index(cell)] = ((OmniWork *) lfirst(cell))->job.id;
-	locked = omni_job_lock(ids, list_length(queued));
-	foreach(cell, queued)
-		((OmniWork *) lfirst(cell))->gone = !locked[foreach_current_index(cell)];
+	rows = omni_job_lock(ids, list_length(works));
+	foreach(cell, works)
+		((OmniWork *) lfirst(cell))->row = rows[foreach_current_index(cell)];
 }
 
 /*
@@ -235,9 +231,9 @@ lock_queued(OmniWork *only)
 static void
 begin_one(OmniWork *work)
 {
-	TimestampTz now = GetCurrentTimestamp();
+	int64		now = omni_clock();
 	OmniError	error;
-	TimestampTz when;
+	int64		when;
 	bool		blocked;
 
 	if (work->step == NEW && work->class == OMNI_RATE_CALL)
@@ -246,11 +242,13 @@ begin_one(OmniWork *work)
 	work->settled = false;
 	work->delayed_until = 0;
 
+	if (work->row != OMNI_ROW_OURS)
+		return;
 	if (work->class != OMNI_RATE_CALL)
 	{
 		work->delayed_until = omni_claim_held_until(work);	/* set just now, by
 															 * others of its kind */
-		if (work->gone || work->delayed_until != 0)
+		if (work->delayed_until != 0)
 			return;
 	}
 	if (work->class == OMNI_RATE_JOB && work->job.attempts > 0)
@@ -272,7 +270,8 @@ begin_one(OmniWork *work)
 			work->outcome.quiet = work->class == OMNI_RATE_POLL;
 			work->outcome.status = work->outcome.quiet ? "running" : "pending";
 			work->outcome.attempt_event = "attempt_failed";
-			work->outcome.run_at = TimestampTzPlusMilliseconds(now, BACKOFF_MAX);
+			work->outcome.again = true;
+			work->outcome.delay = OMNI_MS(BACKOFF_MAX);
 		}
 		refuse(work);
 		return;
@@ -281,14 +280,14 @@ begin_one(OmniWork *work)
 	when = omni_rate_take(work->rate_id, work->class, work->target.rate_limit, &blocked);
 	if (when == 0)
 	{
-		if (work->class != OMNI_RATE_POLL && !work->lookup)
-			work->gone = !omni_job_begin(&work->job, work->url);
+		if (work->class != OMNI_RATE_POLL && !work->lookup && !omni_job_begin(&work->job, work->url))
+			work->row = OMNI_ROW_GONE;
 	}
 	else if (when < work->deadline || work->class != OMNI_RATE_CALL)
 	{
 		work->delayed_until = when;
 		if (work->class != OMNI_RATE_POLL && !work->lookup)
-			omni_job_delay(&work->job, when);
+			omni_job_delay(&work->job, when - now);
 		if (work->class != OMNI_RATE_CALL)
 			omni_claim_hold(work, when);
 	}
@@ -302,7 +301,7 @@ begin_one(OmniWork *work)
 	{
 		omni_error_set(&error, ERRCODE_INSUFFICIENT_RESOURCES,
 					   "the rate limit of server \"%s\" leaves no room for this request before %s",
-					   NameStr(work->job.request.server), timestamptz_to_str(when));
+					   NameStr(work->job.request.server), timestamptz_to_str(GetCurrentTimestamp() + (when - now)));
 		omni_error_detail(&error, "That would be after the end of \"omni_refresh.call_timeout\"; the request was not sent.");
 		if (blocked)
 			omni_error_hint(&error, "Omni has asked for a pause with this key; others may be using it, too.");
@@ -319,7 +318,7 @@ static void
 refuse(OmniWork *work)
 {
 	if (work->class == OMNI_RATE_POLL)
-		omni_job_record(&work->job, &work->outcome);
+		work->row = omni_job_record(&work->job, &work->outcome);
 	else if (!work->lookup)
 		omni_job_refuse(&work->job, &work->outcome);
 }
@@ -373,19 +372,30 @@ find_target(OmniWork *work, OmniError *error)
 static void
 begun(OmniWork *work)
 {
-	if (!work->lookup)
-		omni_claim_settled();
 	work->beginning = false;
 	if (work->call != NULL)
 		work->call->job_id = work->job.id;
 
-	if (work->gone && work->call == NULL)
+	if (work->row != OMNI_ROW_OURS && work->call == NULL)
 	{
 		/* somebody has changed it meanwhile, or is about to */
-		omni_claim_by(TimestampTzPlusMilliseconds(GetCurrentTimestamp(), RETRY_DELAY));
+		omni_claim_by(omni_clock() + OMNI_MS(RETRY_DELAY));
 		omni_work_end(work);
 	}
-	else if (work->gone)
+	else if (work->row == OMNI_ROW_LOCKED && omni_clock() < work->deadline)
+		work->run_at = omni_clock() + OMNI_MS(RETRY_DELAY);
+	else if (work->row == OMNI_ROW_LOCKED)
+	{
+		OmniError	error;
+
+		omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
+					   "another session holds a lock on the row of job " INT64_FORMAT, work->job.id);
+		omni_error_detail(&error, "The request is not sent again.");
+		omni_error_hint(&error, "Look for a transaction that is open and has canceled the job.");
+		settle(work, "failed", &error);
+		work->step = ANSWERED;
+	}
+	else if (work->row == OMNI_ROW_GONE)
 	{
 		OmniError	error;
 
@@ -411,7 +421,7 @@ begun(OmniWork *work)
 			work->job.attempts++;
 		work->step = SENDING;
 		if (work->class == OMNI_RATE_JOB)
-			omni_claim_sent(work->job.merge_key, GetCurrentTimestamp());
+			omni_claim_sent(work->job.merge_key);
 	}
 }
 
@@ -427,7 +437,7 @@ omni_attempts_send(void)
 
 		if (work->step == SENDING && work->transfer == NULL)
 			send_request(work);
-		if (work->step == SENDING && work->transfer->done)
+		if (work->step == SENDING && work->transfer != NULL && work->transfer->done)
 			work->step = ANSWERED;
 	}
 }
@@ -437,7 +447,7 @@ static void
 send_request(OmniWork *work)
 {
 	MemoryContext context = CurrentMemoryContext;
-	long		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), work->deadline);
+	long		left = omni_clock_until(work->deadline);
 	OmniHttpRequest request = {
 		.method = work->lookup || work->class == OMNI_RATE_POLL ? "GET" : "POST",
 		.url = work->url,
@@ -452,6 +462,11 @@ send_request(OmniWork *work)
 	};
 	OmniError	error;
 
+	if (omni_work_is_forsaken(work))	/* libcurl may be too old to ask later */
+	{
+		withdraw(work);
+		return;
+	}
 	PG_TRY();
 	{
 		MemoryContextSwitchTo(work->attempt);
@@ -484,7 +499,7 @@ omni_attempts_record(void)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 
-		work->recording = work->step == ANSWERED && work->write_at <= GetCurrentTimestamp();
+		work->recording = work->step == ANSWERED && work->write_at <= omni_clock();
 		if (work->recording)
 			count++;
 	}
@@ -501,10 +516,14 @@ omni_attempts_record(void)
 		if ((own == FAILED && count > 1) || (own == NOT_NOW && work->lookup))
 			own = omni_transact(record, work, false, &error);
 		work->recording = false;
-		if (own == COMMITTED)
+		if (own == COMMITTED && work->row != OMNI_ROW_LOCKED)
 			finished(work);
 		else
+		{
+			if (own == COMMITTED)
+				own = NOT_NOW;
 			record_later(work, own, &error);
+		}
 	}
 }
 
@@ -515,12 +534,15 @@ omni_attempts_record(void)
 static void
 record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
 {
-	OmniError	error = *why;
+	OmniError	error;
 	int			delay;
 
 	if (result == NOT_NOW)
 		omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
+					   work->row == OMNI_ROW_LOCKED ? "another session holds a lock on its row" :
 					   "another session holds a lock on the tables of omni_refresh");
+	else
+		error = *why;
 	if (work->write_failures == 0)
 		ereport(LOG,
 				(errcode(error.sqlstate),
@@ -528,9 +550,9 @@ record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
 						work->job.id, error.message)));
 	delay = result == NOT_NOW ? RETRY_DELAY :
 		Min(RETRY_DELAY << Min(work->write_failures, 10), RETRY_DELAY_MAX);
-	work->write_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay);
+	work->write_at = omni_clock() + OMNI_MS(delay);
 	work->write_failures++;
-	if (work->segment != NULL && GetCurrentTimestamp() >= work->deadline)
+	if (work->segment != NULL && omni_clock() >= work->deadline)
 	{
 		OmniError	late;
 
@@ -550,9 +572,9 @@ record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
 static void
 finished(OmniWork *work)
 {
-	if (work->class == OMNI_RATE_CALL && work->outcome.run_at != 0 && strcmp(work->outcome.status, "pending") == 0)
+	if (work->class == OMNI_RATE_CALL && work->outcome.again && strcmp(work->outcome.status, "pending") == 0)
 	{
-		work->run_at = work->outcome.run_at;
+		work->run_at = omni_clock() + work->outcome.delay;
 		work->write_at = 0;
 		work->write_failures = 0;
 		work->step = PENDING;
@@ -579,8 +601,7 @@ record(void *only)
 		if (!work->recording || (only != NULL && only != work))
 			continue;
 		decide(work);
-		if (exists && !work->lookup)
-			omni_job_record(&work->job, &work->outcome);
+		work->row = exists && !work->lookup ? omni_job_record(&work->job, &work->outcome) : OMNI_ROW_OURS;
 	}
 	return true;
 }
@@ -622,7 +643,8 @@ decide(OmniWork *work)
 		{
 			outcome->status = "running";
 			outcome->attempt_event = "accepted";
-			outcome->run_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), FOLLOW_FIRST);
+			outcome->again = true;
+			outcome->delay = OMNI_MS(FOLLOW_FIRST);
 		}
 	}
 }
@@ -640,8 +662,7 @@ static void
 consider_next_question(OmniWork *work)
 {
 	OmniOutcome *outcome = &work->outcome;
-	TimestampTz now = GetCurrentTimestamp();
-	int64		passed = Max(now - work->job.sent_at, 0) / 1000;
+	int64		passed = Max(omni_earliest_now() - work->job.sent_at, 0) / 1000;
 	int64		delay = Min(FOLLOW_FIRST + passed / 2, FOLLOW_LONGEST);
 	bool		early = outcome->http_status == 404 && passed < FOLLOW_EARLY;
 
@@ -650,11 +671,11 @@ consider_next_question(OmniWork *work)
 	if (outcome->slow_down)
 	{
 		delay = Max(delay, Min(outcome->retry_after * INT64CONST(1000), OMNI_MAX_WAIT / 1000));
-		omni_rate_block(work->rate_id, TimestampTzPlusMilliseconds(now, delay));
+		omni_rate_block(work->rate_id, omni_clock() + OMNI_MS(delay));
 	}
 	if (early)
 		outcome->error.sqlstate = 0;
-	else if (now >= work->deadline ||
+	else if (omni_clock() >= work->deadline ||
 			 (outcome->http_status >= 400 && !outcome->retryable))
 	{
 		outcome->status = "unknown";
@@ -668,7 +689,8 @@ consider_next_question(OmniWork *work)
 	}
 	outcome->status = "running";
 	outcome->quiet = true;
-	outcome->run_at = TimestampTzPlusMilliseconds(now, delay);
+	outcome->again = true;
+	outcome->delay = OMNI_MS(delay);
 }
 
 /* What to look up, as its caller has written it. */
@@ -704,10 +726,10 @@ tell_probed(OmniWork *work, const OmniAnswer *answer)
 		probed->elapsed = answer->elapsed;
 		probed->rate_limit = work->target.rate_limit;
 		probed->rate_left = omni_rate_left(work->rate_id, work->target.rate_limit);
-		strlcpy(probed->address, answer->address != NULL ? answer->address : "", sizeof(probed->address));
+		omni_api_copy(probed->address, sizeof(probed->address), answer->address, work->target.key);
 		probed->secure = pg_strncasecmp(work->target.base_url, "https:", 6) == 0;
-		strlcpy(probed->issuer, answer->issuer != NULL ? answer->issuer : "", sizeof(probed->issuer));
-		strlcpy(probed->expires, answer->expires != NULL ? answer->expires : "", sizeof(probed->expires));
+		omni_api_copy(probed->issuer, sizeof(probed->issuer), answer->issuer, work->target.key);
+		omni_api_copy(probed->expires, sizeof(probed->expires), answer->expires, work->target.key);
 	}
 	else if (work->outcome.error.sqlstate == 0)
 	{
@@ -731,7 +753,6 @@ consider_retry(OmniWork *work)
 	int64		longest = BACKOFF_MAX;
 	int64		delay;
 	uint32		lot = 0;
-	TimestampTz run_at;
 
 	work->may_have_arrived |= outcome->may_have_arrived;
 	if (work->may_have_arrived && outcome->attempt_event != NULL)
@@ -743,15 +764,15 @@ consider_retry(OmniWork *work)
 		longest = Min(BACKOFF_FIRST << (work->job.attempts - 1), BACKOFF_MAX);
 	(void) pg_strong_random(&lot, sizeof(lot));
 	delay = Max(lot % (longest + 1), Min(outcome->retry_after * INT64CONST(1000), OMNI_MAX_WAIT / 1000));
-	run_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay);
 	if (outcome->slow_down)
-		omni_rate_block(work->rate_id, run_at);
+		omni_rate_block(work->rate_id, omni_clock() + OMNI_MS(delay));
 
-	if (run_at < TimestampTzPlusMilliseconds(work->deadline, -SHORTEST_ATTEMPT) && !omni_work_is_forsaken(work) &&
+	if (omni_clock() + OMNI_MS(delay) < work->deadline - OMNI_MS(SHORTEST_ATTEMPT) && !omni_work_is_forsaken(work) &&
 		!is_probe(work))
 	{
 		outcome->status = "pending";
-		outcome->run_at = run_at;
+		outcome->again = true;
+		outcome->delay = OMNI_MS(delay);
 	}
 }
 

@@ -186,7 +186,13 @@ static void
 check_jobs(ReturnSetInfo *result)
 {
 	OmniJobCounts counts;
+	OmniError	error;
 
+	if (!omni_tables_check(&error))
+	{
+		say_error(result, "tables", &error);
+		return;
+	}
 	if (!omni_job_count(&counts))
 	{
 		say(result, "jobs", false, "another session holds a lock on the table of jobs: look for it in pg_locks");

@@ -7,26 +7,37 @@
  * statements.  The queue is looked at when a commit has set our flag, when something
  * in it is due, and when there is room again for more at a server.
  *
+ * One look is short, however long the queue is, since calls are taken between looks.
+ * It goes a part of the way round the queue, from role to role, and the next one goes on
+ * behind the role that was served last, so that each has its turn.
+ *
+ * All times here are those of omni_clock(), unless their type is TimestampTz.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
-#include "catalog/pg_type.h"
+#include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/hsearch.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 #include "work.h"
 
-/* Jobs of the queue to read at a time, for those that must wait as well */
+/* The least that one look reads of what is due, and the most of what is not */
 #define SMALLEST_CLAIM		16
+#define LONGEST_LOOK		256
 
 /* After a look at the queue, the next for what is new waits so many times longer */
 #define LOOK_PAUSE			4
-#define LOOK_PAUSE_MAX		(INT64CONST(200) * 1000)	/* microseconds */
+#define LOOK_PAUSE_MAX		OMNI_MS(200)
+
+/* Between looks at what somebody has locked, in ms */
+#define LOCKED_ROUND		300
 
 /* A role whose rate limit at a server leaves no room for a class for a while */
 typedef struct Held
@@ -34,22 +45,40 @@ typedef struct Held
 	NameData	server;
 	Oid			role;
 	OmniRateClass class;
-	TimestampTz until;
+	int64		until;
 } Held;
 
 /* When something of a merge key was sent from the queue last */
 typedef struct LastSent
 {
 	int64		merge_key;		/* hash key */
-	TimestampTz sent_at;
+	int64		sent_at;
 } LastSent;
 
+/* A way round the queue, of several looks if it is long */
+typedef struct Round
+{
+	OmniPlace	at;				/* how far it has come, or is to begin */
+	bool		going;			/* else the following is of the last one */
+	OmniPlace	from;			/* where it began, and is to end */
+	bool		wrapped;		/* it goes on from the start of the queue */
+	bool		any;			/* it has seen anything ... */
+	bool		several;		/* ... of more than one role and server */
+	bool		served;			/* it has taken something in hand ... */
+	OmniPlace	served_to;		/* ... behind which the next one begins */
+	TimestampTz next_due;		/* of what it has seen, and was not due */
+} Round;
+
+static Round circle = {.next_due = DT_NOEND};
+
 static bool settled_all = false;	/* what was left behind */
-static bool following = true;	/* some jobs may be followed */
-static TimestampTz looked_at = 0;	/* the queue, last time or long ago */
-static TimestampTz look_at = DT_NOBEGIN;	/* next time */
-static bool look_for_new = true;	/* and then merge */
-static TimestampTz look_for_new_from = DT_NOBEGIN;	/* not before this time */
+static bool running_left = true;	/* some jobs may be followed */
+static int64 looked_at = 0;		/* the queue, last time or long ago */
+static int64 look_at = 0;		/* next time */
+static bool look_for_new = true;	/* and then go all the way round */
+static int64 look_for_new_from = 0; /* not before this time */
+static bool any_locked = false; /* something that is due may be locked */
+static bool to_merge_ahead = false; /* what cannot be sent yet */
 static bool queue_left = true;	/* there is something in the queue */
 static TimestampTz next_due = DT_NOEND; /* what is left, and is not due yet */
 static List *held = NIL;		/* of Held */
@@ -58,18 +87,29 @@ static HTAB *last_sent = NULL;	/* of LastSent */
 static void look_at_queue(void);
 static bool claimed_any(void);
 static bool claim(void *unused);
-static bool claim_due(OmniRateClass class, TimestampTz now);
-static ArrayType *list_held(OmniRateClass class, TimestampTz now);
+static void settle(void);
+static bool claim_running(void);
+static bool go_round(void);
+static bool go_on(bool *more);
+static void note_heads(const OmniHead *heads, int count);
+static bool claim_heads(const OmniHead *heads, int count);
+static bool claim_jobs(const OmniJobState *jobs, int count);
+static bool merge_ahead(void);
+static void take(const OmniJob *job, OmniRateClass class);
+static void list_held(OmniRateClass class, OmniHeld *names);
 static bool is_in_hand(OmniRateClass class, int64 id);
-static TimestampTz held_until(OmniJob *job, TimestampTz now);
-static void forget_sent(TimestampTz before);
+static int64 too_early(const OmniJob *job);
+static void remember_sent(int64 merge_key, TimestampTz sent_at);
+static void forget_sent(int64 before);
+static int	compare_places(const OmniPlace *one, const OmniPlace *other);
+static int64 clock_of(TimestampTz when);
 
 /* Has the queue looked at in the next turn; until then nobody knows that it is empty. */
 void
 omni_claim_soon(void)
 {
 	look_for_new = true;
-	look_at = DT_NOBEGIN;
+	look_at = 0;
 	queue_left = true;
 }
 
@@ -77,15 +117,15 @@ omni_claim_soon(void)
 void
 omni_claim_due(void)
 {
-	if (look_for_new_from <= GetCurrentTimestamp() && omni_worker_take_flag())
+	if (look_for_new_from <= omni_clock() && omni_worker_take_flag())
 		omni_claim_soon();
-	if (look_at <= GetCurrentTimestamp() && (!look_for_new || look_for_new_from <= GetCurrentTimestamp()))
+	if (look_at <= omni_clock() && (!look_for_new || look_for_new_from <= omni_clock()))
 		look_at_queue();
 }
 
 /* Has the queue looked at by a time. */
 void
-omni_claim_by(TimestampTz when)
+omni_claim_by(int64 when)
 {
 	look_at = Min(look_at, when);
 }
@@ -94,7 +134,7 @@ omni_claim_by(TimestampTz when)
 void
 omni_claim_pause(int delay)
 {
-	look_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), delay);
+	look_at = omni_clock() + OMNI_MS(delay);
 }
 
 /* Whether there may be something in the queue that is not in hand. */
@@ -105,7 +145,7 @@ omni_claim_any_left(void)
 }
 
 /* When the queue was seen last, or long ago */
-TimestampTz
+int64
 omni_claim_last(void)
 {
 	return looked_at;
@@ -118,52 +158,46 @@ omni_claim_last(void)
 long
 omni_claim_delay(void)
 {
-	TimestampTz now = GetCurrentTimestamp();
-	TimestampTz next = look_for_new ? Max(look_at, look_for_new_from) : look_at;
+	int64		next = look_for_new ? Max(look_at, look_for_new_from) : look_at;
 
-	if (look_for_new_from > now)
+	if (look_for_new_from > omni_clock())
 		next = Min(next, look_for_new_from);	/* for the flag */
-	return TimestampDifferenceMilliseconds(now, next);
+	return omni_clock_until(next);
 }
 
 /*
  * Takes in hand what of the queue can be sent now, and decides when to look again.
  *
- * To look for what is new takes time with the length of the queue, and steals the
- * processor from those whose commits have woken us.  So there is a pause after it,
- * the longer the look has taken, and the longer the more often it was in vain.
- * Nothing is sent that has not been looked at so.
+ * To look for what is new steals the processor from those whose commits have woken us.
+ * So there is a pause after it, the longer the look has taken, and the longer the more
+ * often it was in vain.
  */
 static void
 look_at_queue(void)
 {
 	static int64 pause = 0;		/* microseconds */
 	static int	failures = 0;	/* one after the other ... */
-	static TimestampTz failing_since;
+	static int64 failing_since;
 	static bool complained;		/* ... and it is in the log */
-	TimestampTz began = GetCurrentTimestamp();
+	int64		began = omni_clock();
+	bool		for_new = look_for_new;
 	dlist_mutable_iter iter;
 	OmniError	error;
 	OmniTransacted result;
 
-	if (next_due <= began)
-		look_for_new = true;
-	look_at = DT_NOEND;
 	omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
 				   "another session holds a lock on the tables of omni_refresh");
 	result = omni_transact(claim, NULL, false, &error);
 	if (result == COMMITTED)
 	{
-		omni_claim_settled();
-		following = omni_track;
 		looked_at = began;
 		failures = 0;
-		if (!look_for_new)		/* else there is more to merge */
+		if (for_new)
 		{
 			if (began > look_for_new_from + LOOK_PAUSE_MAX || claimed_any())
 				pause = 0;
-			pause = Min(Max(2 * pause, LOOK_PAUSE * (GetCurrentTimestamp() - began)), LOOK_PAUSE_MAX);
-			look_for_new_from = GetCurrentTimestamp() + pause;
+			pause = Min(Max(2 * pause, LOOK_PAUSE * (omni_clock() - began)), LOOK_PAUSE_MAX);
+			look_for_new_from = omni_clock() + pause;
 		}
 		return;
 	}
@@ -180,18 +214,21 @@ look_at_queue(void)
 		failing_since = began;
 		complained = false;
 	}
-	if (!complained &&
-		(result == FAILED || TimestampDifferenceExceeds(failing_since, GetCurrentTimestamp(), LOCK_PATIENCE)))
+	if (!complained && error.sqlstate != ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE &&	/* that is in the log */
+		(result == FAILED || omni_clock() - failing_since > OMNI_MS(LOCK_PATIENCE)))
 	{
 		complained = true;
 		ereport(LOG,
 				(errcode(error.sqlstate),
 				 errmsg("could not look at the queue of omni_refresh, will try again: %s",
-						error.message)));
+						error.message),
+				 error.detail[0] != '\0' ? errdetail_internal("%s", error.detail) : 0));
 	}
 	look_for_new = true;
-	look_at = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), result == NOT_NOW ? RETRY_DELAY :
-										  Min(RETRY_DELAY << Min(failures, 10), RETRY_DELAY_MAX));
+	circle.going = settled_all = false;
+	running_left = true;
+	look_at = omni_clock() +
+		OMNI_MS(result == NOT_NOW ? RETRY_DELAY : Min(RETRY_DELAY << Min(failures, 10), RETRY_DELAY_MAX));
 	failures++;
 }
 
@@ -215,83 +252,108 @@ claimed_any(void)
 static bool
 claim(void *unused)
 {
-	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz next_running = DT_NOEND;
+	bool		running_due = false;
 	bool		more = false;
 	ListCell   *cell;
 
 	if (!omni_tables_find() || !omni_tables_lock())
 		return false;
-	omni_claim_settle();
+	if (!settled_all)
+		settle();
 
-	if (!omni_track && following)
+	running_left |= look_for_new;
+	if (running_left && !omni_track)
 		omni_job_stop_following();
-	if (omni_track && omni_enabled)
-		more = claim_due(OMNI_RATE_POLL, now);
-	if (omni_enabled)
+	else if (running_left && omni_worker_is_enabled())
+		more = claim_running();
+	if (running_left)
+		running_left = omni_job_next_running(&running_due, &next_running);
+	any_locked = !settled_all || running_due;
+
+	if (look_for_new)
 	{
-		bool		unmerged = false;
-
-		if (look_for_new)
-		{
-			int64		longest = Max(OMNI_MAX_WAIT, omni_min_interval * INT64CONST(1000));
-
-			forget_sent(now - omni_min_interval * INT64CONST(1000));
-			omni_job_reclock(now, now + longest + USECS_PER_HOUR);
-			look_for_new = unmerged = omni_job_merge(now);
-		}
-		more |= unmerged || claim_due(OMNI_RATE_JOB, now);
+		forget_sent(omni_clock() - OMNI_MS(omni_min_interval));
+		circle.going = look_for_new = false;
+		to_merge_ahead = true;
+	}
+	more |= go_round();
+	if (!more)
+		more = merge_ahead();
+	if (!circle.going)
+	{
+		next_due = Min(circle.next_due, next_running);
+		queue_left = circle.any || running_left || !settled_all;
 	}
 
-	queue_left = omni_job_next(now, &next_due);
-	if (!omni_enabled)
-		next_due = DT_NOEND;	/* SIGHUP ends the wait */
-	look_at = more ? now : next_due;
+	look_at = more ? 0 : clock_of(next_due);
+	if (any_locked || (running_left && !omni_track))
+		look_at = Min(look_at, omni_clock() + OMNI_MS(LOCKED_ROUND));
+	if (!omni_worker_is_enabled())
+		look_at = OMNI_CLOCK_NEVER; /* SIGHUP ends the wait */
 	foreach(cell, held)
 		look_at = Min(look_at, ((Held *) lfirst(cell))->until);
 	return true;
 }
 
-/*
- * Takes in hand what is due and may be sent now.  Returns true if there may be
- * more of it.
- */
-static bool
-claim_due(OmniRateClass class, TimestampTz now)
+/* A time of omni_clock(), for what is due in a row; it may be infinite. */
+static int64
+clock_of(TimestampTz when)
 {
-	int			limit = Max(omni_max_in_flight, SMALLEST_CLAIM) + omni_works_count(class, NULL);
-	bool		any = false;
+	return TIMESTAMP_IS_NOEND(when) ? OMNI_CLOCK_NEVER : omni_clock() + Max(when - omni_latest_now(), 0);
+}
+
+/*
+ * Settles what an earlier worker has left, and is in nobody's hands; and learns, the first
+ * time, what it has sent.  Rows that somebody has locked are settled later.
+ */
+static void
+settle(void)
+{
+	HASHCTL		info = {.keysize = sizeof(int64),.entrysize = sizeof(LastSent)};
+	int64	   *in_hand;
+	int			count = 0;
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &omni_works)
+		count++;
+	in_hand = palloc((count + 1) * sizeof(int64));
+	count = 0;
+	dlist_foreach(iter, &omni_works)
+		in_hand[count++] = dlist_container(OmniWork, node, iter.cur)->job.id;
+	settled_all = omni_job_settle(in_hand, count);
+
+	if (last_sent == NULL)
+	{
+		last_sent = hash_create("omni_refresh last sent", 64, &info, HASH_ELEM | HASH_BLOBS);
+		omni_job_recent(GetCurrentTimestamp() - OMNI_MS(omni_min_interval), remember_sent);
+	}
+}
+
+/* Takes in hand what is running and to be asked about.  Returns true if there may be more. */
+static bool
+claim_running(void)
+{
+	int			limit = Max(omni_max_in_flight, SMALLEST_CLAIM) + omni_works_count(OMNI_RATE_POLL, NULL);
+	OmniHeld	names;
+	OmniJobState *jobs;
+	bool		any;
 	int			count;
 
 	do
 	{
-		OmniJob    *jobs = omni_job_due(now, class == OMNI_RATE_POLL, list_held(class, now), limit, &count);
-
+		any = false;
+		list_held(OMNI_RATE_POLL, &names);
+		jobs = omni_job_due_running(&names, limit, &count);
 		for (int i = 0; i < count; i++)
 		{
-			OmniJob    *job = &jobs[i];
-			TimestampTz until;
-			OmniWork   *work;
-			MemoryContext context;
+			OmniJob    *job = &jobs[i].job;
 
-			if (is_in_hand(class, job->id))
-				continue;		/* a question does not change its row */
-			if (omni_works_count(class, &job->request.server) >= omni_max_in_flight)
-				continue;		/* the next round leaves them out */
-			if (class == OMNI_RATE_JOB && (until = held_until(job, now)) != 0)
-			{
-				omni_job_defer(job->id, until);
+			/* a question does not change its row */
+			if (is_in_hand(OMNI_RATE_POLL, job->id) ||
+				omni_works_count(OMNI_RATE_POLL, &job->request.server) >= omni_max_in_flight)
 				continue;
-			}
-			work = omni_work_begin(class);
-			work->job = *job;
-			context = MemoryContextSwitchTo(work->context);
-			if (job->schemas != NULL)
-				work->job.schemas = DatumGetArrayTypePCopy(PointerGetDatum(job->schemas));
-			if (job->tables != NULL)
-				work->job.tables = DatumGetArrayTypePCopy(PointerGetDatum(job->tables));
-			MemoryContextSwitchTo(context);
-			work->deadline = class == OMNI_RATE_POLL ? job->sent_at + omni_track_timeout * USECS_PER_SEC :
-				job->request.requested_at + omni_retry_for * USECS_PER_SEC;
+			take(job, OMNI_RATE_POLL);
 			any = true;
 		}
 	} while (count == limit && !any);
@@ -299,33 +361,259 @@ claim_due(OmniRateClass class, TimestampTz now)
 }
 
 /*
- * Who can be sent nothing of a class at the moment, as omni_job_due() wants it:
- * servers with enough in flight, and roles that have reached a rate limit.
+ * Goes on around the queue, and takes in hand what can be sent now.  Returns true if there
+ * may be more.
  */
-static ArrayType *
-list_held(OmniRateClass class, TimestampTz now)
+static bool
+go_round(void)
 {
-	ArrayBuildState *names = initArrayResult(TEXTOID, CurrentMemoryContext, false);
+	static const OmniPlace start = {0};
+	bool		more = false;
+
+	if (!circle.going)
+	{
+		circle.going = true;
+		circle.from = circle.at;
+		circle.wrapped = compare_places(&circle.at, &start) == 0;
+		circle.any = circle.several = circle.served = false;
+		circle.next_due = DT_NOEND;
+	}
+	while (circle.going && go_on(&more))
+	{
+		circle.going = !circle.wrapped;
+		circle.wrapped = true;
+		circle.at = start;
+	}
+	if (!circle.going && circle.several && circle.served)
+		circle.at = circle.served_to;
+	return more || circle.going;
+}
+
+/*
+ * A step of that.  Returns true if it came to the end of the queue, or to where the round
+ * has begun.
+ */
+static bool
+go_on(bool *more)
+{
+	static const OmniPlace start = {0};
+	int			due_limit = 2 * Max(omni_max_in_flight, SMALLEST_CLAIM);
+	OmniHeld	names;
+	OmniHead   *heads;
+	int			count;
+	int			due = 0;
+	bool		at_end;
+
+	list_held(OMNI_RATE_JOB, &names);
+	heads = omni_queue_heads(&circle.at, &names, LONGEST_LOOK, due_limit, omni_max_in_flight, &count);
+	for (int i = 0; i < count; i++)
+		due += heads[i].is_due;
+	at_end = count < LONGEST_LOOK && due < due_limit;
+
+	if (circle.wrapped && compare_places(&circle.from, &start) != 0)
+	{
+		while (count > 0 && compare_places(&heads[count - 1].place, &circle.from) > 0)
+		{
+			count--;
+			at_end = true;
+		}
+	}
+	if (count > 0)
+	{
+		note_heads(heads, count);
+		circle.at = heads[count - 1].place;
+		if (omni_worker_is_enabled())
+			*more |= claim_heads(heads, count);
+	}
+	return at_end;
+}
+
+/* Learns from heads whether there is anything in the queue, and when that is due. */
+static void
+note_heads(const OmniHead *heads, int count)
+{
+	static Oid	role;
+	static NameData server;
+
+	for (int i = 0; i < count; i++)
+	{
+		const OmniPlace *place = &heads[i].place;
+
+		if (circle.any && (place->role != role || strcmp(NameStr(place->server), NameStr(server)) != 0))
+			circle.several = true;
+		circle.any = true;
+		role = place->role;
+		server = place->server;
+		if (!heads[i].is_due && !heads[i].is_held)
+			circle.next_due = Min(circle.next_due, heads[i].run_at);
+	}
+}
+
+/*
+ * Takes in hand what of some heads is due and may be sent now, once it is merged.  Returns
+ * true if there may be more of it.
+ */
+static bool
+claim_heads(const OmniHead *heads, int count)
+{
+	OmniHead   *due = palloc(count * sizeof(OmniHead));
+	OmniHead   *crowded = palloc(count * sizeof(OmniHead));
+	OmniJobState *jobs;
+	int			ndue = 0;
+	int			ncrowded = 0;
+	int			njobs;
+	bool		more = false;
+
+	for (int i = 0; i < count; i++)
+	{
+		if (heads[i].is_due && heads[i].has_more)
+			crowded[ncrowded++] = heads[i];
+		else if (heads[i].is_due)
+			due[ndue++] = heads[i];
+	}
+	if (ncrowded > 0)
+		omni_queue_merge(crowded, ncrowded);
+	for (int i = 0; i < ncrowded; i++)
+	{
+		if (crowded[i].has_more)
+			more = true;		/* still: not sent before it is merged */
+		else
+			due[ndue++] = crowded[i];
+	}
+	if (ndue == 0)
+		return more;
+	jobs = omni_queue_due(due, ndue, Max(omni_max_in_flight, SMALLEST_CLAIM), &njobs);
+	return claim_jobs(jobs, njobs) || more;
+}
+
+/* Takes in hand what of some jobs may be sent now.  Returns true if there may be more. */
+static bool
+claim_jobs(const OmniJobState *jobs, int count)
+{
+	int64	   *ids = palloc(Max(count, 1) * sizeof(int64));
+	OmniRow    *rows;
+	bool		more = false;
+
+	for (int i = 0; i < count; i++)
+		ids[i] = jobs[i].job.id;
+	rows = omni_job_lock(ids, count);
+
+	for (int i = 0; i < count; i++)
+	{
+		const OmniJob *job = &jobs[i].job;
+		const OmniRequest *request = &job->request;
+		OmniPlace	place = {.role = request->role,.server = request->server,.model = request->model};
+		int64		wait;
+
+		if (rows[i] == OMNI_ROW_LOCKED)
+			any_locked = true;
+		if (rows[i] != OMNI_ROW_OURS)
+			continue;
+		if (job->database != MyDatabaseId)
+		{
+			if (!more)
+				omni_queue_cancel_copies(&place);
+			more = true;
+			continue;
+		}
+		if (omni_works_count(OMNI_RATE_JOB, &request->server) >= omni_max_in_flight)
+			continue;
+		wait = too_early(job);
+		if (wait > 0)
+		{
+			TimestampTz run_at = omni_latest_now() + wait;
+
+			omni_job_defer(job->id, run_at);
+			circle.next_due = Min(circle.next_due, run_at);
+			continue;
+		}
+		take(job, OMNI_RATE_JOB);
+		circle.served = true;
+		circle.served_to = place;
+		memset(&circle.served_to.model, 0xff, sizeof(pg_uuid_t));
+	}
+	return more;
+}
+
+/*
+ * Merges what is due, but cannot be sent yet, so that it need not be when its turn comes;
+ * a part of the queue at a time.  Returns true if there is more of it.
+ */
+static bool
+merge_ahead(void)
+{
+	static const OmniPlace start = {0};
+	static OmniPlace at = {0};
+	OmniPlace	next;
+	OmniHeld	none = {0};
+	OmniHead   *heads;
+	int			count;
+	int			ncrowded = 0;
+
+	if (!to_merge_ahead || !omni_worker_is_enabled())
+		return false;
+	heads = omni_queue_heads(&at, &none, LONGEST_LOOK, LONGEST_LOOK, LONGEST_LOOK, &count);
+	next = count == LONGEST_LOOK ? heads[count - 1].place : start;
+	to_merge_ahead = count == LONGEST_LOOK;
+	for (int i = 0; i < count; i++)
+	{
+		if (heads[i].is_due && heads[i].has_more)
+			heads[ncrowded++] = heads[i];
+	}
+	if (ncrowded > 0)
+		omni_queue_merge(heads, ncrowded);
+	for (int i = 0; i < ncrowded; i++)
+	{
+		if (heads[i].has_more)
+		{
+			to_merge_ahead = true;
+			return true;		/* once more from here */
+		}
+	}
+	at = next;
+	return to_merge_ahead;
+}
+
+static void
+take(const OmniJob *job, OmniRateClass class)
+{
+	OmniWork   *work = omni_work_begin(class);
+	MemoryContext context = MemoryContextSwitchTo(work->context);
+	TimestampTz end = class == OMNI_RATE_POLL ? job->sent_at + omni_track_timeout * USECS_PER_SEC :
+		job->renewed_at + omni_retry_for * USECS_PER_SEC;
+
+	work->job = *job;
+	if (job->schemas != NULL)
+		work->job.schemas = DatumGetArrayTypePCopy(PointerGetDatum(job->schemas));
+	if (job->tables != NULL)
+		work->job.tables = DatumGetArrayTypePCopy(PointerGetDatum(job->tables));
+	MemoryContextSwitchTo(context);
+	work->deadline = omni_clock() + (end - omni_earliest_now());
+}
+
+/*
+ * What can be sent nothing of a class at the moment: servers with enough in flight, and
+ * roles that have reached a rate limit.
+ */
+static void
+list_held(OmniRateClass class, OmniHeld *names)
+{
 	const char *last = "";
 	ListCell   *cell;
 	dlist_iter	iter;
 
+	names->servers = names->roles = NIL;
 	foreach(cell, held)
 	{
 		Held	   *this = lfirst(cell);
 
-		if (this->until > now)
-		{
-			char	   *name = psprintf("%s %u", NameStr(this->server), this->role);
-
-			if (this->class == class)
-				accumArrayResult(names, CStringGetTextDatum(name), false, TEXTOID, CurrentMemoryContext);
-		}
-		else
+		if (this->until <= omni_clock())
 		{
 			pfree(this);
 			held = foreach_delete_current(held, cell);
 		}
+		else if (this->class == class)
+			names->roles = lappend(names->roles, psprintf("%u %s", this->role, NameStr(this->server)));
 	}
 	dlist_foreach(iter, &omni_works)
 	{
@@ -336,10 +624,9 @@ list_held(OmniRateClass class, TimestampTz now)
 			omni_works_count(class, server) >= omni_max_in_flight)
 		{
 			last = NameStr(*server);
-			accumArrayResult(names, CStringGetTextDatum(last), false, TEXTOID, CurrentMemoryContext);
+			names->servers = lappend(names->servers, pstrdup(last));
 		}
 	}
-	return DatumGetArrayTypeP(makeArrayResult(names, CurrentMemoryContext));
 }
 
 static bool
@@ -358,13 +645,12 @@ is_in_hand(OmniRateClass class, int64 id)
 }
 
 /*
- * Until when a job must wait since something alike was sent a short while ago; 0
- * if it need not.  What has been tried before has its own time to wait for.
+ * How long, in microseconds, a job must wait since something alike was sent a short while
+ * ago; 0 if it need not.  What has been tried before has its own time to wait for.
  */
-static TimestampTz
-held_until(OmniJob *job, TimestampTz now)
+static int64
+too_early(const OmniJob *job)
 {
-	TimestampTz until = 0;
 	LastSent   *sent;
 	dlist_iter	iter;
 
@@ -375,25 +661,33 @@ held_until(OmniJob *job, TimestampTz now)
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 
 		if (work->class == OMNI_RATE_JOB && work->job.merge_key == job->merge_key)
-			until = TimestampTzPlusMilliseconds(now, omni_min_interval);
+			return OMNI_MS(omni_min_interval);
 	}
 	sent = hash_search(last_sent, &job->merge_key, HASH_FIND, NULL);
-	if (until == 0 && sent != NULL && sent->sent_at <= now)
-		until = TimestampTzPlusMilliseconds(sent->sent_at, omni_min_interval);
-	return until > now ? until : 0;
+	return sent != NULL ? Max(sent->sent_at + OMNI_MS(omni_min_interval) - omni_clock(), 0) : 0;
 }
 
+/* Something of a merge key is about to be sent. */
 void
-omni_claim_sent(int64 merge_key, TimestampTz sent_at)
+omni_claim_sent(int64 merge_key)
 {
 	LastSent   *sent = hash_search(last_sent, &merge_key, HASH_ENTER, NULL);
 
-	sent->sent_at = sent_at;
+	sent->sent_at = omni_clock();
 }
 
-/* Nobody asks for what is so long ago that nothing needs to wait for it. */
+/* Something was sent by an earlier worker. */
 static void
-forget_sent(TimestampTz before)
+remember_sent(int64 merge_key, TimestampTz sent_at)
+{
+	LastSent   *sent = hash_search(last_sent, &merge_key, HASH_ENTER, NULL);
+
+	sent->sent_at = omni_clock() - Max(GetCurrentTimestamp() - sent_at, 0);
+}
+
+/* Drops what is older than min_interval, and delays nothing any more. */
+static void
+forget_sent(int64 before)
 {
 	HASH_SEQ_STATUS status;
 	LastSent   *sent;
@@ -406,48 +700,32 @@ forget_sent(TimestampTz before)
 	}
 }
 
-/* Settles what an earlier worker has left, and learns what it has sent. */
-void
-omni_claim_settle(void)
-{
-	HASHCTL		info = {.keysize = sizeof(int64),.entrysize = sizeof(LastSent)};
-
-	if (settled_all)
-		return;
-	omni_job_settle();
-	if (last_sent != NULL)
-		hash_destroy(last_sent);
-	last_sent = hash_create("omni_refresh last sent", 64, &info, HASH_ELEM | HASH_BLOBS);
-	omni_job_recent(GetCurrentTimestamp() - omni_min_interval * INT64CONST(1000), omni_claim_sent);
-}
-
-/* What omni_claim_settle() did is committed. */
-void
-omni_claim_settled(void)
-{
-	settled_all = true;
-}
-
 /* There is room for more where a job was in hand, which may come back to the queue. */
 void
 omni_claim_finished(const OmniWork *work)
 {
-	TimestampTz run_at = work->outcome.run_at;
+	const OmniOutcome *outcome = &work->outcome;
 
 	if (queue_left && work->class != OMNI_RATE_CALL &&
 		omni_works_count(work->class, &work->job.request.server) <= omni_max_in_flight * 3 / 4 + 1)
-		look_at = DT_NOBEGIN;
-	if (run_at != 0)
 	{
-		look_at = Min(look_at, run_at);
-		next_due = Min(next_due, run_at);
+		look_at = 0;
+		circle.going = false;
+	}
+	if (outcome->again)
+	{
+		look_at = Min(look_at, omni_clock() + outcome->delay);
 		queue_left = true;
+		if (strcmp(outcome->status, "running") == 0)
+			running_left = true;
+		else
+			next_due = Min(next_due, omni_latest_now() + outcome->delay);
 	}
 }
 
 /* Lets what a role has for a server wait, of the same class. */
 void
-omni_claim_hold(const OmniWork *work, TimestampTz until)
+omni_claim_hold(const OmniWork *work, int64 until)
 {
 	MemoryContext context = MemoryContextSwitchTo(TopMemoryContext);
 	Held	   *new = palloc(sizeof(Held));
@@ -461,7 +739,7 @@ omni_claim_hold(const OmniWork *work, TimestampTz until)
 }
 
 /* Until when omni_claim_hold() lets something wait, or 0. */
-TimestampTz
+int64
 omni_claim_held_until(const OmniWork *work)
 {
 	ListCell   *cell;
@@ -470,9 +748,21 @@ omni_claim_held_until(const OmniWork *work)
 	{
 		Held	   *this = lfirst(cell);
 
-		if (this->class == work->class && this->role == work->job.request.role && this->until > GetCurrentTimestamp() &&
+		if (this->class == work->class && this->role == work->job.request.role && this->until > omni_clock() &&
 			strcmp(NameStr(this->server), NameStr(work->job.request.server)) == 0)
 			return this->until;
 	}
 	return 0;
+}
+
+/* As the index on the queue does */
+static int
+compare_places(const OmniPlace *one, const OmniPlace *other)
+{
+	int			order;
+
+	if (one->role != other->role)
+		return one->role < other->role ? -1 : 1;
+	order = strcmp(NameStr(one->server), NameStr(other->server));
+	return order != 0 ? order : memcmp(&one->model, &other->model, sizeof(pg_uuid_t));
 }

@@ -83,6 +83,21 @@ static OmniStatement select_unanswered = {
 	.argtypes = {INT8OID}
 };
 
+static OmniStatement delete_events = {
+	.table = &omni_event_table,
+	.text = "DELETE FROM %s WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE job = ANY ($1) FOR UPDATE SKIP LOCKED))",
+	.nargs = 1,
+	.argtypes = {INT8ARRAYOID}
+};
+
+static OmniStatement select_without = {
+	.table = &omni_event_table,
+	.text = "SELECT array_agg(id) FROM unnest($1) AS job (id)"
+	" WHERE (SELECT event.id FROM %s AS event WHERE event.job = job.id LIMIT 1) IS NULL",
+	.nargs = 1,
+	.argtypes = {INT8ARRAYOID}
+};
+
 /* The events of this transaction that are not written yet, by column */
 static ArrayBuildState *gathered[COLUMNS];
 
@@ -146,6 +161,23 @@ omni_events_merged(Datum jobs, Datum requesters, Datum requested_at, Datum carri
 	(void) omni_run(&insert_merged, values, NULL);
 }
 
+/*
+ * Deletes the events of jobs, but those that another session has locked.  Returns the jobs
+ * that have none any more, by number, or NULL if there are none.
+ */
+ArrayType *
+omni_events_delete(ArrayType *jobs)
+{
+	Datum		values[1] = {PointerGetDatum(jobs)};
+	Datum		without;
+	bool		isnull;
+
+	(void) omni_run(&delete_events, values, NULL);
+	(void) omni_run(&select_without, values, NULL);
+	without = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
+	return isnull ? NULL : DatumGetArrayTypeP(without);
+}
+
 /* The jobs that were sent since a time, an array, or NULL if there are none. */
 ArrayType *
 omni_events_sent(TimestampTz since)
@@ -155,7 +187,7 @@ omni_events_sent(TimestampTz since)
 	bool		isnull;
 
 	(void) omni_run(&select_recent, values, NULL);
-	jobs = omni_result(0, 0, &isnull);
+	jobs = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
 	return isnull ? NULL : DatumGetArrayTypeP(jobs);
 }
 
@@ -164,10 +196,9 @@ int64
 omni_events_recoveries(int64 job)
 {
 	Datum		values[1] = {Int64GetDatum(job)};
-	bool		isnull;
 
 	(void) omni_run(&count_recoveries, values, NULL);
-	return DatumGetInt64(omni_result(0, 0, &isnull));
+	return DatumGetInt64(omni_value(0, 0, INT8OID));
 }
 
 /* Whether Omni may have got the request of an earlier attempt at a job. */

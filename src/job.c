@@ -21,9 +21,13 @@
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 #include "table.h"
+
+/* The latest time that a row may have, in the year 2500: no sum of ours overflows */
+#define MAX_TIME	(INT64CONST(500) * 366 * USECS_PER_DAY)
 
 #define INSERT_JOB \
 	"INSERT INTO %s AS job (status, model_id, branch_id, kind, hard, schemas, tables, policy, reset_at, server," \
@@ -59,7 +63,8 @@ static OmniStatement select_job = {
 static OmniStatement select_unfinished = {
 	.table = &omni_job_table,
 	.read = true,
-	.text = "SELECT FROM %s WHERE status = ANY ('{pending, sending, running}') AND database = $1 LIMIT 1",
+	.text = "SELECT FROM %s WHERE " IN_HAND " AND database = $1 UNION ALL"
+	"  SELECT FROM %s WHERE " QUEUED " AND database = $1 LIMIT 1",
 	.nargs = 1,
 	.argtypes = {OIDOID}
 };
@@ -67,14 +72,10 @@ static OmniStatement select_unfinished = {
 static OmniStatement look_at_job = {
 	.table = &omni_job_table,
 	.read = true,
-	.text = "SELECT status::text, merged_into::bigint, xmin::xid, requested_by::name, requested_by_oid::oid,"
-	"  model_id::uuid, branch_id::uuid, kind = 'cache', hard::bool, schemas::text[], tables::text[],"
-	"  policy::text, reset_at::timestamptz, server::name, requested_at::timestamptz"
-	" FROM %s WHERE id = $1",
+	.text = "SELECT " JOB_LIST " FROM %s WHERE id = $1",
 	.nargs = 1,
 	.argtypes = {INT8OID}
 };
-#define LOOK_AT_JOB_COLUMNS	15
 
 static OmniStatement count_unfinished = {
 	.table = &omni_job_table,
@@ -82,18 +83,23 @@ static OmniStatement count_unfinished = {
 	.text = "SELECT count(*) FILTER (WHERE status = 'pending' AND database = $1),"
 	"  count(*) FILTER (WHERE status = 'sending' AND database = $1),"
 	"  count(*) FILTER (WHERE status = 'running' AND database = $1),"
-	"  count(*) FILTER (WHERE status = 'pending' AND database = $1 AND run_at < pg_catalog.clock_timestamp() - interval '5 min'),"
+	"  count(*) FILTER (WHERE status = 'pending' AND database = $1 AND run_at < clock_timestamp() - interval '5 min'),"
 	"  count(*) FILTER (WHERE database <> $1)"
-	" FROM %s WHERE status = ANY ('{pending, sending, running}')",
+	" FROM (SELECT status, database, run_at FROM %s WHERE " QUEUED " UNION ALL"
+	"  SELECT status, database, run_at FROM %s WHERE " IN_HAND ") AS job",
 	.nargs = 1,
 	.argtypes = {OIDOID}
 };
 
+/*
+ * Leaves a row alone that another session has locked, in an open transaction that has
+ * called omni_refresh_cancel() for example: the worker waits for nobody.
+ */
 static OmniStatement update_job = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = $2, job_id = coalesce($3, job_id), finished_at = $4, error = $5,"
 	" run_at = coalesce($6, run_at)"
-	" WHERE id = $1 AND " IS_UNFINISHED,
+	" WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE id = $1 AND " IS_UNFINISHED " FOR NO KEY UPDATE SKIP LOCKED))",
 	.nargs = 6,
 	.argtypes = {INT8OID, TEXTOID, UUIDOID, TIMESTAMPTZOID, TEXTOID, TIMESTAMPTZOID}
 };
@@ -106,9 +112,19 @@ static OmniStatement send_job = {
 	.argtypes = {INT8OID, INT4OID, TIMESTAMPTZOID}
 };
 
+/* whether a row that was left alone is unfinished, and so was locked */
+static OmniStatement look_for_job = {
+	.table = &omni_job_table,
+	.text = "SELECT FROM %s WHERE id = $1 AND " IS_UNFINISHED,
+	.nargs = 1,
+	.argtypes = {INT8OID}
+};
+
 static void insert(OmniStatement *statement, OmniJob *job, const char *status, TimestampTz run_at,
 				   TimestampTz sent_at);
 static const char *kind_name(OmniKind kind);
+static ArrayType *keep_list(ArrayType *list);
+static TimestampTz to_finite(TimestampTz time);
 
 /*
  * Writes down that a job is about to be sent to a URL, which holds no secret.
@@ -147,17 +163,19 @@ omni_job_begin(OmniJob *job, const char *url)
 }
 
 /*
- * Writes down that a job must wait for its turn within the rate limit.  A job of
- * the queue keeps its place there.
+ * Writes down that a job must wait for its turn within the rate limit, for so many
+ * microseconds.  A job of the queue keeps its place there.
  */
 void
-omni_job_delay(OmniJob *job, TimestampTz run_at)
+omni_job_delay(OmniJob *job, int64 wait)
 {
 	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = "requested"};
+	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz run_at = omni_latest_now() + wait;
 	OmniEvent	limited = {
-		.occurred_at = GetCurrentTimestamp(),
+		.occurred_at = now,
 		.event = "rate_limited",
-		.detail = psprintf("not to be sent before %s", timestamptz_to_str(run_at))
+		.detail = psprintf("not to be sent before %s", timestamptz_to_str(now + wait))
 	};
 
 	if (job->id == 0)
@@ -168,7 +186,7 @@ omni_job_delay(OmniJob *job, TimestampTz run_at)
 	omni_event_add(job, &limited);
 }
 
-/* Writes down a job that is not sent at all. */
+/* Writes down a job that is not sent at all; its row is locked, unless there is none. */
 void
 omni_job_refuse(OmniJob *job, const OmniOutcome *outcome)
 {
@@ -177,7 +195,7 @@ omni_job_refuse(OmniJob *job, const OmniOutcome *outcome)
 	if (job->id == 0)
 		insert(&insert_job, job, "pending", job->request.requested_at, 0);
 	omni_event_add(job, &requested);
-	omni_job_record(job, outcome);
+	(void) omni_job_record(job, outcome);
 }
 
 /* Puts a job into the queue, in a backend; returns its row, palloc'd. */
@@ -185,11 +203,10 @@ Datum
 omni_job_queue(OmniJob *job)
 {
 	Datum		row;
-	bool		isnull;
 
 	SPI_connect();
 	insert(&queue_job, job, "pending", job->request.requested_at, 0);
-	row = SPI_datumTransfer(omni_result(0, 0, &isnull), false, -1);
+	row = SPI_datumTransfer(omni_value(0, 0, get_rel_type_id(omni_job_table.oid)), false, -1);
 	SPI_finish();
 	return row;
 }
@@ -200,7 +217,6 @@ insert(OmniStatement *statement, OmniJob *job, const char *status, TimestampTz r
 	   TimestampTz sent_at)
 {
 	OmniRequest *request = &job->request;
-	bool		isnull;
 	Datum		values[INSERT_JOB_NARGS] = {
 		CStringGetTextDatum(status),
 		UUIDPGetDatum(&request->model),
@@ -239,9 +255,11 @@ insert(OmniStatement *statement, OmniJob *job, const char *status, TimestampTz r
 		nulls[15] = 'n';
 
 	if (omni_run(statement, values, nulls) != 1)
-		elog(ERROR, "a trigger kept a job from being written");
+		ereport(ERROR,
+				(errcode(ERRCODE_TRIGGERED_ACTION_EXCEPTION),
+				 errmsg("a trigger or rule of table \"%s\" kept a job from being written", omni_job_table.name)));
 	if (statement == &insert_job)
-		job->id = DatumGetInt64(omni_result(0, 0, &isnull));
+		job->id = DatumGetInt64(omni_value(0, 0, INT8OID));
 }
 
 static const char *
@@ -250,12 +268,15 @@ kind_name(OmniKind kind)
 	return kind == OMNI_KIND_CACHE ? "cache" : "schema";
 }
 
-/* Writes down what became of an attempt, and of the job with it. */
-void
+/*
+ * Writes down what became of an attempt, and of the job with it, unless somebody has
+ * locked, ended or deleted its row; there are no events then either.
+ */
+OmniRow
 omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 {
 	TimestampTz now = GetCurrentTimestamp();
-	bool		at_end = outcome->run_at == 0;
+	bool		at_end = !outcome->again;
 	char	   *error = outcome->error.sqlstate != 0 ? omni_error_text(&outcome->error) : NULL;
 	Datum		values[6] = {
 		Int64GetDatum(job->id),
@@ -263,7 +284,7 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		UUIDPGetDatum(&outcome->job_id),
 		TimestampTzGetDatum(now),
 		error != NULL ? CStringGetTextDatum(error) : (Datum) 0,
-		TimestampTzGetDatum(outcome->run_at)
+		TimestampTzGetDatum(omni_latest_now() + outcome->delay)
 	};
 	char		nulls[7] = "      ";
 	OmniEvent	attempt = {
@@ -286,11 +307,10 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		nulls[5] = 'n';
 
 	if (omni_run(&update_job, values, nulls) == 0)
-		return;					/* someone has deleted or ended it: no events
-								 * either */
+		return omni_run(&look_for_job, values, NULL) > 0 ? OMNI_ROW_LOCKED : OMNI_ROW_GONE;
 
 	if (outcome->quiet)
-		return;
+		return OMNI_ROW_OURS;
 	if (strcmp(outcome->status, "pending") != 0)
 		omni_notify(job->id, outcome->status);
 	if (outcome->attempt_event == NULL)
@@ -298,6 +318,7 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 	omni_event_add(job, &attempt);
 	if (outcome->attempt_event != NULL && at_end)
 		omni_event_add(job, &end);
+	return OMNI_ROW_OURS;
 }
 
 /* Whether there is a job that is not at its end, in a backend. */
@@ -322,59 +343,117 @@ omni_job_read(int64 id)
 {
 	Datum		values[1] = {Int64GetDatum(id)};
 	Datum		row;
-	bool		isnull;
 
 	SPI_connect();
 	if (omni_run(&select_job, values, NULL) != 1)
 		ereport(ERROR,
 				(errcode(ERRCODE_NO_DATA_FOUND),
 				 errmsg("job " INT64_FORMAT " was deleted while it was waited for", id)));
-	row = SPI_datumTransfer(omni_result(0, 0, &isnull), false, -1);
+	row = SPI_datumTransfer(omni_value(0, 0, get_rel_type_id(omni_job_table.oid)), false, -1);
 	SPI_finish();
 	return row;
 }
 
 /*
  * Looks at a job, in a backend with SPI connected and after omni_tables_find(), under
- * the latest snapshot.  Returns false if there is none.  Its lists are palloc'd.
+ * the latest snapshot.  Returns false if there is none.  Its lists are palloc'd in the
+ * context of SPI's caller.
  */
 bool
 omni_job_look(int64 id, OmniJobState *state)
 {
 	Datum		values[1] = {Int64GetDatum(id)};
-	OmniJob    *job = &state->job;
-	OmniRequest *request = &job->request;
-	Datum		columns[LOOK_AT_JOB_COLUMNS];
-	bool		isnull[LOOK_AT_JOB_COLUMNS];
 
-	memset(state, 0, sizeof(*state));
 	if (omni_run(&look_at_job, values, NULL) != 1)
 		return false;
-	for (int column = 0; column < LOOK_AT_JOB_COLUMNS; column++)
-		columns[column] = omni_result(0, column, &isnull[column]);
-
-	strlcpy(state->status, TextDatumGetCString(columns[0]), sizeof(state->status));
-	state->merged_into = isnull[1] ? 0 : DatumGetInt64(columns[1]);
-	state->uncommitted = TransactionIdIsCurrentTransactionId(DatumGetTransactionId(columns[2]));
-	job->id = id;
-	request->requested_by = *DatumGetName(columns[3]);
-	request->role = DatumGetObjectId(columns[4]);
-	request->model = *DatumGetUUIDP(columns[5]);
-	request->has_branch = !isnull[6];
-	if (request->has_branch)
-		request->branch = *DatumGetUUIDP(columns[6]);
-	request->kind = DatumGetBool(columns[7]) ? OMNI_KIND_CACHE : OMNI_KIND_SCHEMA;
-	request->hard = !isnull[8] && DatumGetBool(columns[8]);
-	job->schemas = isnull[9] ? NULL : (ArrayType *) DatumGetPointer(SPI_datumTransfer(columns[9], false, -1));
-	job->tables = isnull[10] ? NULL : (ArrayType *) DatumGetPointer(SPI_datumTransfer(columns[10], false, -1));
-	if (!isnull[11])
-		strlcpy(request->policy, TextDatumGetCString(columns[11]), sizeof(request->policy));
-	request->has_reset_at = !isnull[12];
-	if (request->has_reset_at)
-		request->reset_at = DatumGetTimestampTz(columns[12]);
-	request->server = *DatumGetName(columns[13]);
-	request->requested_at = DatumGetTimestampTz(columns[14]);
+	omni_job_decode(0, state);
+	if (state->job.schemas != NULL)
+		state->job.schemas = keep_list(state->job.schemas);
+	if (state->job.tables != NULL)
+		state->job.tables = keep_list(state->job.tables);
 	return true;
+}
+
+static ArrayType *
+keep_list(ArrayType *list)
+{
+	return (ArrayType *) DatumGetPointer(SPI_datumTransfer(PointerGetDatum(list), false, -1));
+}
+
+/*
+ * Makes plain data of a row that the last statement has returned, by JOB_LIST.  It is
+ * the one reader of such rows, and believes nothing that the table's owner may have
+ * changed: types and NULLs are checked, numbers and times brought into their range.
+ * The lists live as long as the result.
+ */
+void
+omni_job_decode(int row, OmniJobState *state)
+{
+#define COLUMN_NUMBER(name, type, required) column_ ## name,
+	enum
+	{
+		OMNI_JOB_COLUMNS(COLUMN_NUMBER)
+		column_merge_key,
+		column_xmin
+	};
+#define VALUE(name, type) omni_value(row, column_ ## name, type)
+#define VALUE_OR_NULL(name, type) omni_value_or_null(row, column_ ## name, type, &isnull)
+	OmniJob    *job = &state->job;
+	OmniRequest *request = &job->request;
+	bool		isnull;
+	Datum		value;
+
+	memset(state, 0, sizeof(*state));
+	job->id = DatumGetInt64(VALUE(id, INT8OID));
+	strlcpy(state->status, TextDatumGetCString(VALUE(status, TEXTOID)), sizeof(state->status));
+	value = VALUE_OR_NULL(job_id, UUIDOID);
+	if (!isnull)
+		job->job_id = *DatumGetUUIDP(value);
+	request->model = *DatumGetUUIDP(VALUE(model_id, UUIDOID));
+	value = VALUE_OR_NULL(branch_id, UUIDOID);
+	request->has_branch = !isnull;
+	if (!isnull)
+		request->branch = *DatumGetUUIDP(value);
+	request->kind = strcmp(TextDatumGetCString(VALUE(kind, TEXTOID)), "cache") == 0 ? OMNI_KIND_CACHE : OMNI_KIND_SCHEMA;
+	value = VALUE_OR_NULL(hard, BOOLOID);
+	request->hard = isnull || DatumGetBool(value);
+	request->hard_named = !request->hard;	/* it is Omni's default */
+	value = VALUE_OR_NULL(schemas, TEXTARRAYOID);
+	job->schemas = isnull ? NULL : DatumGetArrayTypeP(value);
+	value = VALUE_OR_NULL(tables, TEXTARRAYOID);
+	job->tables = isnull ? NULL : DatumGetArrayTypeP(value);
+	value = VALUE_OR_NULL(policy, TEXTOID);
+	if (!isnull)
+		strlcpy(request->policy, TextDatumGetCString(value), sizeof(request->policy));
+	value = VALUE_OR_NULL(reset_at, TIMESTAMPTZOID);
+	request->has_reset_at = !isnull && !TIMESTAMP_NOT_FINITE(DatumGetTimestampTz(value));
+	if (request->has_reset_at)
+		request->reset_at = DatumGetTimestampTz(value);
+	request->server = *DatumGetName(VALUE(server, NAMEOID));
+	job->origin = strcmp(TextDatumGetCString(VALUE(origin, TEXTOID)), OMNI_ORIGIN_CALL) == 0 ?
+		OMNI_ORIGIN_CALL : OMNI_ORIGIN_ON_COMMIT;	/* or any other of a queued job */
+	request->requested_by = *DatumGetName(VALUE(requested_by, NAMEOID));
+	request->role = DatumGetObjectId(VALUE(requested_by_oid, OIDOID));
+	request->requested_at = to_finite(DatumGetTimestampTz(VALUE(requested_at, TIMESTAMPTZOID)));
+	value = VALUE_OR_NULL(renewed_at, TIMESTAMPTZOID);
+	job->renewed_at = isnull ? request->requested_at : Max(request->requested_at, to_finite(DatumGetTimestampTz(value)));
+	value = VALUE_OR_NULL(sent_at, TIMESTAMPTZOID);
+	job->sent_at = isnull ? 0 : to_finite(DatumGetTimestampTz(value));
+	job->attempts = Min(Max(DatumGetInt32(VALUE(attempts, INT4OID)), 0), INT_MAX - 1);
+	value = VALUE_OR_NULL(merged_into, INT8OID);
+	state->merged_into = isnull ? 0 : DatumGetInt64(value);
+	job->database = DatumGetObjectId(VALUE(database, OIDOID));
+	job->merge_key = DatumGetInt64(VALUE(merge_key, INT8OID));
+	state->uncommitted = TransactionIdIsCurrentTransactionId(DatumGetTransactionId(VALUE(xmin, XIDOID)));
+#undef VALUE
+#undef VALUE_OR_NULL
+}
+
+/* A time that can be added to, in the place of "infinity" in particular. */
+static TimestampTz
+to_finite(TimestampTz time)
+{
+	return Min(Max(time, 0), MAX_TIME);
 }
 
 /* Counts what is unfinished, in a backend.  Returns false if somebody keeps us from it. */
@@ -383,14 +462,13 @@ omni_job_count(OmniJobCounts *counts)
 {
 	Datum		values[1] = {ObjectIdGetDatum(MyDatabaseId)};
 	int64	   *fields[] = {&counts->pending, &counts->sending, &counts->running, &counts->stuck, &counts->foreign};
-	bool		isnull;
 
 	if (!ConditionalLockRelationOid(omni_job_table.oid, AccessShareLock))
 		return false;
 	SPI_connect();
 	(void) omni_run(&count_unfinished, values, NULL);
 	for (int i = 0; i < lengthof(fields); i++)
-		*fields[i] = DatumGetInt64(omni_result(0, i, &isnull));
+		*fields[i] = DatumGetInt64(omni_value(0, i, INT8OID));
 	SPI_finish();
 	UnlockRelationOid(omni_job_table.oid, AccessShareLock);
 	return true;
@@ -411,17 +489,14 @@ Datum
 omni_job_form(const OmniJob *job, const char *status, const char *error)
 {
 	const OmniRequest *request = &job->request;
-	TupleDesc	rowtype = lookup_rowtype_tupdesc_copy(get_rel_type_id(omni_job_table.oid), -1);
+	TupleDesc	rowtype = omni_table_rowtype(&omni_job_table);
 	Datum	   *values = palloc0(rowtype->natts * sizeof(Datum));
 	bool	   *nulls = palloc(rowtype->natts * sizeof(bool));
 
 #define SET(column, value, isnull) \
 	do { \
 		int			i_ = SPI_fnumber(rowtype, column) - 1; \
-		if (i_ < 0) \
-			elog(ERROR, "column \"%s\" of the table of jobs does not exist", column); \
-		if (!(isnull)) \
-			values[i_] = (value); \
+		values[i_] = (value); \
 		nulls[i_] = (isnull); \
 	} while (0)
 

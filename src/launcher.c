@@ -27,6 +27,7 @@
 #include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 
@@ -118,15 +119,15 @@ static void
 launch(Oid database)
 {
 	BackgroundWorkerHandle *handle = NULL;
-	TimestampTz began;
+	int64		began;
 	pid_t		pid;
 
 	while (!omni_worker_launch(database, &handle))
 		wait_for_latch(PATIENCE);
 
-	began = GetCurrentTimestamp();
+	began = omni_clock();
 	while (handle != NULL && GetBackgroundWorkerPid(handle, &pid) != BGWH_STOPPED &&
-		   !TimestampDifferenceExceeds(began, GetCurrentTimestamp(), PATIENCE))
+		   omni_clock() - began < OMNI_MS(PATIENCE))
 		wait_for_latch(PATIENCE);
 }
 

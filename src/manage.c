@@ -20,6 +20,7 @@
 #include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 
@@ -52,10 +53,10 @@ Datum
 omni_refresh_wait(PG_FUNCTION_ARGS)
 {
 	int64		id = job_argument(fcinfo);
-	TimestampTz began = GetCurrentTimestamp();
-	TimestampTz until = began + timeout_argument(fcinfo);
-	TimestampTz woken = 0;
-	TimestampTz told = began;
+	int64		began = omni_clock();
+	int64		until = began + timeout_argument(fcinfo);
+	int64		woken = 0;
+	int64		told = began;
 	bool		complained = false;
 	char		last[sizeof(((OmniJobState *) NULL)->status)] = "";
 	long		delay = LOOK_FIRST;
@@ -67,7 +68,7 @@ omni_refresh_wait(PG_FUNCTION_ARGS)
 
 	for (;;)
 	{
-		TimestampTz now = GetCurrentTimestamp();
+		int64		now = omni_clock();
 		MemoryContext context = MemoryContextSwitchTo(looks);
 
 		look(id, &own, &state);
@@ -89,7 +90,7 @@ omni_refresh_wait(PG_FUNCTION_ARGS)
 			break;
 		}
 
-		if (now >= TimestampTzPlusMilliseconds(woken, WAKE_ROUND) && !RecoveryInProgress())
+		if ((woken == 0 || now - woken >= OMNI_MS(WAKE_ROUND)) && !RecoveryInProgress())
 		{
 			if (!omni_worker_wake(&error) && !complained)
 			{
@@ -99,7 +100,7 @@ omni_refresh_wait(PG_FUNCTION_ARGS)
 			woken = now;
 		}
 		if ((last[0] != '\0' && strcmp(last, state.status) != 0) ||
-			now >= TimestampTzPlusMilliseconds(told, TELL_ROUND))
+			now - told >= OMNI_MS(TELL_ROUND))
 		{
 			ereport(NOTICE,
 					(errmsg("job " INT64_FORMAT " is %s", state.job.id, state.status)));

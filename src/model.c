@@ -17,6 +17,7 @@
 #include "utils/timestamp.h"
 #include "utils/tuplestore.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 
@@ -141,7 +142,7 @@ ask(const char *name, const char *kind, const char *cursor)
 		omni_error_report(&error, ERROR);
 	call = omni_call_create(&job, omni_api_models_lookup(name, kind, cursor), &segment);
 	if (cursor != NULL)
-		call->deadline = TimestampTzPlusMilliseconds(call->deadline, RATE_PATIENCE);
+		call->deadline += OMNI_MS(RATE_PATIENCE);
 	if (omni_call_run(segment, &error))
 		error = call->error;
 	if (error.sqlstate == 0)

@@ -12,7 +12,9 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "commands/async.h"
+#include "nodes/pg_list.h"
 #include "utils/memutils.h"
 
 #include "compat.h"
@@ -31,6 +33,18 @@ static int	capacity = 0;
 static int	count = 0;
 static int	committed = 0;		/* the first of them, whose transaction is */
 
+/* A notice of this transaction, in a backend */
+typedef struct Queued
+{
+	Notice		notice;
+	int			level;			/* of the subtransaction, from 1 */
+} Queued;
+
+static List *queued = NIL;		/* of Queued, in TopTransactionContext */
+
+static void queue_notice(int64 job, const char *status);
+static void at_transaction_end(XactEvent event, void *arg);
+static void at_subtransaction_end(SubXactEvent event, SubTransactionId own, SubTransactionId parent, void *arg);
 static void send_notice(int64 job, const char *status);
 
 /* Begins a transaction: forgets what one that was rolled back has left. */
@@ -46,7 +60,7 @@ omni_notify(int64 job, const char *status)
 {
 	if (!omni_in_worker)
 	{
-		send_notice(job, status);
+		queue_notice(job, status);
 		return;
 	}
 	if (count == capacity)
@@ -81,6 +95,68 @@ void
 omni_notify_end(void)
 {
 	count = committed = 0;
+}
+
+/*
+ * In a backend: tells of a job when the user's transaction commits.  Until then it is not
+ * a transaction that has executed NOTIFY, which could not be prepared.  One that is
+ * prepared tells nobody.
+ */
+static void
+queue_notice(int64 job, const char *status)
+{
+	static bool registered = false;
+	MemoryContext context = MemoryContextSwitchTo(TopTransactionContext);
+	Queued	   *new = palloc(sizeof(Queued));
+
+	if (!registered)
+	{
+		RegisterXactCallback(at_transaction_end, NULL);
+		RegisterSubXactCallback(at_subtransaction_end, NULL);
+	}
+	registered = true;
+	new->notice.job = job;
+	strlcpy(new->notice.status, status, sizeof(new->notice.status));
+	new->level = GetCurrentTransactionNestLevel();
+	queued = lappend(queued, new);
+	MemoryContextSwitchTo(context);
+}
+
+static void
+at_transaction_end(XactEvent event, void *arg)
+{
+	ListCell   *cell;
+
+	if (event == XACT_EVENT_PRE_COMMIT)
+	{
+		foreach(cell, queued)
+		{
+			Queued	   *this = lfirst(cell);
+
+			send_notice(this->notice.job, this->notice.status);
+		}
+	}
+	queued = NIL;
+}
+
+/* What a savepoint that is rolled back has done is not told. */
+static void
+at_subtransaction_end(SubXactEvent event, SubTransactionId own, SubTransactionId parent, void *arg)
+{
+	int			level = GetCurrentTransactionNestLevel();
+	ListCell   *cell;
+
+	foreach(cell, queued)
+	{
+		Queued	   *this = lfirst(cell);
+
+		if (this->level < level)
+			continue;
+		if (event == SUBXACT_EVENT_ABORT_SUB)
+			queued = foreach_delete_current(queued, cell);
+		else if (event == SUBXACT_EVENT_COMMIT_SUB)
+			this->level = level - 1;
+	}
 }
 
 static void

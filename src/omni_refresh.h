@@ -35,12 +35,6 @@
 /* What of it is left for the path and the query */
 #define OMNI_MAX_PATH		(OMNI_MAX_URL - OMNI_MAX_BASE_URL)
 
-/*
- * How large a list of several jobs' names may be, in bytes: two of these, encoded,
- * fit in a URL, whatever their characters are.
- */
-#define OMNI_MAX_LIST		1200
-
 /* An answer of Omni's is a few hundred bytes, a page of models some 100 kB */
 #define OMNI_MAX_ANSWER		(1024 * 1024)
 
@@ -168,7 +162,8 @@ typedef struct OmniHttpRequest
 typedef struct OmniOutcome
 {
 	const char *status;			/* the job's status from now on */
-	TimestampTz run_at;			/* if that is no end: when to go on, else 0 */
+	bool		again;			/* that is no end: it goes on ... */
+	int64		delay;			/* ... after so many microseconds */
 	const char *attempt_event;	/* of an attempt, if not the status */
 	bool		quiet;			/* no event at all */
 	bool		retryable;		/* the same request might fare better later */
@@ -197,11 +192,47 @@ typedef struct OmniJob
 	ArrayType  *schemas;		/* text[], or NULL */
 	ArrayType  *tables;			/* text[], or NULL */
 	int			attempts;		/* begun so far */
+	Oid			database;		/* it was asked for in; not ours: a copy */
+	TimestampTz renewed_at;		/* the newest request that it carries */
 
 	/* of one that is followed */
 	pg_uuid_t	job_id;			/* Omni's */
 	TimestampTz sent_at;
 } OmniJob;
+
+/* What became of a row that was to be locked or changed */
+typedef enum OmniRow
+{
+	OMNI_ROW_OURS,
+	OMNI_ROW_LOCKED,			/* by another session */
+	OMNI_ROW_GONE				/* deleted, or not of that status any more */
+} OmniRow;
+
+/* A place in the queue, which is ordered like this */
+typedef struct OmniPlace
+{
+	Oid			role;
+	NameData	server;
+	pg_uuid_t	model;
+} OmniPlace;
+
+/* The first job of a role, server and model in the queue */
+typedef struct OmniHead
+{
+	OmniPlace	place;
+	TimestampTz run_at;
+	bool		is_held;		/* nothing can be sent for it now */
+	bool		is_due;			/* and not held */
+	bool		has_more;		/* behind it, which are due, too */
+} OmniHead;
+
+/* What cannot be sent at the moment */
+typedef struct OmniHeld
+{
+	List	   *servers;		/* names of those with enough in flight */
+	List	   *roles;			/* "role server", with the role's OID: of those
+								 * whose rate limit is reached */
+} OmniHeld;
 
 /* How a connection to Omni was made, as plain data */
 typedef struct OmniProbe
@@ -250,7 +281,7 @@ typedef struct OmniCall
 	pg_atomic_uint32 state;		/* OmniCallState */
 	pg_atomic_uint32 forsaken;	/* set when the caller has left */
 	int			caller;			/* index of its PGPROC */
-	TimestampTz deadline;		/* end of call_timeout */
+	int64		deadline;		/* end of call_timeout, by omni_clock() */
 	OmniRequest request;		/* of a look-up: server and role only */
 	Size		schemas;		/* offset of a flat text[] in the segment, 0
 								 * if NULL */
@@ -337,6 +368,8 @@ extern bool omni_worker_launch(Oid database, BackgroundWorkerHandle **handle);
 extern bool omni_worker_begin(void);
 extern void omni_worker_turn_back(void);
 extern void omni_worker_attach(bool (*has_work) (void));
+extern void omni_worker_hold(void);
+extern void omni_worker_keep(void);
 extern bool omni_worker_is_unwanted(void);
 extern bool omni_worker_leave_if_idle(void);
 extern bool omni_worker_take_flag(void);
@@ -354,6 +387,7 @@ extern bool omni_in_worker;
 extern bool omni_tables_find(void);
 extern bool omni_extension_is_same(void);
 extern bool omni_tables_lock(void);
+extern bool omni_tables_check(OmniError *error);
 
 /* in event.c */
 extern void omni_events_begin(void);
@@ -369,9 +403,9 @@ extern void omni_notify_end(void);
 
 /* in job.c */
 extern bool omni_job_begin(OmniJob *job, const char *url);
-extern void omni_job_delay(OmniJob *job, TimestampTz run_at);
+extern void omni_job_delay(OmniJob *job, int64 wait);
 extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
-extern void omni_job_record(OmniJob *job, const OmniOutcome *outcome);
+extern OmniRow omni_job_record(OmniJob *job, const OmniOutcome *outcome);
 extern bool omni_job_any_unfinished(void);
 extern Datum omni_job_queue(OmniJob *job);
 extern Datum omni_job_read(int64 id);
@@ -382,16 +416,19 @@ extern Datum omni_job_form(const OmniJob *job, const char *status,
 						   const char *error);
 
 /* in queue.c */
-extern void omni_job_settle(void);
-extern bool *omni_job_lock(const int64 *ids, int count);
+extern OmniRow *omni_job_lock(const int64 *ids, int count);
 extern void omni_job_defer(int64 id, TimestampTz run_at);
-extern bool omni_job_merge(TimestampTz now);
-extern void omni_job_reclock(TimestampTz now, TimestampTz latest);
-extern OmniJob *omni_job_due(TimestampTz now, bool running, ArrayType *held, int limit, int *count);
+extern bool omni_job_settle(const int64 *in_hand, int count);
+extern OmniHead *omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit,
+								  int due_limit, int due_limit_of_server, int *count);
+extern void omni_queue_merge(OmniHead *heads, int nheads);
+extern OmniJobState *omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count);
+extern void omni_queue_cancel_copies(const OmniPlace *place);
+extern OmniJobState *omni_job_due_running(const OmniHeld *held, int limit, int *count);
+extern bool omni_job_next_running(bool *any_due, TimestampTz *next);
 extern void omni_job_stop_following(void);
 extern bool omni_job_prune(int64 *after, TimestampTz before, int limit);
 extern bool omni_job_cancel(const OmniJob *job, const char *by);
-extern bool omni_job_next(TimestampTz now, TimestampTz *next);
 extern void omni_job_recent(TimestampTz since,
 							void (*tell) (int64 merge_key, TimestampTz sent_at));
 
@@ -413,6 +450,7 @@ extern void omni_api_lookup_outcome(const OmniJob *job, const char *key,
 									const OmniAnswer *answer, OmniOutcome *outcome);
 extern void omni_api_probe_outcome(const OmniJob *job, const char *key,
 								   const OmniAnswer *answer, OmniOutcome *outcome);
+extern void omni_api_copy(char *buffer, Size size, const char *text, const char *key);
 extern Jsonb *omni_api_json(const char *body, size_t length, char **why);
 extern bool omni_api_uuid(const char *text, Datum *uuid);
 extern bool omni_api_time(const char *text, Datum *time);
@@ -420,10 +458,9 @@ extern char *omni_api_member(JsonbContainer *object, const char *name);
 
 /* in rate.c */
 extern uint64 omni_rate_id(const char *host, const char *key);
-extern TimestampTz omni_rate_take(uint64 id, OmniRateClass class, int limit,
-								  bool *blocked);
+extern int64 omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked);
 extern int	omni_rate_left(uint64 id, int limit);
-extern void omni_rate_block(uint64 id, TimestampTz until);
+extern void omni_rate_block(uint64 id, int64 until);
 
 /* in http.c */
 extern OmniTransfer *omni_http_start(const OmniHttpRequest *request);

@@ -274,6 +274,8 @@ check_base_url(const char *name, const char *value)
 		detail = "The scheme and \"://\" must be followed by the host.";
 	else if (!plain && strcmp(scheme, "https") != 0)
 		detail = "The scheme must be https, or http for a loopback address.";
+	else if (strlen(value) > OMNI_MAX_BASE_URL)
+		detail = psprintf("The URL must not be longer than %d bytes.", OMNI_MAX_BASE_URL);
 	else if (strpbrk(value, "?#") != NULL)
 		detail = "The URL must not have a query or a fragment.";
 	else if (strcmp(path, "") != 0 && strcmp(path, "/") != 0 &&

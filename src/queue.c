@@ -1,11 +1,21 @@
 /*-------------------------------------------------------------------------
  *
  * queue.c
- *		The queue: jobs that are "pending", not of a call, and due; and those that are
+ *		The queue: jobs that are "pending" and not of a call; and those that are
  *		"running", to be asked about when that is due.
  *
- * It is nothing but rows of omni_refresh_job, found by way of the index on those
- * that are unfinished.  See table.c for what the functions need and raise.
+ * It is nothing but rows of omni_refresh_job, which two indexes find: one of what
+ * waits, by role, server and model, and one of what is, or was, in the hands of a
+ * worker.  See table.c for what the functions need and raise.
+ *
+ * The queue may be of any length, and most of it another user's.  So no statement here
+ * reads more than a bounded number of rows, and none of a role's requests stand before
+ * another role's: omni_queue_heads() goes from the first job of one role, server and
+ * model (a head) to the next one by steps in the index, passing over what cannot be sent
+ * now, and only around such heads are jobs merged and taken.
+ *
+ * No statement waits for a row that another session has locked: such a row is left for
+ * a later time.
  *
  *-------------------------------------------------------------------------
  */
@@ -17,15 +27,29 @@
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 #include "table.h"
 
-/* Jobs to merge in one statement, which takes less than a second */
-#define MERGE_LIMIT			20000
+/* Rows of one head to merge in a statement, which takes a few ten ms */
+#define MERGE_LIMIT			2000
+
+/* Rows to settle in a statement, of those that an earlier worker or another database left */
+#define SETTLE_LIMIT		1000
 
 /* How often a job that was being sent is sent again when the worker has ended */
 #define MAX_RECOVERIES		3
+
+/*
+ * Whether a row is due at $2; after $3 comes what no wait of ours can have set, but a
+ * clock that was stepped back.  What nobody has made wait is due whatever the clock says.
+ */
+#define DUE					"(run_at <= greatest($2, requested_at) OR run_at > $3)"
+#define DUE_NARGS			3
+
+/* The order of the index on the queue */
+#define LANE				"requested_by_oid, server::text COLLATE \"C\", model_id"
 
 static OmniStatement delay_job = {
 	.table = &omni_job_table,
@@ -34,42 +58,97 @@ static OmniStatement delay_job = {
 	.argtypes = {INT8OID, TIMESTAMPTZOID}
 };
 
-/* calls that nobody waits for any more, and copies of another database's jobs */
-static OmniStatement settle_jobs = {
+/* what no worker has in hand ($2) but one has left there, or what is a copy of it */
+#define LEFT_BEHIND \
+	IN_HAND " AND (status <> 'running' OR database <> $1) AND id <> ALL ($2)"
+
+static OmniStatement select_left = {
 	.table = &omni_job_table,
-	.text = "UPDATE %s SET status = CASE WHEN (status = 'sending' OR attempts > 0) AND database = $1"
-	" THEN 'unknown' ELSE 'canceled' END,"
-	" finished_at = clock_timestamp(), error = CASE WHEN database = $1 THEN $2 ELSE $3 END"
-	" WHERE status = ANY ('{pending, sending, running}')"
-	"  AND (database <> $1 OR (origin = 'call' AND status <> 'running'))"
-	" RETURNING id::bigint, requested_by::name, status::text, attempts::int, error::text",
+	.text = "SELECT " JOB_LIST " FROM %s WHERE " LEFT_BEHIND " ORDER BY run_at, id LIMIT $3"
+	" FOR NO KEY UPDATE SKIP LOCKED",
 	.nargs = 3,
-	.argtypes = {OIDOID, TEXTOID, TEXTOID}
+	.argtypes = {OIDOID, INT8ARRAYOID, INT8OID}
 };
 
-/* queued jobs that were about to be sent */
-static OmniStatement select_sending = {
+static OmniStatement any_left = {
 	.table = &omni_job_table,
-	.text = "SELECT id::bigint, requested_by::name, attempts::int FROM %s"
-	" WHERE status = 'sending' AND origin <> 'call'",
+	.text = "SELECT FROM %s WHERE " LEFT_BEHIND " LIMIT 1",
+	.nargs = 2,
+	.argtypes = {OIDOID, INT8ARRAYOID}
+};
+
+/* copies of another database's queued jobs, around a head */
+static OmniStatement select_copies = {
+	.table = &omni_job_table,
+	.text = "SELECT " JOB_LIST " FROM %s"
+	" WHERE " QUEUED " AND (" LANE ") = ($3, $4, $5) AND database <> $1"
+	" ORDER BY " LANE ", run_at, id LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED",
+	.nargs = 5,
+	.argtypes = {OIDOID, INT8OID, OIDOID, TEXTOID, UUIDOID}
 };
 
 /*
- * Sets of two queued jobs or more, all due, one of which can do for all: what is
- * alike, and then a hard refresh, or else one of the whole model, or what have the
- * one kind of list, or both lists and the same.  Of resets of a cache the latest
- * counts, which is the one of the moment if there is one.  There are no joins here,
- * whose plan would depend on how many rows there were when it was made.
+ * The heads behind a place in the index ($4 to $6), until there are enough of them ($7)
+ * or of those that are due ($8); of one role and server at most so many that are due
+ * ($9).  Nothing is taken of servers that have enough in flight ($10), and of roles at
+ * servers whose rate limit is reached ($11, "role server"): these have one head each.
+ * A head of which two jobs or more are due may have something to merge.
+ */
+static OmniStatement select_heads = {
+	.table = &omni_job_table,
+	.text = "WITH RECURSIVE head (role, server, model, run_at, is_due, is_held, number, due, due_of_server) AS ("
+	"  SELECT $4, $5 COLLATE \"C\", $6, $2, false, false, 0, 0, 0"
+	" UNION ALL"
+	"  SELECT next.role, next.server, next.model, next.run_at, next.is_due, next.is_held, number + 1, due + next.is_due::int,"
+	"   CASE WHEN next.role = head.role AND next.server = head.server THEN due_of_server ELSE 0 END + next.is_due::int"
+	"  FROM head, LATERAL ("
+	"   SELECT role, server, model, run_at, is_due AND NOT is_held AS is_due, is_held FROM ("
+	"    SELECT *, server = ANY ($10) OR concat_ws(' ', role, server) = ANY ($11) AS is_held FROM ("
+	"     SELECT requested_by_oid AS role, server::text COLLATE \"C\" AS server, model_id AS model, run_at, " DUE " AS is_due"
+	"     FROM %s AS job WHERE " QUEUED " AND (" LANE ") > (head.role, head.server,"
+	"      CASE WHEN head.is_held OR due_of_server >= $9 THEN 'ffffffff-ffff-ffff-ffff-ffffffffffff' ELSE head.model END)"
+	"     ORDER BY " LANE ", run_at, id LIMIT 1) AS first) AS first) AS next"
+	"  WHERE number < $7 AND due < $8"
+	" )"
+	" SELECT role, server, model, run_at, is_due, is_held, is_due AND"
+	"  (SELECT count(*) FROM (SELECT FROM %s AS job"
+	"   WHERE " QUEUED " AND (" LANE ") = (role, head.server, model) AND " DUE " LIMIT 2) AS two) = 2"
+	" FROM head WHERE number > 0 ORDER BY number",
+	.nargs = 11,
+	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDOID, TEXTOID, UUIDOID, INT8OID, INT8OID, INT8OID,
+	TEXTARRAYOID, TEXTARRAYOID}
+};
+
+/* The first due jobs of each of some heads ($4 to $6), at most so many of one ($7) */
+#define DUE_OF_HEADS(list) \
+	"unnest($4, $5, $6) AS head (head_role, head_server, head_model), LATERAL (" \
+	"SELECT " list " FROM %s WHERE " QUEUED " AND (" LANE ") = (head_role, head_server, head_model) AND " DUE \
+	" ORDER BY " LANE ", run_at, id LIMIT $7) AS job"
+#define DUE_OF_HEADS_NARGS	7
+#define DUE_OF_HEADS_ARGTYPES \
+	{OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDARRAYOID, TEXTARRAYOID, UUIDARRAYOID, INT8OID}
+
+static OmniStatement select_due = {
+	.table = &omni_job_table,
+	.text = "SELECT job.* FROM " DUE_OF_HEADS(JOB_LIST),
+	.nargs = DUE_OF_HEADS_NARGS,
+	.argtypes = DUE_OF_HEADS_ARGTYPES
+};
+
+/*
+ * Sets of two queued jobs or more that one request can satisfy, all due and alike: where
+ * one is a hard refresh, or else one of the whole model, all of them; else those that
+ * have the one kind of list, or both lists and the same.  The second column says that
+ * the whole model is refreshed.  There are no joins of the table here, whose plan would
+ * depend on how many rows there were when it was made.
  */
 static OmniStatement select_sets = {
 	.table = &omni_job_table,
 	.text = "WITH due AS ("
-	"  SELECT *, coalesce(branch_id::text, policy, '') AS target, count(*) OVER alike AS number,"
+	"  SELECT job.*, count(*) OVER alike AS number,"
 	"   bool_or(coalesce(hard, true) OR (schemas IS NULL AND tables IS NULL)) OVER alike AS whole"
-	"  FROM %s"
-	"  WHERE status = 'pending' AND origin <> 'call' AND database = $1 AND run_at <= $2"
-	"  WINDOW alike AS (PARTITION BY model_id, coalesce(branch_id::text, policy, ''), server,"
-	"   requested_by, requested_by_oid, kind)"
+	"  FROM " DUE_OF_HEADS("id, database, hard, schemas, tables, " ALIKE)
+	"  WHERE database = $1 WINDOW alike AS (PARTITION BY " ALIKE ")"
 	" ), sets AS ("
 	"  SELECT *, CASE WHEN whole THEN '' WHEN tables IS NULL THEN 'schemas'"
 	"   WHEN schemas IS NULL THEN 'tables' ELSE"
@@ -77,33 +156,49 @@ static OmniStatement select_sets = {
 	"   (SELECT array_agg(DISTINCT name) FROM unnest(tables) AS name)::text END AS extent"
 	"  FROM due WHERE number > 1"
 	" )"
-	" SELECT array_agg(DISTINCT id), bool_or(hard),"
-	"  array_agg(DISTINCT name) FILTER (WHERE is_schema),"
-	"  array_agg(DISTINCT name) FILTER (WHERE NOT is_schema),"
-	"  CASE WHEN every(reset_at IS NOT NULL) THEN max(reset_at) END"
-	" FROM sets LEFT JOIN LATERAL"
-	"  (SELECT true, unnest(schemas) UNION ALL SELECT false, unnest(tables))"
-	"  AS names (is_schema, name) ON extent <> ''"
-	" GROUP BY model_id, target, server, requested_by, requested_by_oid, kind, extent"
-	" HAVING min(id) <> max(id)",
-	.nargs = 2,
-	.argtypes = {OIDOID, TIMESTAMPTZOID}
+	" SELECT array_agg(id ORDER BY id), bool_or(whole), requested_by_oid, server, model_id"
+	" FROM sets GROUP BY " ALIKE ", extent HAVING count(*) > 1",
+	.nargs = DUE_OF_HEADS_NARGS,
+	.argtypes = DUE_OF_HEADS_ARGTYPES
 };
 
-/* Somebody may be about to cancel a job: what is locked stays as it is. */
+/*
+ * What jobs ask for together; without lists if that is the whole model ($2).  Of resets
+ * of a cache the latest counts, which is the one of the moment if there is one.
+ */
+static OmniStatement unite_jobs = {
+	.table = &omni_job_table,
+	.text = "SELECT bool_or(hard), array_agg(DISTINCT name) FILTER (WHERE is_schema),"
+	"  array_agg(DISTINCT name) FILTER (WHERE NOT is_schema),"
+	"  CASE WHEN every(reset_at IS NOT NULL) THEN max(reset_at) END, max(coalesce(renewed_at, requested_at))"
+	" FROM %s LEFT JOIN LATERAL"
+	"  (SELECT true, unnest(schemas) UNION ALL SELECT false, unnest(tables)) AS names (is_schema, name) ON NOT $2"
+	" WHERE id = ANY ($1)",
+	.nargs = 2,
+	.argtypes = {INT8ARRAYOID, BOOLOID}
+};
+
+/* Locks some pending jobs, but those that another session has locked. */
 static OmniStatement lock_jobs = {
 	.table = &omni_job_table,
-	.text = "SELECT id::bigint FROM %s WHERE id = ANY ($1) AND " IS_PENDING " FOR NO KEY UPDATE SKIP LOCKED",
+	.text = "SELECT id FROM %s WHERE id = ANY ($1) AND " IS_PENDING " FOR NO KEY UPDATE SKIP LOCKED",
+	.nargs = 1,
+	.argtypes = {INT8ARRAYOID}
+};
+
+/* the pending ones, locked or not */
+static OmniStatement look_for_jobs = {
+	.table = &omni_job_table,
+	.text = "SELECT id FROM %s WHERE id = ANY ($1) AND " IS_PENDING,
 	.nargs = 1,
 	.argtypes = {INT8ARRAYOID}
 };
 
 static OmniStatement widen_job = {
 	.table = &omni_job_table,
-	.text = "UPDATE %s SET hard = $2, schemas = $3, tables = $4, reset_at = $5"
-	" WHERE id = $1 AND (hard, schemas, tables, reset_at) IS DISTINCT FROM ($2, $3, $4, $5)",
-	.nargs = 5,
-	.argtypes = {INT8OID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, TIMESTAMPTZOID}
+	.text = "UPDATE %s SET hard = $2, schemas = $3, tables = $4, reset_at = $5, renewed_at = $6 WHERE id = $1",
+	.nargs = 6,
+	.argtypes = {INT8OID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, TIMESTAMPTZOID, TIMESTAMPTZOID}
 };
 
 /*
@@ -127,58 +222,22 @@ static OmniStatement merge_jobs = {
 	.argtypes = {INT8ARRAYOID, INT8ARRAYOID}
 };
 
-/* what would come later than any wait of ours comes of a clock that was set back */
-static OmniStatement reclock_jobs = {
-	.table = &omni_job_table,
-	.text = "UPDATE %s SET run_at = $1 WHERE status = ANY ('{pending, running}')"
-	" AND (status = 'running' OR origin <> 'call') AND run_at > $2",
-	.nargs = 2,
-	.argtypes = {TIMESTAMPTZOID, TIMESTAMPTZOID}
-};
-
-#define MERGE_KEY \
-	"hashtextextended(concat_ws(' ', server, requested_by_oid, kind, model_id, branch_id, policy), 0)"
-
-/*
- * The first jobs that are due, but for some servers and some roles at some servers,
- * and for those that somebody else is about to change.
- */
-#define SELECT_DUE(condition) \
-	"SELECT id::bigint, server::name, requested_by::name, requested_by_oid::oid," \
-	"  requested_at::timestamptz, model_id::uuid, branch_id::uuid, coalesce(hard, true)," \
-	"  schemas::text[], tables::text[], attempts::int, " MERGE_KEY "," \
-	"  kind = 'cache', policy::text, reset_at::timestamptz, job_id::uuid, sent_at::timestamptz" \
-	" FROM %s AS job" \
-	" WHERE " condition " AND database = $1 AND run_at <= $2" \
-	"  AND server::text <> ALL ($3) AND concat_ws(' ', server, requested_by_oid) <> ALL ($3)" \
-	" ORDER BY run_at, id LIMIT $4 FOR NO KEY UPDATE SKIP LOCKED"
-#define SELECT_DUE_COLUMNS	17
-#define SELECT_DUE_NARGS	4
-#define SELECT_DUE_ARGTYPES	{OIDOID, TIMESTAMPTZOID, TEXTARRAYOID, INT8OID}
-
-static OmniStatement select_due = {
-	.table = &omni_job_table,
-	.text = SELECT_DUE("status = 'pending' AND origin <> 'call'"),
-	.nargs = SELECT_DUE_NARGS,
-	.argtypes = SELECT_DUE_ARGTYPES
-};
-
-/* to be asked about */
+/* jobs to be asked about, but for servers ($4) and roles at servers ($5) as above */
 static OmniStatement select_due_running = {
 	.table = &omni_job_table,
-	.text = SELECT_DUE("status = 'running'"),
-	.nargs = SELECT_DUE_NARGS,
-	.argtypes = SELECT_DUE_ARGTYPES
+	.text = "SELECT " JOB_LIST " FROM %s WHERE status = 'running' AND database = $1 AND (run_at <= $2 OR run_at > $3)"
+	"  AND server::text <> ALL ($4) AND concat_ws(' ', requested_by_oid, server) <> ALL ($5)"
+	" ORDER BY run_at, id LIMIT $6 FOR NO KEY UPDATE SKIP LOCKED",
+	.nargs = 6,
+	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TEXTARRAYOID, TEXTARRAYOID, INT8OID}
 };
 
-/* whether any are left, and when the next one will be due */
-#define UNFINISHED \
-	"status = ANY ('{pending, running}') AND (status = 'running' OR origin <> 'call') AND database = $1"
-
-static OmniStatement select_next = {
+/* whether any are left, whether any is due, and when the next one will be */
+static OmniStatement select_next_running = {
 	.table = &omni_job_table,
-	.text = "SELECT EXISTS (SELECT FROM %s WHERE " UNFINISHED "),"
-	"  (SELECT run_at::timestamptz FROM %s WHERE " UNFINISHED " AND run_at > $2 ORDER BY run_at LIMIT 1)",
+	.text = "SELECT EXISTS (SELECT FROM %s WHERE status = 'running' AND database = $1),"
+	"  EXISTS (SELECT FROM %s WHERE status = 'running' AND database = $1 AND run_at <= $2),"
+	"  (SELECT run_at FROM %s WHERE status = 'running' AND database = $1 AND run_at > $2 ORDER BY run_at LIMIT 1)",
 	.nargs = 2,
 	.argtypes = {OIDOID, TIMESTAMPTZOID}
 };
@@ -186,15 +245,15 @@ static OmniStatement select_next = {
 static OmniStatement stop_following = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = 'accepted', finished_at = clock_timestamp(), error = NULL"
-	" WHERE status = 'running' AND database = $1"
-	" RETURNING id::bigint, requested_by::name, status::text, attempts::int, 'not followed to its end'",
-	.nargs = 1,
-	.argtypes = {OIDOID}
+	" WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE status = 'running' AND database = $1 LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED))"
+	" RETURNING id, requested_by, status, attempts, 'not followed to its end'",
+	.nargs = 2,
+	.argtypes = {OIDOID, INT8OID}
 };
 
 /*
- * The next of them by their numbers, which come about as they were asked for.  What
- * was merged stays as long as the end of its carrier may put it back into the queue.
+ * The next batch in order of id, which is the order of the requests.  What was merged
+ * stays as long as the end of its carrier may put it back into the queue.
  */
 static OmniStatement select_old = {
 	.table = &omni_job_table,
@@ -207,78 +266,128 @@ static OmniStatement select_old = {
 	.argtypes = {INT8OID, TIMESTAMPTZOID, INT8OID}
 };
 
-static OmniStatement delete_jobs = {
+static OmniStatement lock_old = {
 	.table = &omni_job_table,
-	.text = "DELETE FROM %s WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE id = ANY ($1) FOR UPDATE SKIP LOCKED))",
+	.text = "SELECT array_agg(id) FROM (SELECT id FROM %s WHERE id = ANY ($1) FOR UPDATE SKIP LOCKED) AS job",
 	.nargs = 1,
 	.argtypes = {INT8ARRAYOID}
 };
 
-static OmniStatement cancel_job = {
+static OmniStatement delete_jobs = {
 	.table = &omni_job_table,
-	.text = "UPDATE %s AS job SET status = 'canceled', finished_at = clock_timestamp(), error = NULL"
-	" WHERE id = $1 AND " IS_PENDING
-	" RETURNING id::bigint, requested_by::name, status::text, attempts::int, $2",
-	.nargs = 2,
-	.argtypes = {INT8OID, TEXTOID}
+	.text = "DELETE FROM %s WHERE id = ANY ($1)",
+	.nargs = 1,
+	.argtypes = {INT8ARRAYOID}
 };
 
-/* who carries out a set has the lowest number of it */
+/* What may have arrived ends "unknown" ($3). */
+static OmniStatement cancel_job = {
+	.table = &omni_job_table,
+	.text = "UPDATE %s SET status = $3, finished_at = clock_timestamp(), error = NULL"
+	" WHERE id = $1 AND " IS_PENDING
+	" RETURNING id, requested_by, status, attempts, $2",
+	.nargs = 3,
+	.argtypes = {INT8OID, TEXTOID, TEXTOID}
+};
+
+/* the carrier of a set has its lowest number */
 static OmniStatement release_jobs = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = 'pending', merged_into = NULL, finished_at = NULL"
 	" WHERE id > $1 AND merged_into = $1 AND status = 'merged'"
-	" RETURNING id::bigint, requested_by::name, 'released', attempts::int, 'job ' || $1 || ' was canceled'",
+	" RETURNING id, requested_by, 'released', attempts, 'job ' || $1 || ' was canceled'",
 	.nargs = 1,
 	.argtypes = {INT8OID}
 };
 
-static OmniStatement select_sent = {
+static OmniStatement select_jobs = {
 	.table = &omni_job_table,
-	.text = "SELECT " MERGE_KEY ", max(sent_at)::timestamptz FROM %s"
-	" WHERE id = ANY ($1) AND origin <> 'call' AND sent_at IS NOT NULL GROUP BY 1",
+	.text = "SELECT " JOB_LIST " FROM %s WHERE id = ANY ($1) AND origin <> 'call' AND sent_at IS NOT NULL",
 	.nargs = 1,
 	.argtypes = {INT8ARRAYOID}
 };
 
-static ArrayType *make_bigints(Datum *elements, int count);
+/* Jobs that one request can satisfy */
+typedef struct MergeSet
+{
+	const int64 *ids;			/* in order: the first one is to carry the others */
+	int			count;
+	bool		whole;			/* it refreshes the whole model */
+	OmniPlace	place;
+} MergeSet;
+
+static ArrayType *make_bigints(const int64 *numbers, int count);
+static OmniJobState *decode_all(int *count);
 static void add_rows_events(void);
-static void recover(void);
-static void add_members(HeapTuple set, TupleDesc desc, Datum *members, Datum *carriers, int *count);
+static void settle(OmniJobState *left, int count);
+static void recover(OmniJob *job);
+static void set_due(Datum *values);
+static Datum text_array(List *texts);
+static void set_heads(Datum *values, const OmniHead *heads, int count);
+static MergeSet *read_sets(uint64 nrows, int *count);
+static int	merge_set(const MergeSet *set, int *patience, int64 *members, int64 *carriers);
+static void delete_old(Datum ids);
+static void merge(const int64 *members, const int64 *carriers, int count);
+static bool unite(const int64 *ids, int count, bool whole, Datum *values, char *nulls);
 
 /*
- * Keeps pending jobs from being changed by others until the end of the transaction.
- * Says of which, by their places in ids: not of those that are not pending any more,
- * or that somebody else is about to change, for whom nobody waits.  The result is
- * palloc'd.
+ * Locks pending jobs until the end of the transaction, and says of which, by their
+ * places in ids; those that another session has locked, and those that are not pending
+ * any more, are told apart.  Waits for nobody.  The result is palloc'd.
  */
-bool *
+OmniRow *
 omni_job_lock(const int64 *ids, int count)
 {
-	bool	   *locked = palloc0(count * sizeof(bool));
-	Datum	   *elements = palloc(count * sizeof(Datum));
-	Datum		values[1];
-	uint64		nlocked;
+	OmniRow    *rows = palloc(count * sizeof(OmniRow));
+	OmniStatement *statements[] = {&lock_jobs, &look_for_jobs};
+	OmniRow		meanings[] = {OMNI_ROW_OURS, OMNI_ROW_LOCKED};
+	Datum		values[1] = {PointerGetDatum(make_bigints(ids, count))};
+	int			found = 0;
 
 	for (int i = 0; i < count; i++)
-		elements[i] = Int64GetDatum(ids[i]);
-	values[0] = PointerGetDatum(make_bigints(elements, count));
-	nlocked = omni_run(&lock_jobs, values, NULL);
-	for (uint64 row = 0; row < nlocked; row++)
+		rows[i] = OMNI_ROW_GONE;
+	for (int pass = 0; pass < lengthof(statements) && found < count; pass++)
 	{
-		bool		isnull;
-		int64		id = DatumGetInt64(omni_result(row, 0, &isnull));
+		uint64		nrows = omni_run(statements[pass], values, NULL);
 
-		for (int i = 0; i < count; i++)
-			locked[i] |= ids[i] == id;
+		for (uint64 row = 0; row < nrows; row++)
+		{
+			int64		id = DatumGetInt64(omni_value(row, 0, INT8OID));
+
+			for (int i = 0; i < count; i++)
+			{
+				if (ids[i] == id && rows[i] == OMNI_ROW_GONE)
+				{
+					rows[i] = meanings[pass];
+					found++;
+				}
+			}
+		}
 	}
-	return locked;
+	return rows;
 }
 
 static ArrayType *
-make_bigints(Datum *elements, int count)
+make_bigints(const int64 *numbers, int count)
 {
+	Datum	   *elements = palloc(Max(count, 1) * sizeof(Datum));
+
+	for (int i = 0; i < count; i++)
+		elements[i] = Int64GetDatum(numbers[i]);
 	return construct_array(elements, count, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE);
+}
+
+/* The jobs that the last statement has returned, palloc'd; sets their number. */
+static OmniJobState *
+decode_all(int *count)
+{
+	OmniJobState *states;
+
+	*count = (int) SPI_processed;
+	states = palloc(Max(*count, 1) * sizeof(OmniJobState));
+	for (int i = 0; i < *count; i++)
+		omni_job_decode(i, &states[i]);
+	return states;
 }
 
 /* Lets a pending job wait. */
@@ -291,28 +400,101 @@ omni_job_defer(int64 id, TimestampTz run_at)
 }
 
 /*
- * Settles what an earlier worker has left behind.  Nobody waits for a synchronous
- * call any more: it is not sent again, and what an earlier attempt has done is not
- * known.  What was queued goes back to the queue.  What was copied from another
- * database was never sent from here, and never is.
+ * Settles a batch of what an earlier worker has left behind: what is not in the hands of
+ * this one, by number.  Returns false if there is more of it, if only because another
+ * session has locked it.
  */
-void
-omni_job_settle(void)
+bool
+omni_job_settle(const int64 *in_hand, int count)
 {
-	OmniError	left;
-	OmniError	copied;
-	Datum		values[3] = {ObjectIdGetDatum(MyDatabaseId)};
+	Datum		values[3] = {
+		ObjectIdGetDatum(MyDatabaseId),
+		PointerGetDatum(make_bigints(in_hand, count)),
+		Int64GetDatum(SETTLE_LIMIT)
+	};
+	OmniJobState *left;
+	int			nleft;
 
-	omni_error_set(&left, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
-				   "the background worker or the server ended before the answer came");
-	omni_error_hint(&left, "If the job was being sent, look in Omni before you send it again.");
-	omni_error_set(&copied, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-				   "the job was asked for in another database, of which this is a copy");
-	values[1] = CStringGetTextDatum(omni_error_text(&left));
-	values[2] = CStringGetTextDatum(omni_error_text(&copied));
-	(void) omni_run(&settle_jobs, values, NULL);
-	add_rows_events();
-	recover();
+	(void) omni_run(&select_left, values, NULL);
+	left = decode_all(&nleft);
+	settle(left, nleft);
+	return omni_run(&any_left, values, NULL) == 0;
+}
+
+/* Cancels a batch of jobs of one head that are copies of another database's. */
+void
+omni_queue_cancel_copies(const OmniPlace *place)
+{
+	Datum		values[5] = {
+		ObjectIdGetDatum(MyDatabaseId),
+		Int64GetDatum(SETTLE_LIMIT),
+		ObjectIdGetDatum(place->role),
+		CStringGetTextDatum(NameStr(place->server)),
+		UUIDPGetDatum(&place->model)
+	};
+	OmniJobState *copies;
+	int			ncopies;
+
+	(void) omni_run(&select_copies, values, NULL);
+	copies = decode_all(&ncopies);
+	settle(copies, ncopies);
+}
+
+/*
+ * Settles jobs whose rows are locked.  Nobody waits for a call any more: it is not sent
+ * again, and what an earlier attempt has done is not known.  What was queued goes back
+ * to the queue.  What was copied from another database was never sent from here, and
+ * never is.
+ */
+static void
+settle(OmniJobState *left, int count)
+{
+	for (int i = 0; i < count; i++)
+	{
+		OmniJob    *job = &left[i].job;
+		OmniOutcome outcome = {.status = "canceled"};
+
+		if (job->database != MyDatabaseId)
+			omni_error_set(&outcome.error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+						   "the job was asked for in another database, of which this is a copy");
+		else if (strcmp(job->origin, OMNI_ORIGIN_CALL) == 0)
+		{
+			if (job->attempts > 0)
+				outcome.status = "unknown";
+			omni_error_set(&outcome.error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
+						   "the background worker or the server ended before the answer came");
+			omni_error_hint(&outcome.error, "If the job was being sent, look in Omni before you send it again.");
+		}
+		else
+		{
+			recover(job);
+			continue;
+		}
+		(void) omni_job_record(job, &outcome);
+	}
+}
+
+/*
+ * Puts a queued job that was about to be sent back into the queue, but not for ever: it
+ * may have been such a job that has ended the worker or the server.
+ */
+static void
+recover(OmniJob *job)
+{
+	OmniOutcome outcome = {.status = "pending",.again = true};
+
+	if (omni_events_recoveries(job->id) < MAX_RECOVERIES)
+		outcome.attempt_event = "recovered";
+	else
+	{
+		outcome.status = "unknown";
+		outcome.again = false;
+		omni_error_set(&outcome.error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
+					   "the background worker or the server ended %d times while the job was being sent",
+					   MAX_RECOVERIES + 1);
+		omni_error_hint(&outcome.error, "Look in Omni whether it has arrived.  The server's log says why the worker ended.");
+	}
+	(void) omni_job_record(job, &outcome);
 }
 
 /*
@@ -323,217 +505,329 @@ omni_job_settle(void)
 static void
 add_rows_events(void)
 {
-	SPITupleTable *rows = SPI_tuptable;
 	uint64		count = SPI_processed;
 
-	for (uint64 i = 0; i < count; i++)
+	for (uint64 row = 0; row < count; row++)
 	{
-		OmniJob		job = {0};
-		OmniEvent	event = {.occurred_at = GetCurrentTimestamp()};
-		Datum		columns[5];
-		bool		isnull = false;
+		OmniJob		job = {.id = DatumGetInt64(omni_value(row, 0, INT8OID))};
+		OmniEvent	event = {
+			.occurred_at = GetCurrentTimestamp(),
+			.event = TextDatumGetCString(omni_value(row, 2, TEXTOID)),
+			.attempt = DatumGetInt32(omni_value(row, 3, INT4OID)),
+			.detail = TextDatumGetCString(omni_value(row, 4, TEXTOID))
+		};
 
-		/* who owns the table may have let NULLs into it */
-		for (int column = 0; column < 5 && !isnull; column++)
-			columns[column] = SPI_getbinval(rows->vals[i], rows->tupdesc, column + 1, &isnull);
-		if (isnull)
-			continue;
-		job.id = DatumGetInt64(columns[0]);
-		job.request.requested_by = *DatumGetName(columns[1]);
-		event.event = TextDatumGetCString(columns[2]);
-		event.attempt = DatumGetInt32(columns[3]);
-		event.detail = TextDatumGetCString(columns[4]);
+		job.request.requested_by = *DatumGetName(omni_value(row, 1, NAMEOID));
 		omni_event_add(&job, &event);
 		if (strcmp(event.event, "released") != 0)
 			omni_notify(job.id, event.event);
 	}
 }
 
-/*
- * Puts queued jobs that were about to be sent back into the queue, but not for
- * ever: it may have been such a job that has ended the worker or the server.
- */
+/* Sets the first arguments, by which DUE tells what is due. */
 static void
-recover(void)
+set_due(Datum *values)
 {
-	uint64		count = omni_run(&select_sending, NULL, NULL);
-	SPITupleTable *rows = SPI_tuptable;
+	TimestampTz now = omni_latest_now();
+	int64		longest = Max(OMNI_MAX_WAIT, OMNI_MS(omni_min_interval));
 
-	for (uint64 i = 0; i < count; i++)
-	{
-		OmniOutcome outcome = {.status = "pending",.run_at = GetCurrentTimestamp()};
-		OmniJob		job = {0};
-		bool		isnull;
+	values[0] = ObjectIdGetDatum(MyDatabaseId);
+	values[1] = TimestampTzGetDatum(now);
+	values[2] = TimestampTzGetDatum(now + longest + USECS_PER_MINUTE);
+}
 
-		job.id = DatumGetInt64(SPI_getbinval(rows->vals[i], rows->tupdesc, 1, &isnull));
-		job.request.requested_by = *DatumGetName(SPI_getbinval(rows->vals[i], rows->tupdesc, 2, &isnull));
-		job.attempts = DatumGetInt32(SPI_getbinval(rows->vals[i], rows->tupdesc, 3, &isnull));
-		if (omni_events_recoveries(job.id) < MAX_RECOVERIES)
-			outcome.attempt_event = "recovered";
-		else
-		{
-			outcome.status = "unknown";
-			outcome.run_at = 0;
-			omni_error_set(&outcome.error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
-						   "the background worker or the server ended %d times while the job was being sent",
-						   MAX_RECOVERIES + 1);
-			omni_error_hint(&outcome.error, "Look in Omni whether it has arrived.  The server's log says why the worker ended.");
-		}
-		omni_job_record(&job, &outcome);
-	}
+/* A list of C strings as an array of texts */
+static Datum
+text_array(List *texts)
+{
+	Datum	   *elements = palloc(Max(list_length(texts), 1) * sizeof(Datum));
+	ListCell   *cell;
+
+	foreach(cell, texts)
+		elements[foreach_current_index(cell)] = CStringGetTextDatum(lfirst(cell));
+	return PointerGetDatum(construct_array(elements, list_length(texts), TEXTOID, -1, false, TYPALIGN_INT));
 }
 
 /*
- * Merges queued jobs that are due: the oldest of a set is widened to what they ask
- * for together, and carries out the others.  Returns true if there may be more
- * to merge, once this is committed.
+ * The heads of the queue behind a place, at most so many, and so many that are due; sets
+ * their number.  Those that *held names have no more than one head for each server or
+ * role, which is not due.  The result is palloc'd.
  */
-bool
-omni_job_merge(TimestampTz now)
+OmniHead *
+omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit, int due_limit, int due_limit_of_server,
+				 int *count)
 {
-	Datum		values[4] = {ObjectIdGetDatum(MyDatabaseId), TimestampTzGetDatum(now)};
-	Datum	   *members;
-	Datum	   *carriers;
-	int			count = 0;
-	uint64		nsets = omni_run(&select_sets, values, NULL);
-	SPITupleTable *sets = SPI_tuptable;
-	bool		isnull;
+	Datum		values[11];
+	OmniHead   *heads;
 
-	members = palloc(MERGE_LIMIT * sizeof(Datum));
-	carriers = palloc(MERGE_LIMIT * sizeof(Datum));
-	for (uint64 i = 0; i < nsets && count < MERGE_LIMIT; i++)
-		add_members(sets->vals[i], sets->tupdesc, members, carriers, &count);
-	if (count == 0)
-		return false;
+	set_due(values);
+	values[3] = ObjectIdGetDatum(place->role);
+	values[4] = CStringGetTextDatum(NameStr(place->server));
+	values[5] = UUIDPGetDatum(&place->model);
+	values[6] = Int64GetDatum(limit);
+	values[7] = Int64GetDatum(due_limit);
+	values[8] = Int64GetDatum(due_limit_of_server);
+	values[9] = text_array(held->servers);
+	values[10] = text_array(held->roles);
+	*count = omni_run(&select_heads, values, NULL);
 
-	values[0] = PointerGetDatum(make_bigints(members, count));
-	values[1] = PointerGetDatum(make_bigints(carriers, count));
-	(void) omni_run(&merge_jobs, values, NULL);
-	for (int i = 0; i < 4; i++)
-		values[i] = omni_result(0, i, &isnull);
-	if (!isnull)
-		omni_events_merged(values[0], values[1], values[2], values[3]);
-	return count == MERGE_LIMIT;
-}
-
-/*
- * Widens the oldest of a set and adds the others to the list, as many as there is
- * room for.  If that one is locked, or the lists would be too long together, the
- * set stays as it is.
- */
-static void
-add_members(HeapTuple set, TupleDesc desc, Datum *members, Datum *carriers, int *count)
-{
-	bool		isnull[5];
-	Datum		values[5];
-	char		nulls[6] = "     ";
-	Datum	   *ids;
-	int			nids;
-	int64		carrier;
-
-	for (int i = 0; i < 5; i++)
-	{
-		values[i] = SPI_getbinval(set, desc, i + 1, &isnull[i]);
-		if (isnull[i])
-			nulls[i] = 'n';
-	}
-	for (int i = 2; i < 4; i++)
-	{
-		if (!isnull[i] && VARSIZE_ANY(DatumGetPointer(values[i])) > OMNI_MAX_LIST)
-			return;
-	}
-
-	deconstruct_array(DatumGetArrayTypeP(values[0]), INT8OID, sizeof(int64),
-					  FLOAT8PASSBYVAL, TYPALIGN_DOUBLE, &ids, NULL, &nids);
-	values[0] = ids[0];
-	carrier = DatumGetInt64(ids[0]);
-	if (!*omni_job_lock(&carrier, 1))
-		return;
-	(void) omni_run(&widen_job, values, nulls);
-	for (int i = 1; i < nids && *count < MERGE_LIMIT; i++)
-	{
-		members[*count] = ids[i];
-		carriers[(*count)++] = ids[0];
-	}
-}
-
-/* Makes those jobs due that would be later than a time, which no wait of ours is. */
-void
-omni_job_reclock(TimestampTz now, TimestampTz latest)
-{
-	Datum		values[2] = {TimestampTzGetDatum(now), TimestampTzGetDatum(latest)};
-
-	(void) omni_run(&reclock_jobs, values, NULL);
-}
-
-/*
- * The first jobs of the queue that are due, or of those that are followed, at most
- * limit of them, and their number.  held is an array of what is left out: servers
- * by name, and roles at a server by its name, a space and their OID.  The result is
- * palloc'd.
- */
-OmniJob *
-omni_job_due(TimestampTz now, bool running, ArrayType *held, int limit, int *count)
-{
-	Datum		values[4] = {
-		ObjectIdGetDatum(MyDatabaseId),
-		TimestampTzGetDatum(now),
-		PointerGetDatum(held),
-		Int64GetDatum(limit)
-	};
-	OmniJob    *jobs;
-
-	*count = omni_run(running ? &select_due_running : &select_due, values, NULL);
-	jobs = palloc0(*count * sizeof(OmniJob));
+	heads = palloc0(Max(*count, 1) * sizeof(OmniHead));
 	for (int i = 0; i < *count; i++)
 	{
-		OmniJob    *job = &jobs[i];
-		OmniRequest *request = &job->request;
-		Datum		columns[SELECT_DUE_COLUMNS];
-		bool		isnull[SELECT_DUE_COLUMNS];
+		OmniHead   *head = &heads[i];
 
-		for (int column = 0; column < SELECT_DUE_COLUMNS; column++)
-			columns[column] = omni_result(i, column, &isnull[column]);
-
-		job->origin = OMNI_ORIGIN_ON_COMMIT;	/* or alike */
-		job->id = DatumGetInt64(columns[0]);
-		request->server = *DatumGetName(columns[1]);
-		request->requested_by = *DatumGetName(columns[2]);
-		request->role = DatumGetObjectId(columns[3]);
-		request->requested_at = DatumGetTimestampTz(columns[4]);
-		request->model = *DatumGetUUIDP(columns[5]);
-		request->has_branch = !isnull[6];
-		if (request->has_branch)
-			request->branch = *DatumGetUUIDP(columns[6]);
-		request->hard = DatumGetBool(columns[7]);
-		request->hard_named = !request->hard;	/* it is Omni's default */
-		job->schemas = isnull[8] ? NULL : DatumGetArrayTypeP(columns[8]);
-		job->tables = isnull[9] ? NULL : DatumGetArrayTypeP(columns[9]);
-		job->attempts = DatumGetInt32(columns[10]);
-		job->merge_key = DatumGetInt64(columns[11]);
-		if (DatumGetBool(columns[12]))
-			request->kind = OMNI_KIND_CACHE;
-		if (!isnull[13])
-			strlcpy(request->policy, TextDatumGetCString(columns[13]), sizeof(request->policy));
-		request->has_reset_at = !isnull[14];
-		if (request->has_reset_at)
-			request->reset_at = DatumGetTimestampTz(columns[14]);
-		if (!isnull[15])
-			job->job_id = *DatumGetUUIDP(columns[15]);
-		if (!isnull[16])
-			job->sent_at = DatumGetTimestampTz(columns[16]);
+		head->place.role = DatumGetObjectId(omni_value(i, 0, OIDOID));
+		namestrcpy(&head->place.server, TextDatumGetCString(omni_value(i, 1, TEXTOID)));
+		head->place.model = *DatumGetUUIDP(omni_value(i, 2, UUIDOID));
+		head->run_at = DatumGetTimestampTz(omni_value(i, 3, TIMESTAMPTZOID));
+		head->is_due = DatumGetBool(omni_value(i, 4, BOOLOID));
+		head->is_held = DatumGetBool(omni_value(i, 5, BOOLOID));
+		head->has_more = DatumGetBool(omni_value(i, 6, BOOLOID));
 	}
-	return jobs;
+	return heads;
 }
 
-/* Lets go of the jobs that are followed. */
+/* Sets the fourth argument and the two behind it. */
+static void
+set_heads(Datum *values, const OmniHead *heads, int count)
+{
+	Datum	   *roles = palloc(count * sizeof(Datum));
+	Datum	   *models = palloc(count * sizeof(Datum));
+	List	   *servers = NIL;
+
+	for (int i = 0; i < count; i++)
+	{
+		roles[i] = ObjectIdGetDatum(heads[i].place.role);
+		servers = lappend(servers, pstrdup(NameStr(heads[i].place.server)));
+		models[i] = UUIDPGetDatum(&heads[i].place.model);
+	}
+	values[3] = PointerGetDatum(construct_array(roles, count, OIDOID, sizeof(Oid), true, TYPALIGN_INT));
+	values[4] = text_array(servers);
+	values[5] = PointerGetDatum(construct_array(models, count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+}
+
+/*
+ * The first due jobs of some heads, at most so many of each; sets their number.  Some may
+ * be copies of another database's.  The result is palloc'd.
+ */
+OmniJobState *
+omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count)
+{
+	Datum		values[DUE_OF_HEADS_NARGS];
+
+	set_due(values);
+	set_heads(values, heads, nheads);
+	values[6] = Int64GetDatum(limit);
+	(void) omni_run(&select_due, values, NULL);
+	return decode_all(count);
+}
+
+/*
+ * Merges the due jobs of some heads: the oldest of a set is widened to what they ask for
+ * together, and carries the others.  Sets of each head whether it is worth while to merge
+ * once more before anything of it is sent: there were very many.
+ */
+void
+omni_queue_merge(OmniHead *heads, int nheads)
+{
+	Datum		values[DUE_OF_HEADS_NARGS];
+	int			limit = Max(MERGE_LIMIT / nheads, 2);
+	int			patience = MERGE_LIMIT / 20;
+	int64	   *members = palloc(nheads * limit * sizeof(int64));
+	int64	   *carriers = palloc(nheads * limit * sizeof(int64));
+	MergeSet   *sets;
+	int			nsets;
+	int			count = 0;
+
+	for (int i = 0; i < nheads; i++)
+		heads[i].has_more = false;
+	set_due(values);
+	set_heads(values, heads, nheads);
+	values[6] = Int64GetDatum(limit);
+	sets = read_sets(omni_run(&select_sets, values, NULL), &nsets);
+	for (int i = 0; i < nsets; i++)
+	{
+		int			merged = merge_set(&sets[i], &patience, members + count, carriers + count);
+
+		for (int j = 0; j < nheads; j++)
+		{
+			if (merged >= limit / 2 && merged >= MERGE_LIMIT / 100 &&
+				memcmp(&heads[j].place, &sets[i].place, sizeof(OmniPlace)) == 0)
+				heads[j].has_more = true;
+		}
+		count += merged;
+	}
+	merge(members, carriers, count);
+}
+
+/* Makes plain data of the rows of select_sets. */
+static MergeSet *
+read_sets(uint64 nrows, int *count)
+{
+	MergeSet   *sets = palloc0(Max(nrows, 1) * sizeof(MergeSet));
+
+	*count = (int) nrows;
+	for (int i = 0; i < *count; i++)
+	{
+		ArrayType  *ids = DatumGetArrayTypeP(omni_value(i, 0, INT8ARRAYOID));
+
+		sets[i].ids = (int64 *) ARR_DATA_PTR(ids);
+		sets[i].count = ARR_DIMS(ids)[0];
+		sets[i].whole = DatumGetBool(omni_value(i, 1, BOOLOID));
+		sets[i].place.role = DatumGetObjectId(omni_value(i, 2, OIDOID));
+		sets[i].place.server = *DatumGetName(omni_value(i, 3, NAMEOID));
+		sets[i].place.model = *DatumGetUUIDP(omni_value(i, 4, UUIDOID));
+	}
+	return sets;
+}
+
+/* Has jobs carried by others, both by number, and tells so in the event log. */
+static void
+merge(const int64 *members, const int64 *carriers, int count)
+{
+	Datum		values[4] = {PointerGetDatum(make_bigints(members, count)), PointerGetDatum(make_bigints(carriers, count))};
+	bool		isnull;
+
+	if (count == 0)
+		return;
+	(void) omni_run(&merge_jobs, values, NULL);
+	values[0] = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
+	if (isnull)
+		return;
+	values[1] = omni_value(0, 1, NAMEARRAYOID);
+	values[2] = omni_value(0, 2, TIMESTAMPTZARRAYOID);
+	values[3] = omni_value(0, 3, INT8ARRAYOID);
+	omni_events_merged(values[0], values[1], values[2], values[3]);
+}
+
+/*
+ * Widens the oldest of a set, by number, and lists the others with it as their carrier;
+ * returns how many these are.  As many as fit into one request have one carrier; *patience
+ * is how often that may be tried.  A set whose oldest is locked stays as it is.
+ */
+static int
+merge_set(const MergeSet *set, int *patience, int64 *members, int64 *carriers)
+{
+	const int64 *ids = set->ids;
+	int			merged = 0;
+	int			next;
+
+	for (int first = 0; first < set->count - 1; first = next)
+	{
+		Datum		values[6];
+		char		nulls[7] = "      ";
+		int			n = set->count - first;
+
+		next = first + 1;
+		if (*omni_job_lock(&ids[first], 1) != OMNI_ROW_OURS)
+			return merged;
+		while (n > 1 && !unite(&ids[first], n, set->whole, values, nulls))
+		{
+			n /= 2;
+			if (--*patience <= 0)
+				return merged;
+		}
+		if (n == 1)
+			continue;
+
+		values[0] = Int64GetDatum(ids[first]);
+		(void) omni_run(&widen_job, values, nulls);
+		next = first + n;
+		for (int i = first + 1; i < next; i++)
+		{
+			members[merged] = ids[i];
+			carriers[merged++] = ids[first];
+		}
+	}
+	return merged;
+}
+
+/*
+ * Finds out what jobs ask for together, as the second argument of widen_job and those
+ * behind it.  Returns false if that is too much for one request.
+ */
+static bool
+unite(const int64 *ids, int count, bool whole, Datum *values, char *nulls)
+{
+	static const Oid types[] = {BOOLOID, TEXTARRAYOID, TEXTARRAYOID, TIMESTAMPTZOID, TIMESTAMPTZOID};
+	Datum		arguments[2] = {PointerGetDatum(make_bigints(ids, count)), BoolGetDatum(whole)};
+	OmniJob		job = {.request.has_branch = true,.request.hard_named = true};	/* the longest URL */
+
+	(void) omni_run(&unite_jobs, arguments, NULL);
+	for (int i = 0; i < lengthof(types); i++)
+	{
+		bool		isnull;
+
+		values[i + 1] = omni_value_or_null(0, i, types[i], &isnull);
+		nulls[i + 1] = isnull ? 'n' : ' ';
+	}
+	if (nulls[2] != 'n')
+		job.schemas = DatumGetArrayTypeP(values[2]);
+	if (nulls[3] != 'n')
+		job.tables = DatumGetArrayTypeP(values[3]);
+	return omni_api_fits(&job);
+}
+
+/*
+ * The first running jobs to be asked about, at most so many, but for those that *held
+ * names; sets their number.  Their rows are locked.  The result is palloc'd.
+ */
+OmniJobState *
+omni_job_due_running(const OmniHeld *held, int limit, int *count)
+{
+	Datum		values[6];
+
+	set_due(values);
+	values[3] = text_array(held->servers);
+	values[4] = text_array(held->roles);
+	values[5] = Int64GetDatum(limit);
+	(void) omni_run(&select_due_running, values, NULL);
+	return decode_all(count);
+}
+
+/*
+ * Whether any job is running, and whether any is due; *next is when the next one will be
+ * due, or DT_NOEND.
+ */
+bool
+omni_job_next_running(bool *any_due, TimestampTz *next)
+{
+	Datum		values[2] = {ObjectIdGetDatum(MyDatabaseId), TimestampTzGetDatum(omni_latest_now())};
+	bool		isnull;
+	Datum		value;
+
+	(void) omni_run(&select_next_running, values, NULL);
+	*any_due = DatumGetBool(omni_value(0, 1, BOOLOID));
+	value = omni_value_or_null(0, 2, TIMESTAMPTZOID, &isnull);
+	*next = isnull ? DT_NOEND : DatumGetTimestampTz(value);
+	return DatumGetBool(omni_value(0, 0, BOOLOID));
+}
+
+/* Lets go of a batch of jobs that are followed. */
 void
 omni_job_stop_following(void)
 {
-	Datum		values[1] = {ObjectIdGetDatum(MyDatabaseId)};
+	Datum		values[2] = {ObjectIdGetDatum(MyDatabaseId), Int64GetDatum(SETTLE_LIMIT)};
 
 	(void) omni_run(&stop_following, values, NULL);
 	add_rows_events();
+}
+
+/* Deletes jobs, an array, with their events, but those of which somebody has locked a row. */
+static void
+delete_old(Datum ids)
+{
+	bool		isnull;
+	ArrayType  *jobs;
+
+	(void) omni_run(&lock_old, &ids, NULL);
+	ids = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
+	jobs = isnull ? NULL : omni_events_delete(DatumGetArrayTypeP(ids));
+	if (jobs != NULL)
+	{
+		ids = PointerGetDatum(jobs);
+		(void) omni_run(&delete_jobs, &ids, NULL);
+	}
 }
 
 /*
@@ -547,17 +841,17 @@ omni_job_prune(int64 *after, TimestampTz before, int limit)
 	Datum		values[3] = {Int64GetDatum(*after), TimestampTzGetDatum(before), Int64GetDatum(limit)};
 	bool		none_old;
 	bool		none;
-	bool		isnull;
 	bool		reached;
+	Datum		last;
 
 	(void) omni_run(&select_old, values, NULL);
-	values[0] = omni_result(0, 0, &none_old);
-	values[1] = omni_result(0, 1, &none);
-	reached = none || DatumGetBool(omni_result(0, 2, &isnull));
+	values[0] = omni_value_or_null(0, 0, INT8ARRAYOID, &none_old);
+	last = omni_value_or_null(0, 1, INT8OID, &none);
+	reached = none || DatumGetBool(omni_value(0, 2, BOOLOID));
 	if (!none)
-		*after = DatumGetInt64(values[1]);
+		*after = DatumGetInt64(last);
 	if (!none_old)
-		(void) omni_run(&delete_jobs, values, NULL);
+		delete_old(values[0]);
 	return !reached;
 }
 
@@ -568,7 +862,11 @@ omni_job_prune(int64 *after, TimestampTz before, int limit)
 bool
 omni_job_cancel(const OmniJob *job, const char *by)
 {
-	Datum		values[2] = {Int64GetDatum(job->id), CStringGetTextDatum(psprintf("by \"%s\"", by))};
+	Datum		values[3] = {
+		Int64GetDatum(job->id),
+		CStringGetTextDatum(psprintf("by \"%s\"", by)),
+		CStringGetTextDatum(job->attempts > 0 && omni_job_may_have_arrived(job->id) ? "unknown" : "canceled")
+	};
 	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = "requested"};
 
 	omni_events_begin();
@@ -582,35 +880,19 @@ omni_job_cancel(const OmniJob *job, const char *by)
 	return true;
 }
 
-/*
- * Whether there is anything in the queue, due or not; *next is when something
- * will be due that is not yet, or DT_NOEND.
- */
-bool
-omni_job_next(TimestampTz now, TimestampTz *next)
-{
-	Datum		values[2] = {ObjectIdGetDatum(MyDatabaseId), TimestampTzGetDatum(now)};
-	bool		isnull;
-	Datum		value;
-
-	(void) omni_run(&select_next, values, NULL);
-	value = omni_result(0, 1, &isnull);
-	*next = isnull ? DT_NOEND : DatumGetTimestampTz(value);
-	return DatumGetBool(omni_result(0, 0, &isnull));
-}
-
-/* Tells, for each merge key of the queue's sent since a time, when that was. */
+/* Tells, for each queued job that was sent since a time, what it was like and when that was. */
 void
 omni_job_recent(TimestampTz since, void (*tell) (int64 merge_key, TimestampTz sent_at))
 {
-	ArrayType  *jobs = omni_events_sent(since);
-	Datum		values[1] = {PointerGetDatum(jobs)};
-	bool		isnull;
-	uint64		count;
+	ArrayType  *ids = omni_events_sent(since);
+	Datum		values[1] = {PointerGetDatum(ids)};
+	OmniJobState *sent;
+	int			count;
 
-	if (jobs == NULL)
+	if (ids == NULL)
 		return;
-	count = omni_run(&select_sent, values, NULL);
-	for (uint64 i = 0; i < count; i++)
-		tell(DatumGetInt64(omni_result(i, 0, &isnull)), DatumGetTimestampTz(omni_result(i, 1, &isnull)));
+	(void) omni_run(&select_jobs, values, NULL);
+	sent = decode_all(&count);
+	for (int i = 0; i < count; i++)
+		tell(sent[i].job.merge_key, sent[i].job.sent_at);
 }

@@ -21,31 +21,31 @@
 #include "postgres.h"
 
 #include "common/hashfn.h"
-#include "utils/timestamp.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 
-#define SHARED_NAME			"omni_refresh rates layout 2"
+#define SHARED_NAME			"omni_refresh rates layout 3"
 
 /*
  * 12 slices and the one that is counted whole make a minute and a second or
  * more, so that a request that was slow on its way does no harm.
  */
 #define SLICES				13
-#define SLICE_LENGTH		(INT64CONST(5100) * 1000)	/* microseconds */
+#define SLICE_LENGTH		OMNI_MS(5100)
 
-/* When there are more keys than this in a minute, some get more than is theirs */
+/* When there are more keys than this in a minute, some may send more than their limit */
 #define MAX_KEYS			32
 
 typedef struct Rate
 {
 	uint64		id;				/* 0: not in use */
-	int64		slice;			/* number of the newest slice */
+	int64		slice;			/* number of the newest slice, by omni_clock() */
 	uint32		counts[SLICES][OMNI_RATE_CLASSES];	/* of slice n at n modulo
 													 * SLICES */
 	int64		refused[OMNI_RATE_CLASSES]; /* slice of the last refusal */
-	TimestampTz blocked_until;
+	int64		blocked_until;	/* by omni_clock(), or 0 */
 } Rate;
 
 typedef struct Shared
@@ -69,6 +69,7 @@ static void attach_shared(void);
 static void init_shared(OMNI_SHARED_INIT_ARGS);
 static bool has_room(const Rate *rate, OmniRateClass class, int limit, const uint32 *used, int64 all);
 static Rate *find_rate(uint64 id);
+static bool is_dispensable(const Rate *one, const Rate *other);
 
 /* The identity of a key at a host, as long as the server runs. */
 uint64
@@ -85,14 +86,14 @@ omni_rate_id(const char *host, const char *key)
 }
 
 /*
- * Takes leave for one request, if there may be one now within a limit of so many
- * a minute (0 means no limit).  Returns 0 if so, else the time to ask again, and
- * whether it is that late because of omni_rate_block().
+ * Reserves a place within the rate limit, of so many requests a minute (0 means no
+ * limit), for one request now.  Returns 0 if there is one, else the time to ask again,
+ * by omni_clock(), and whether it is that late because of omni_rate_block().
  */
-TimestampTz
+int64
 omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 {
-	TimestampTz when = 0;
+	int64		when = 0;
 	Rate	   *rate;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
@@ -122,7 +123,7 @@ omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 				all -= rate->counts[oldest % SLICES][c];
 			}
 			oldest++;
-			when = (oldest + SLICES - 1) * SLICE_LENGTH;
+			when = (oldest - 1) * SLICE_LENGTH;	/* begins slice oldest + SLICES - 1 */
 		}
 	}
 
@@ -178,9 +179,9 @@ omni_rate_left(uint64 id, int limit)
 	return Max(left, 0);
 }
 
-/* Lets nothing more be sent before a time. */
+/* Lets nothing more be sent before a time of omni_clock(). */
 void
-omni_rate_block(uint64 id, TimestampTz until)
+omni_rate_block(uint64 id, int64 until)
 {
 	Rate	   *rate;
 
@@ -192,20 +193,28 @@ omni_rate_block(uint64 id, TimestampTz until)
 
 /*
  * The counts of a key, those of the last minute left, and 0 as blocked_until if it
- * is not blocked.  A new key takes the place of the one not used for the longest
- * time.
+ * is not blocked.  A new key takes the place of another one.
  */
 static Rate *
 find_rate(uint64 id)
 {
-	TimestampTz now = GetCurrentTimestamp();
-	int64		slice = now / SLICE_LENGTH;
-	Rate	   *rate = &shared->rates[0];
+	int64		now = omni_clock();
+	int64		slice = now / SLICE_LENGTH + SLICES;	/* the first one has others before it */
+	Rate	   *rate = NULL;
 
-	for (int i = 0; i < MAX_KEYS && rate->id != id; i++)
+	for (int i = 0; i < MAX_KEYS; i++)
 	{
-		if (shared->rates[i].id == id || shared->rates[i].slice < rate->slice)
-			rate = &shared->rates[i];
+		Rate	   *other = &shared->rates[i];
+
+		if (other->blocked_until <= now)
+			other->blocked_until = 0;
+		if (other->id == id)
+		{
+			rate = other;
+			break;
+		}
+		if (rate == NULL || is_dispensable(other, rate))
+			rate = other;
 	}
 	if (rate->id != id)
 	{
@@ -214,32 +223,23 @@ find_rate(uint64 id)
 		rate->slice = slice;
 	}
 
-	if (slice < rate->slice)
-	{
-		/* the clock was set back: all counts as of now */
-		uint32		sums[OMNI_RATE_CLASSES] = {0};
-
-		for (int i = 0; i < SLICES; i++)
-		{
-			for (int c = 0; c < OMNI_RATE_CLASSES; c++)
-				sums[c] += rate->counts[i][c];
-		}
-		memset(rate->counts, 0, sizeof(rate->counts));
-		memcpy(rate->counts[slice % SLICES], sums, sizeof(sums));
-	}
-	else if (slice - rate->slice >= SLICES)
-		memset(rate->counts, 0, sizeof(rate->counts));
-	else
-	{
-		for (int64 i = rate->slice + 1; i <= slice; i++)
-			memset(rate->counts[i % SLICES], 0, sizeof(rate->counts[0]));
-	}
+	for (int64 i = Max(rate->slice, slice - SLICES) + 1; i <= slice; i++)
+		memset(rate->counts[i % SLICES], 0, sizeof(rate->counts[0]));
 	rate->slice = slice;
-
-	/* later than anyone asks for: the clock again */
-	if (rate->blocked_until <= now || rate->blocked_until > now + OMNI_MAX_WAIT)
-		rate->blocked_until = 0;
 	return rate;
+}
+
+/*
+ * Whether less is lost with one entry than with another: one without a pause that Omni
+ * has asked for, and of these the one not used for longer; else the longer pause, since
+ * the shorter one may be a neighbour's of somebody who fills the table with long ones.
+ */
+static bool
+is_dispensable(const Rate *one, const Rate *other)
+{
+	if (one->blocked_until == 0 && other->blocked_until == 0)
+		return one->slice < other->slice;
+	return one->blocked_until == 0 || (other->blocked_until != 0 && one->blocked_until > other->blocked_until);
 }
 
 static void
@@ -260,5 +260,5 @@ init_shared(OMNI_SHARED_INIT_ARGS)
 	new->tranche = LWLockNewTrancheId_compat(OMNI_EXTENSION);
 	LWLockInitialize(&new->lock, new->tranche);
 	if (!pg_strong_random(&new->salt, sizeof(new->salt)))
-		new->salt = GetCurrentTimestamp();
+		new->salt = omni_clock();
 }

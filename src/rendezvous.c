@@ -44,11 +44,12 @@
 #include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 
 /* To be raised with each change of the structs below, or of OmniCall */
-#define SHARED_NAME			"omni_refresh layout 3"
+#define SHARED_NAME			"omni_refresh layout 4"
 
 /* Together under 20 kB, which 16 and older have to spare */
 #define MAX_DATABASES		96
@@ -89,7 +90,7 @@ typedef struct Slot
 	bool		flag;			/* something was queued */
 	int			owner;			/* PGPROC of the worker, or of its starter, or
 								 * NOBODY */
-	TimestampTz made_at;
+	int64		made_at;		/* by omni_clock() */
 	uint64		generation;		/* never the same again */
 	int			first;			/* oldest entry of the ring */
 	int			count;			/* entries in use */
@@ -203,7 +204,7 @@ omni_call_create(const OmniJob *job, const char *lookup, dsm_segment **segment)
 	pg_atomic_init_u32(&call->state, OMNI_CALL_WAITING);
 	pg_atomic_init_u32(&call->forsaken, 0);
 	call->caller = my_proc();
-	call->deadline = TimestampTzPlusMilliseconds(job->request.requested_at, omni_call_timeout);
+	call->deadline = omni_clock() + OMNI_MS(omni_call_timeout);
 	call->request = job->request;
 	call->schemas = schemas_at;
 	call->tables = tables_at;
@@ -255,7 +256,7 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 {
 	OmniCall   *call = dsm_segment_address(segment);
 	Waiter		waiter = {.segment = segment};
-	TimestampTz began = GetCurrentTimestamp();
+	int64		began = omni_clock();
 
 	for (;;)
 	{
@@ -283,7 +284,7 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 			else if (result == RING_FULL)
 				wait_for_room();
 			else if (result == NO_WORKER &&
-					 !TimestampDifferenceExceeds(began, GetCurrentTimestamp(), START_PATIENCE))
+					 omni_clock() - began < OMNI_MS(START_PATIENCE))
 				wait_for_latch(START_RETRY);
 			else
 			{
@@ -546,7 +547,7 @@ static bool
 start_has_failed(const Slot *slot)
 {
 	return slot->state == SLOT_STARTING && slot->owner == NOBODY &&
-		TimestampDifferenceExceeds(slot->made_at, GetCurrentTimestamp(), UNWATCHED_START);
+		omni_clock() - slot->made_at >= OMNI_MS(UNWATCHED_START);
 }
 
 /*
@@ -696,6 +697,31 @@ omni_worker_attach(bool (*has_work_for_next) (void))
 	if (starter_call != NULL)
 		dsm_detach(starter_call);
 	starter_call = NULL;
+}
+
+/*
+ * Holds the lock for this transaction, too: somebody's trigger may call
+ * pg_advisory_unlock_all(), which releases what the session holds.
+ */
+void
+omni_worker_hold(void)
+{
+	(void) LockAcquire(&worker_lock, ExclusiveLock, false, true);
+}
+
+/*
+ * Before the end of the transaction, or after it if there was an error: makes sure that the
+ * session holds the lock, and none of what a trigger may have locked.  If another worker
+ * has got it in between, this one ends.
+ */
+void
+omni_worker_keep(void)
+{
+	LockReleaseSession(USER_LOCKMETHOD);
+	if (LockAcquire(&worker_lock, ExclusiveLock, true, true) == LOCKACQUIRE_NOT_AVAIL)
+		ereport(FATAL,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("another background worker of omni_refresh has taken over")));
 }
 
 /*
@@ -950,7 +976,7 @@ make_slot(Oid database, SlotState state, int owner)
 			slot->database = database;
 			slot->flag = false;
 			slot->owner = owner;
-			slot->made_at = GetCurrentTimestamp();
+			slot->made_at = omni_clock();
 			slot->generation = ++shared->generation;
 			slot->first = 0;
 			slot->count = 0;

@@ -24,16 +24,19 @@
 #include "catalog/indexing.h"
 #include "catalog/pg_class.h"
 #include "catalog/pg_extension.h"
+#include "catalog/pg_type.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/guc.h"
+#include "utils/inval.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
+#include "utils/typcache.h"
 
 #include "compat.h"
 #include "omni_refresh.h"
@@ -42,11 +45,31 @@
 /* Bytes of an extension's version that we compare */
 #define MAX_VERSION			64
 
-OmniTable	omni_job_table = {.name = "omni_refresh_job"};
-OmniTable	omni_event_table = {.name = "omni_refresh_event"};
+#define REPAIR				"Undo what ALTER TABLE has changed, or drop and create the extension."
+#define DIFFERS				"table \"%s\" is not as the extension made it"
+
+#define COLUMN(name, type, required) {#name, type, required},
+
+static const OmniColumn job_columns[] = {OMNI_JOB_COLUMNS(COLUMN)};
+static const OmniColumn event_columns[] = {OMNI_EVENT_COLUMNS(COLUMN)};
+
+OmniTable	omni_job_table = {
+	.name = "omni_refresh_job",.columns = job_columns,.ncolumns = lengthof(job_columns)
+};
+OmniTable	omni_event_table = {
+	.name = "omni_refresh_event",.columns = event_columns,.ncolumns = lengthof(event_columns)
+};
+
+/* The table whose statement ran last, for messages */
+static OmniTable *last_table;
 
 static bool look_at_extension(Oid *schema, char *version);
 static bool look_at_table(OmniTable *table);
+static void check_table(OmniTable *table);
+static const char *find_difference(const OmniTable *table, TupleDesc desc);
+static const char *find_nullable(const OmniTable *table, TupleDesc desc);
+static void forget_check(Datum arg, Oid relation);
+pg_noreturn static void table_differs(const OmniTable *table, const char *detail);
 
 /*
  * Looks where the extension's tables are at this moment.  Returns false if there
@@ -63,6 +86,7 @@ omni_tables_find(void)
 		return false;
 	omni_job_table.oid = get_relname_relid(omni_job_table.name, schema);
 	omni_event_table.oid = get_relname_relid(omni_event_table.name, schema);
+	omni_job_table.checked = omni_event_table.checked = false;
 	return look_at_table(&omni_job_table) && look_at_table(&omni_event_table);
 }
 
@@ -140,9 +164,16 @@ omni_tables_lock(void)
 		ConditionalLockRelationOid(omni_event_table.oid, RowExclusiveLock);
 }
 
+/* Changes a setting until the end of the statement. */
+static void
+set_locally(const char *name, const char *value)
+{
+	(void) set_config_option(name, value, PGC_SUSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+}
+
 /*
  * Runs a statement as the owner of its table and returns how many rows it had,
- * for omni_result().  nulls is as in SPI_execute_plan().
+ * for omni_value().  nulls is as in SPI_execute_plan().
  */
 uint64
 omni_run(OmniStatement *statement, Datum *values, const char *nulls)
@@ -152,10 +183,15 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 	int			nest_level;
 	int			code;
 
+	check_table(statement->table);
+	last_table = statement->table;
 	nest_level = NewGUCNestLevel();
 	if (!omni_in_worker)
-		(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET,
-								 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	{
+		set_locally("search_path", "pg_catalog, pg_temp");
+		/* or the triggers that keep replicated rows out would take ours for such */
+		set_locally("session_replication_role", "origin");
+	}
 
 	GetUserIdAndSecContext(&user, &security_context);
 	SetUserIdAndSecContext(statement->table->owner,
@@ -188,10 +224,169 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 	return SPI_processed;
 }
 
-/* A value that the last statement has returned; row and column count from 0. */
-Datum
-omni_result(int row, int column, bool *isnull)
+/*
+ * Makes sure that a table is still as the extension made it, as far as we rely on that:
+ * its owner may have altered it.  Columns that were added do no harm.  Raises an error
+ * if one is missing or of another type.  Where one may be null now, all goes on: a row
+ * that has a NULL is an error when it is read.  The worker says in the log, once, what it
+ * has found.
+ */
+static void
+check_table(OmniTable *table)
 {
-	return SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, column + 1, isnull);
+	static bool registered = false;
+	Relation	relation;
+	const char *difference;
+	const char *nullable;
+
+	if (table->checked)
+		return;
+	if (!registered)
+		CacheRegisterRelcacheCallback(forget_check, (Datum) 0);
+	registered = true;
+
+	relation = table_open(table->oid, AccessShareLock);
+	difference = find_difference(table, RelationGetDescr(relation));
+	nullable = find_nullable(table, RelationGetDescr(relation));
+	table->checked = difference == NULL;
+	table_close(relation, AccessShareLock);
+	if ((difference != NULL || nullable != NULL) && !table->complained && omni_in_worker)
+		ereport(LOG,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg(DIFFERS, table->name),
+				 errdetail_internal("%s", difference != NULL ? difference : nullable)));
+	table->complained = difference != NULL || nullable != NULL;
+	if (difference != NULL)
+		table_differs(table, difference);
 }
 
+/* Says in what a table differs from what the extension made; NULL if in nothing. */
+static const char *
+find_difference(const OmniTable *table, TupleDesc desc)
+{
+	for (int i = 0; i < table->ncolumns; i++)
+	{
+		const OmniColumn *column = &table->columns[i];
+		int			number = SPI_fnumber(desc, column->name);
+		Form_pg_attribute attribute;
+
+		if (number <= 0)
+			return psprintf("Column \"%s\" does not exist.", column->name);
+		attribute = TupleDescAttr(desc, number - 1);
+		if (attribute->atttypid != column->type)
+			return psprintf("Column \"%s\" is of type %s, and should be of type %s.", column->name,
+							format_type_be(attribute->atttypid), format_type_be(column->type));
+	}
+	return NULL;
+}
+
+/* Names a column that has lost its NOT NULL, or NULL; after find_difference(). */
+static const char *
+find_nullable(const OmniTable *table, TupleDesc desc)
+{
+	for (int i = 0; i < table->ncolumns; i++)
+	{
+		const OmniColumn *column = &table->columns[i];
+		int			number = SPI_fnumber(desc, column->name);
+
+		if (column->required && number > 0 && !TupleDescAttr(desc, number - 1)->attnotnull)
+			return psprintf("Column \"%s\" may be null.", column->name);
+	}
+	return NULL;
+}
+
+/* Relation cache callback: a table may have been altered, or any if relation is invalid. */
+static void
+forget_check(Datum arg, Oid relation)
+{
+	if (!OidIsValid(relation) || relation == omni_job_table.oid)
+		omni_job_table.checked = false;
+	if (!OidIsValid(relation) || relation == omni_event_table.oid)
+		omni_event_table.checked = false;
+}
+
+static void
+table_differs(const OmniTable *table, const char *detail)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg(DIFFERS, table->name),
+			 errdetail_internal("%s", detail),
+			 errhint(REPAIR)));
+}
+
+/* The row type of a table, copied, once it is sure to be as the extension made it. */
+TupleDesc
+omni_table_rowtype(OmniTable *table)
+{
+	TupleDesc	rowtype = lookup_rowtype_tupdesc_copy(get_rel_type_id(table->oid), -1);
+	const char *difference = find_difference(table, rowtype);
+
+	if (difference != NULL)
+		table_differs(table, difference);
+	return rowtype;
+}
+
+/*
+ * Says in what one of the tables differs from what the extension made, for
+ * omni_refresh_check(); false if in anything.  Does not look at a table that somebody has
+ * locked.
+ */
+bool
+omni_tables_check(OmniError *error)
+{
+	OmniTable  *tables[] = {&omni_job_table, &omni_event_table};
+
+	for (int i = 0; i < lengthof(tables); i++)
+	{
+		Relation	relation;
+		const char *difference;
+
+		if (!ConditionalLockRelationOid(tables[i]->oid, AccessShareLock))
+			continue;
+		relation = table_open(tables[i]->oid, NoLock);
+		difference = find_difference(tables[i], RelationGetDescr(relation));
+		if (difference == NULL)
+			difference = find_nullable(tables[i], RelationGetDescr(relation));
+		table_close(relation, AccessShareLock);
+		if (difference != NULL)
+		{
+			omni_error_set(error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, DIFFERS, tables[i]->name);
+			omni_error_detail(error, "%s", difference);
+			omni_error_hint(error, REPAIR);
+			return false;
+		}
+	}
+	return true;
+}
+
+/*
+ * A value that the last statement has returned; row and column count from 0.  Raises an
+ * error unless it is there, of that type and not null: somebody may have altered the
+ * table since it was checked.
+ */
+Datum
+omni_value(int row, int column, Oid type)
+{
+	bool		isnull;
+	Datum		value = omni_value_or_null(row, column, type, &isnull);
+
+	if (isnull)
+		table_differs(last_table, psprintf("Column %d of a statement's result is null.", column + 1));
+	return value;
+}
+
+/* The same of a value that may be null. */
+Datum
+omni_value_or_null(int row, int column, Oid type, bool *isnull)
+{
+	SPITupleTable *rows = SPI_tuptable;
+
+	if (rows == NULL || row >= rows->numvals || column >= rows->tupdesc->natts)
+		table_differs(last_table, "A statement has returned nothing.");
+	if (SPI_gettypeid(rows->tupdesc, column + 1) != type)
+		table_differs(last_table, psprintf("Column %d of a statement's result is of type %s, and should be of type %s.",
+										   column + 1, format_type_be(SPI_gettypeid(rows->tupdesc, column + 1)),
+										   format_type_be(type)));
+	return SPI_getbinval(rows->vals[row], rows->tupdesc, column + 1, isnull);
+}

@@ -14,18 +14,84 @@
 /* Bytes of a table's name, quoted and with its schema */
 #define OMNI_MAX_QUALIFIED	(2 * (2 * NAMEDATALEN + 3))
 
+/* A column that we rely on */
+typedef struct OmniColumn
+{
+	const char *name;
+	Oid			type;
+	bool		required;		/* NOT NULL */
+} OmniColumn;
+
 typedef struct OmniTable
 {
 	const char *name;
+	const OmniColumn *columns;
+	int			ncolumns;
 	Oid			oid;			/* the following are set by omni_tables_find() */
 	Oid			owner;
 	char		qualified[OMNI_MAX_QUALIFIED];
+	bool		checked;		/* it is as the extension made it ... */
+	bool		complained;		/* ... but for NOT NULLs, as the log says */
 } OmniTable;
+
+/* The columns of omni_refresh_job that are read: name, type, whether NOT NULL */
+#define OMNI_JOB_COLUMNS(X) \
+	X(id, INT8OID, true) \
+	X(status, TEXTOID, true) \
+	X(job_id, UUIDOID, false) \
+	X(model_id, UUIDOID, true) \
+	X(branch_id, UUIDOID, false) \
+	X(kind, TEXTOID, true) \
+	X(hard, BOOLOID, false) \
+	X(schemas, TEXTARRAYOID, false) \
+	X(tables, TEXTARRAYOID, false) \
+	X(policy, TEXTOID, false) \
+	X(reset_at, TIMESTAMPTZOID, false) \
+	X(server, NAMEOID, true) \
+	X(origin, TEXTOID, true) \
+	X(requested_by, NAMEOID, true) \
+	X(requested_by_oid, OIDOID, true) \
+	X(requested_at, TIMESTAMPTZOID, true) \
+	X(run_at, TIMESTAMPTZOID, true) \
+	X(sent_at, TIMESTAMPTZOID, false) \
+	X(finished_at, TIMESTAMPTZOID, false) \
+	X(attempts, INT4OID, true) \
+	X(merged_into, INT8OID, false) \
+	X(renewed_at, TIMESTAMPTZOID, false) \
+	X(database, OIDOID, true) \
+	X(error, TEXTOID, false)
+
+/* The columns of omni_refresh_event */
+#define OMNI_EVENT_COLUMNS(X) \
+	X(id, INT8OID, true) \
+	X(job, INT8OID, true) \
+	X(requested_by, NAMEOID, true) \
+	X(occurred_at, TIMESTAMPTZOID, true) \
+	X(event, TEXTOID, true) \
+	X(attempt, INT4OID, false) \
+	X(http_status, INT4OID, false) \
+	X(duration, INTERVALOID, false) \
+	X(detail, TEXTOID, false)
+
+/* Requests that agree in these may be merged, and wait for each other's min_interval. */
+#define ALIKE \
+	"server, requested_by, requested_by_oid, kind, model_id, branch_id, policy"
+
+/* What a SELECT lists for omni_job_decode(), from a table without an alias */
+#define OMNI_JOB_COLUMN_TEXT(name, type, required) #name ", "
+#define JOB_LIST \
+	OMNI_JOB_COLUMNS(OMNI_JOB_COLUMN_TEXT) "hashtextextended(ROW(" ALIKE ")::text, 0), xmin"
+
+/* The conditions of the two indexes on unfinished jobs: what waits in the queue, ... */
+#define QUEUED		"status = 'pending' AND origin <> 'call'"
+
+/* ... and what a worker has, or had, in hand */
+#define IN_HAND		"(status = ANY ('{sending, running}') OR (status = 'pending' AND origin = 'call'))"
 
 /*
  * What a job is that was found by its number.  Written as "status =" these would be
- * conditions of the index on what is unfinished, which a plan made for an empty
- * table might go through from end to end instead.
+ * conditions of those indexes, which a plan made for an empty table might go through
+ * from end to end instead.
  */
 #define IS_PENDING		"starts_with(status, 'pending')"
 #define IS_UNFINISHED	"status <> ALL ('{completed, failed, accepted, canceled, merged, unknown}')"
@@ -57,12 +123,18 @@ typedef struct OmniEvent
 extern OmniTable omni_job_table;
 extern OmniTable omni_event_table;
 extern uint64 omni_run(OmniStatement *statement, Datum *values, const char *nulls);
-extern Datum omni_result(int row, int column, bool *isnull);
+extern TupleDesc omni_table_rowtype(OmniTable *table);
+extern Datum omni_value(int row, int column, Oid type);
+extern Datum omni_value_or_null(int row, int column, Oid type, bool *isnull);
+
+/* in job.c */
+extern void omni_job_decode(int row, OmniJobState *state);
 
 /* in event.c */
 extern void omni_event_add(const OmniJob *job, const OmniEvent *event);
 extern void omni_events_merged(Datum jobs, Datum requesters, Datum requested_at, Datum carriers);
 extern int64 omni_events_recoveries(int64 job);
 extern ArrayType *omni_events_sent(TimestampTz since);
+extern ArrayType *omni_events_delete(ArrayType *jobs);
 
 #endif							/* OMNI_TABLE_H */

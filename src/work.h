@@ -36,17 +36,19 @@ typedef struct OmniWork
 								 * about one that is followed */
 	bool		lookup;			/* a call that is no job: nothing is written */
 	OmniStep	step;
-	TimestampTz taken_at;
 	dsm_segment *segment;		/* of a call; NULL once the caller knows all */
 	OmniCall   *call;			/* in that segment */
-	TimestampTz deadline;		/* no attempt begins after it, but a queued
+	/* times of omni_clock() */
+	int64		taken_at;
+	int64		deadline;		/* no attempt begins after it, but a queued
 								 * job's first */
-	TimestampTz run_at;			/* if PENDING: the next attempt */
+	int64		run_at;			/* if PENDING: the next attempt */
 	bool		beginning;		/* it is to begin in this turn */
 	bool		recording;		/* its outcome is to be written in this turn */
 	bool		may_have_arrived;	/* some attempt ended without an answer */
-	TimestampTz write_at;		/* if ANSWERED: the next try to write it down */
+	int64		write_at;		/* if ANSWERED: the next try to write it down */
 	int			write_failures;
+	OmniRow		row;			/* what became of it in this turn */
 
 	/* the attempt that is about to begin, or under way */
 	MemoryContext attempt;		/* holds what follows, within context */
@@ -54,9 +56,7 @@ typedef struct OmniWork
 	uint64		rate_id;
 	char	   *url;
 	OmniTransfer *transfer;		/* NULL before it is sent */
-	TimestampTz delayed_until;	/* by the rate limit, else 0 */
-	bool		gone;			/* the row is not pending any more, or is
-								 * locked */
+	int64		delayed_until;	/* by the rate limit, else 0 */
 	bool		settled;		/* outcome is set */
 	OmniOutcome outcome;
 } OmniWork;
@@ -77,21 +77,20 @@ extern OmniWork *omni_work_begin(OmniRateClass class);
 extern void omni_work_end(OmniWork *work);
 extern int	omni_works_count(OmniRateClass class, const NameData *server);
 extern bool omni_work_is_forsaken(OmniWork *work);
+extern bool omni_worker_is_enabled(void);
 
 /* in claim.c */
 extern void omni_claim_soon(void);
-extern void omni_claim_by(TimestampTz when);
+extern void omni_claim_by(int64 when);
 extern void omni_claim_pause(int delay);
 extern void omni_claim_due(void);
 extern long omni_claim_delay(void);
 extern bool omni_claim_any_left(void);
-extern TimestampTz omni_claim_last(void);
-extern void omni_claim_settle(void);
-extern void omni_claim_settled(void);
-extern void omni_claim_sent(int64 merge_key, TimestampTz sent_at);
+extern int64 omni_claim_last(void);
+extern void omni_claim_sent(int64 merge_key);
 extern void omni_claim_finished(const OmniWork *work);
-extern void omni_claim_hold(const OmniWork *work, TimestampTz until);
-extern TimestampTz omni_claim_held_until(const OmniWork *work);
+extern void omni_claim_hold(const OmniWork *work, int64 until);
+extern int64 omni_claim_held_until(const OmniWork *work);
 
 /* in attempt.c */
 extern bool omni_attempts_begin(void);

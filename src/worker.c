@@ -37,11 +37,14 @@
 #include "postmaster/bgworker.h"
 #include "postmaster/interrupt.h"
 #include "tcop/tcopprot.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/timeout.h"
 #include "utils/timestamp.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 #include "work.h"
@@ -63,12 +66,13 @@ bool		omni_in_worker = false;
 /* The jobs in hand */
 dlist_head	omni_works = DLIST_STATIC_INIT(omni_works);
 
-static TimestampTz busy_at = 0; /* when there was something to do, or long ago */
-static TimestampTz looked_round_at = 0; /* for who else wants the database */
+static int64 busy_at = 0;		/* when there was something to do, or long ago */
+static int64 looked_round_at = 0;	/* for who else wants the database */
 static bool to_notify = false;	/* there is something to be told to listeners */
-static TimestampTz prune_at = DT_NOBEGIN;	/* next time */
+static int64 prune_at = 0;		/* next time */
 static int64 pruned_to = 0;		/* the job up to which all was looked at */
 static bool prune_more = false; /* there are old ones above that */
+static bool is_enabled_known = false;	/* see omni_worker_is_enabled() */
 static uint32 wait_event;
 
 PGDLLEXPORT void omni_refresh_worker_main(Datum main_arg);
@@ -121,7 +125,7 @@ omni_refresh_worker_main(Datum main_arg)
 	CommitTransactionCommand();
 
 	if (!leave_at_once)
-		busy_at = GetCurrentTimestamp();
+		busy_at = omni_clock();
 	while (!leave)
 	{
 		PG_TRY();
@@ -158,22 +162,61 @@ override_settings(void)
 		{"default_transaction_read_only", "off"},
 		{"default_transaction_isolation", "read committed"},
 		{"default_transaction_deferrable", "off"},
+		{"role", "none"},
+		{"row_security", "on"},
 		{"session_replication_role", "origin"},
+		{"exit_on_error", "off"},
 		{"statement_timeout", "0"},
 		{"idle_in_transaction_session_timeout", "0"},
+		{"transaction_timeout", "0"},	/* 17 added it */
 		{"lock_timeout", "5s"},
 		{"jit", "off"},
 
 		/* plans that were made for empty tables must do for full ones */
 		{"plan_cache_mode", "force_generic_plan"},
+		{"enable_indexscan", "on"},
+		{"enable_nestloop", "on"},
 		{"enable_seqscan", "off"},
 		{"enable_bitmapscan", "off"},
+		{"enable_sort", "off"},
 		{"enable_hashjoin", "off"},
 		{"enable_mergejoin", "off"},
 	};
 
 	for (int i = 0; i < lengthof(settings); i++)
-		SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_OVERRIDE);
+	{
+		if (GetConfigOption(settings[i][0], true, false) != NULL)
+			SetConfigOption(settings[i][0], settings[i][1], PGC_SUSET, PGC_S_OVERRIDE);
+	}
+}
+
+/*
+ * Whether what is queued may be sent.  Of "omni_refresh.enabled", the configuration file,
+ * the command line and the database count, as they are now, but not what ALTER ROLE has
+ * set for the role that this process happens to run as.  Needs a transaction with SPI
+ * connected, the first time after a reload.
+ */
+bool
+omni_worker_is_enabled(void)
+{
+	static bool enabled;
+	char	   *value;
+
+	if (is_enabled_known)
+		return enabled;
+	if (SPI_execute("SELECT coalesce("
+					" (SELECT option_value FROM pg_db_role_setting, pg_options_to_table(setconfig)"
+					"  WHERE setrole = 0 AND setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())"
+					"   AND option_name = 'omni_refresh.enabled'),"
+					" (SELECT setting FROM pg_settings WHERE name = 'omni_refresh.enabled' AND source = 'command line'),"
+					" (SELECT setting FROM pg_file_settings WHERE name = 'omni_refresh.enabled' AND error IS NULL"
+					"  ORDER BY seqno DESC LIMIT 1))", true, 1) != SPI_OK_SELECT || SPI_processed != 1)
+		elog(ERROR, "could not read the setting \"omni_refresh.enabled\"");
+	value = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1);
+	if (value == NULL || !parse_bool(value, &enabled))
+		enabled = true;
+	is_enabled_known = true;
+	return enabled;
 }
 
 /*
@@ -196,6 +239,7 @@ omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 	{
 		SetCurrentStatementStartTimestamp();
 		StartTransactionCommand();
+		omni_worker_hold();
 		SetConfigOption("synchronous_commit", flush ? "local" : "off",
 						PGC_SUSET, PGC_S_OVERRIDE);
 		enable_timeout_after(STATEMENT_TIMEOUT, STATEMENT_LIMIT);
@@ -209,6 +253,7 @@ omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 		PopActiveSnapshot();
 		SPI_finish();
 		disable_timeout(STATEMENT_TIMEOUT, false);
+		omni_worker_keep();
 		if (result == COMMITTED)
 			CommitTransactionCommand();
 		else
@@ -219,6 +264,7 @@ omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 		disable_timeout(STATEMENT_TIMEOUT, false);
 		omni_error_catch(error, context);
 		AbortCurrentTransaction();
+		omni_worker_keep();
 		result = error->sqlstate == ERRCODE_QUERY_CANCELED ||
 			error->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE ||
 			ERRCODE_TO_CATEGORY(error->sqlstate) == ERRCODE_TRANSACTION_ROLLBACK ? NOT_NOW : FAILED;
@@ -261,30 +307,31 @@ send_notices(void *unused)
 static long
 prune(void)
 {
-	TimestampTz now = GetCurrentTimestamp();
 	OmniError	error;
 
 	if (omni_retention < 0)
 		return LOOK_ROUND;
-	if (prune_at <= now)
+	if (prune_at <= omni_clock())
 	{
 		prune_more = false;
-		if (omni_transact(prune_some, NULL, false, &error) == FAILED)
+		if (omni_transact(prune_some, NULL, false, &error) == FAILED &&
+			error.sqlstate != ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE) /* that is in the log */
 			ereport(LOG,
 					(errcode(error.sqlstate),
 					 errmsg("could not delete old jobs of omni_refresh: %s", error.message)));
 		if (!prune_more)
 			pruned_to = 0;
-		prune_at = TimestampTzPlusMilliseconds(now, prune_more ? PRUNE_PAUSE :
-											   Max(Min(omni_retention * INT64CONST(60000) / 10, PRUNE_ROUND), PRUNE_ROUND_MIN));
+		prune_at = omni_clock() +
+			OMNI_MS(prune_more ? PRUNE_PAUSE :
+					Max(Min(omni_retention * INT64CONST(60000) / 10, PRUNE_ROUND), PRUNE_ROUND_MIN));
 	}
-	return TimestampDifferenceMilliseconds(now, prune_at);
+	return omni_clock_until(prune_at);
 }
 
 static bool
 prune_some(void *unused)
 {
-	TimestampTz before = GetCurrentTimestamp() - omni_retention * USECS_PER_MINUTE;
+	TimestampTz before = omni_earliest_now() - omni_retention * USECS_PER_MINUTE;
 
 	if (!omni_tables_find())
 		return true;
@@ -299,38 +346,38 @@ static bool
 turn(void)
 {
 	long		delay;
-	TimestampTz now;
+	int64		now;
 
 	CHECK_FOR_INTERRUPTS();
 	if (ConfigReloadPending)
 	{
 		ConfigReloadPending = false;
 		ProcessConfigFile(PGC_SIGHUP);
+		is_enabled_known = false;
 		omni_claim_soon();
-		prune_at = DT_NOBEGIN;
+		prune_at = 0;
 	}
 
 	delay = move_on();
 	notify();
 	delay = Min(delay, prune());
 	if (prune_more)
-		busy_at = GetCurrentTimestamp();
+		busy_at = omni_clock();
 	pgstat_report_stat(false);
 
 	if (dlist_is_empty(&omni_works) && !omni_claim_any_left())
 	{
-		long		idle_left = omni_idle_timeout -
-		Min(TimestampDifferenceMilliseconds(busy_at, GetCurrentTimestamp()), INT_MAX);
+		long		idle_left = omni_clock_until(busy_at + OMNI_MS(omni_idle_timeout));
 
-		if (idle_left <= 0 && TimestampDifferenceExceeds(omni_claim_last(), GetCurrentTimestamp(), LOOK_ROUND))
+		if (idle_left <= 0 && omni_clock() - omni_claim_last() > OMNI_MS(LOOK_ROUND))
 			omni_claim_soon();	/* once more: COMMIT PREPARED wakes nobody */
 		else if (idle_left <= 0 && omni_worker_leave_if_idle())
 			return false;
 		pgstat_report_activity(STATE_IDLE, NULL);
-		delay = Min(Max(idle_left, 0), delay);
+		delay = Min(idle_left, delay);
 	}
-	now = GetCurrentTimestamp();
-	if (now < looked_round_at || TimestampDifferenceExceeds(looked_round_at, now, LOOK_ROUND))
+	now = omni_clock();
+	if (now - looked_round_at >= OMNI_MS(LOOK_ROUND))
 	{
 		looked_round_at = now;
 		if (!is_waited_for() && (omni_worker_is_unwanted() || !is_extension_same()) &&
@@ -396,12 +443,12 @@ move_on(void)
 	take_calls();
 	omni_claim_due();
 	if (omni_claim_any_left())
-		busy_at = GetCurrentTimestamp();
+		busy_at = omni_clock();
 	delay = Min(delay, omni_claim_delay());
 	if (dlist_is_empty(&omni_works))
 		return delay;
 
-	busy_at = GetCurrentTimestamp();
+	busy_at = omni_clock();
 	pgstat_report_activity(STATE_RUNNING, "sending refreshes to Omni");
 	if (!omni_attempts_begin())
 		delay = RETRY_DELAY;
@@ -414,9 +461,9 @@ move_on(void)
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 
 		if (work->step == ANSWERED)
-			delay = Min(delay, TimestampDifferenceMilliseconds(GetCurrentTimestamp(), work->write_at));
+			delay = Min(delay, omni_clock_until(work->write_at));
 		else if (work->step == PENDING && !work->beginning)
-			delay = Min(delay, TimestampDifferenceMilliseconds(GetCurrentTimestamp(), work->run_at));
+			delay = Min(delay, omni_clock_until(work->run_at));
 	}
 	return Min(delay, omni_claim_delay());
 }
@@ -454,7 +501,7 @@ omni_work_begin(OmniRateClass class)
 	work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
 										  ALLOCSET_SMALL_SIZES);
 	work->class = class;
-	work->taken_at = GetCurrentTimestamp();
+	work->taken_at = omni_clock();
 	dlist_push_tail(&omni_works, &work->node);
 	return work;
 }
