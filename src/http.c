@@ -15,13 +15,24 @@
  * the same host, whoever asked for them: what authorizes a request is a header
  * of its own.
  *
+ * The other side may close an idle connection at any time.  Before a request goes
+ * out on a connection that was used before, we look at its socket: if it has ended,
+ * the transfer starts over on a new connection, and nothing was sent.  libcurl looks
+ * as well, but before 8.0 it takes a TLS connection for alive as long as the alert
+ * that closes it has not been read; it then sends the request, fails, and sends it
+ * again.
+ *
  * This file knows nothing of Omni or of tables.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
+#include <arpa/inet.h>
+#include <netinet/in.h>
 #include <signal.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include "miscadmin.h"
 #include "portability/instr_time.h"
@@ -44,6 +55,8 @@ typedef struct Transfer
 	struct curl_slist *headers;
 	TimestampTz started_at;
 	bool		begun;			/* the request has gone out, or is about to */
+	bool		stale;			/* it did not, since the connection had ended */
+	uint64		connection;		/* number of the one it is on; 0: none */
 	bool		(*is_wanted) (void *arg);
 	void	   *arg;			/* of is_wanted */
 	char	   *body;			/* malloc'd */
@@ -58,6 +71,20 @@ typedef struct Watch
 	int			events;			/* WL_SOCKET_READABLE, WL_SOCKET_WRITEABLE */
 } Watch;
 
+/* A connection that libcurl has open, or is about to open */
+typedef struct Connection
+{
+	uint64		number;			/* never used again */
+	curl_socket_t socket;
+	bool		used;			/* a request has gone out on it, and the next
+								 * fields are set */
+	char		host[INET6_ADDRSTRLEN];
+	char		local_host[INET6_ADDRSTRLEN];
+	int			port;
+	int			local_port;
+	int			transfers;		/* at this moment */
+} Connection;
+
 static CURLM *multi = NULL;
 static int64 timer = -1;		/* when libcurl wants to be called, in ms by
 								 * clock_ms(); -1: never */
@@ -65,6 +92,10 @@ static Watch *watches = NULL;	/* malloc'd */
 static int	nwatches = 0;
 static int	watches_capacity = 0;
 static bool watches_changed = false;
+static Connection *connections = NULL;	/* malloc'd */
+static int	nconnections = 0;
+static int	connections_capacity = 0;
+static uint64 last_connection = 0;	/* the highest number given */
 static WaitEventSet *wait_set = NULL;	/* the latch and the watches */
 
 static void start_libcurl(void);
@@ -72,12 +103,20 @@ static void add_header(Transfer *transfer, const char *header);
 static void release_transfer(void *arg);
 static int	note_socket(CURL *easy, curl_socket_t socket, int what, void *arg,
 						void *socket_arg);
+static int	note_open(void *arg, curl_socket_t socket, curlsocktype purpose);
+static int	note_close(void *arg, curl_socket_t socket);
+static Connection *find_connection(const char *host, const char *local_host, int port,
+								   int local_port);
+static bool is_bound_to(curl_socket_t socket, const char *host, int port);
+static bool has_ended(curl_socket_t socket);
+static void leave_connection(Transfer *transfer);
 static int	allow_request(void *arg, char *host, char *local_host, int port, int local_port);
 static int	note_timer(CURLM *unused, long timeout, void *arg);
 static int64 clock_ms(void);
 static size_t keep_body(char *data, size_t size, size_t count, void *arg);
 static void drive(curl_socket_t socket, int mask);
 static void collect_done(void);
+static bool start_over(Transfer *transfer);
 static void fill_answer(Transfer *transfer, CURLcode code);
 static void tell_connection(CURL *easy, OmniAnswer *answer);
 static OmniPhase phase_reached(Transfer *transfer, CURLcode code);
@@ -180,6 +219,8 @@ omni_http_start(const OmniHttpRequest *request)
 	SETOPT(CURLOPT_NOSIGNAL, 1L);
 	CHECK_EASY(curl_quick_exit_compat(transfer->easy));
 
+	SETOPT(CURLOPT_SOCKOPTFUNCTION, note_open);
+	SETOPT(CURLOPT_CLOSESOCKETFUNCTION, note_close);
 	transfer->is_wanted = request->is_wanted;
 	transfer->arg = request->arg;
 	CHECK_EASY(curl_before_request_compat(transfer->easy, allow_request, transfer));
@@ -279,6 +320,7 @@ release_transfer(void *arg)
 {
 	Transfer   *transfer = arg;
 
+	leave_connection(transfer);
 	if (transfer->easy != NULL)
 	{
 		curl_multi_remove_handle(multi, transfer->easy);
@@ -325,18 +367,156 @@ note_socket(CURL *easy, curl_socket_t socket, int what, void *arg, void *socket_
 	return 0;
 }
 
+/* Called by libcurl: it has made a socket, for a connection. */
+static int
+note_open(void *arg, curl_socket_t socket, curlsocktype purpose)
+{
+	Connection *connection;
+
+	if (nconnections == connections_capacity)
+	{
+		int			capacity = 2 * connections_capacity + 8;
+		Connection *larger = realloc(connections, capacity * sizeof(Connection));
+
+		if (larger == NULL)
+			return CURL_SOCKOPT_ERROR;
+		connections = larger;
+		connections_capacity = capacity;
+	}
+	connection = &connections[nconnections++];
+	memset(connection, 0, sizeof(Connection));
+	connection->number = ++last_connection;
+	connection->socket = socket;
+	return CURL_SOCKOPT_OK;
+}
+
+/* Called by libcurl: the socket of a connection is to be closed. */
+static int
+note_close(void *arg, curl_socket_t socket)
+{
+	for (int i = 0; i < nconnections; i++)
+	{
+		if (connections[i].socket == socket)
+		{
+			connections[i] = connections[--nconnections];
+			break;
+		}
+	}
+	return close(socket);
+}
+
+/*
+ * Finds a connection by its two ends, as libcurl tells them; NULL if there is none.
+ * The addresses of one that has been used are known, since the kernel forgets those
+ * of a connection that was reset.
+ */
+static Connection *
+find_connection(const char *host, const char *local_host, int port, int local_port)
+{
+	if (host == NULL || local_host == NULL)
+		return NULL;
+	for (int i = 0; i < nconnections; i++)
+	{
+		Connection *connection = &connections[i];
+
+		if (connection->used && connection->port == port && connection->local_port == local_port &&
+			strcmp(connection->host, host) == 0 && strcmp(connection->local_host, local_host) == 0)
+			return connection;
+	}
+	for (int i = 0; i < nconnections; i++)
+	{
+		Connection *connection = &connections[i];
+
+		if (!connection->used && is_bound_to(connection->socket, local_host, local_port))
+		{
+			strlcpy(connection->host, host, sizeof(connection->host));
+			strlcpy(connection->local_host, local_host, sizeof(connection->local_host));
+			connection->port = port;
+			connection->local_port = local_port;
+			return connection;
+		}
+	}
+	return NULL;
+}
+
+/* Whether an address is that of our end of a socket. */
+static bool
+is_bound_to(curl_socket_t socket, const char *host, int port)
+{
+	union
+	{
+		struct sockaddr any;
+		struct sockaddr_in v4;
+		struct sockaddr_in6 v6;
+	}			address;
+	socklen_t	length = sizeof(address);
+	char		text[INET6_ADDRSTRLEN];
+
+	if (getsockname(socket, &address.any, &length) != 0)
+		return false;
+	if (address.any.sa_family == AF_INET)
+		return ntohs(address.v4.sin_port) == port &&
+			inet_ntop(AF_INET, &address.v4.sin_addr, text, sizeof(text)) != NULL && strcmp(text, host) == 0;
+	if (address.any.sa_family == AF_INET6)
+		return ntohs(address.v6.sin6_port) == port &&
+			inet_ntop(AF_INET6, &address.v6.sin6_addr, text, sizeof(text)) != NULL && strcmp(text, host) == 0;
+	return false;
+}
+
+/*
+ * Whether no request should go out on an idle connection: the other side has closed
+ * or reset it, or has sent something that nobody has asked for.  That is the alert
+ * that closes TLS, or the answer to a request that has not been made, such as HTTP
+ * status 408.  What HTTP/2 allows at any time, libcurl has just read; what has come
+ * since costs a new connection, no more.  libcurl's sockets do not block.
+ */
+static bool
+has_ended(curl_socket_t socket)
+{
+	char		byte;
+
+	return recv(socket, &byte, 1, MSG_PEEK) >= 0 ||
+		(errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
+}
+
+/* Notes that a transfer needs its connection no longer. */
+static void
+leave_connection(Transfer *transfer)
+{
+	for (int i = 0; i < nconnections; i++)
+	{
+		if (connections[i].number == transfer->connection)
+			connections[i].transfers--;
+	}
+	transfer->connection = 0;
+}
+
 /*
  * Called by libcurl: a request is about to go out.  It may, once, if it is still
- * wanted.  When a connection that was used before is closed without an answer,
- * libcurl would send the request once more, and nobody would know.
+ * wanted and the connection is still one.  When a connection that was used before is
+ * closed without an answer, libcurl would send the request once more, and nobody
+ * would know.
  */
 static int
 allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 {
 	Transfer   *transfer = arg;
+	Connection *connection = find_connection(host, local_host, port, local_port);
 
 	if (transfer->begun || !transfer->is_wanted(transfer->arg))
 		return 1;				/* CURL_PREREQFUNC_ABORT */
+	if (connection != NULL)
+	{
+		/* with HTTP/2, what has come may be for another transfer */
+		if (connection->used && connection->transfers == 0 && has_ended(connection->socket))
+		{
+			transfer->stale = true;
+			return 1;
+		}
+		connection->used = true;
+		connection->transfers++;
+		transfer->connection = connection->number;
+	}
 	transfer->begun = true;
 	return 0;
 }
@@ -416,10 +596,24 @@ collect_done(void)
 		CURLcode	code = message->data.result;
 
 		curl_easy_getinfo(message->easy_handle, CURLINFO_PRIVATE, (char **) &transfer);
+		leave_connection(transfer);
+		if (transfer->stale && start_over(transfer))
+			continue;
 		fill_answer(transfer, code);
 		curl_multi_remove_handle(multi, transfer->easy);
 		transfer->public.done = true;
 	}
+}
+
+/* Sends a transfer on a new connection, as if for the first time; false if it cannot. */
+static bool
+start_over(Transfer *transfer)
+{
+	curl_multi_remove_handle(multi, transfer->easy);
+	transfer->stale = false;
+	transfer->error[0] = '\0';
+	return curl_easy_setopt(transfer->easy, CURLOPT_FRESH_CONNECT, 1L) == CURLE_OK &&
+		curl_multi_add_handle(multi, transfer->easy) == CURLM_OK;
 }
 
 /* Tells what became of a transfer that has ended. */
