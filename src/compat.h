@@ -163,7 +163,8 @@ curl_allow_protocols_compat(CURL *easy)
 
 /*
  * libcurl 7.80 asks each time that a request is about to go out.  For older ones we
- * ask at once: one that is no longer wanted later, or sent again, goes out.
+ * ask at once: one that is no longer wanted later, or sent again, goes out.  They
+ * send on a connection that has ended, and then again on a new one.
  */
 static inline CURLcode
 curl_before_request_compat(CURL *easy, int (*function) (void *, char *, char *, int, int),

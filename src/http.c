@@ -18,9 +18,9 @@
  * The other side may close an idle connection at any time.  Before a request goes
  * out on a connection that was used before, we look at its socket: if it has ended,
  * the transfer starts over on a new connection, and nothing was sent.  libcurl looks
- * as well, but before 8.0 it takes a TLS connection for alive as long as the alert
- * that closes it has not been read; it then sends the request, fails, and sends it
- * again.
+ * as well, but older versions (7.88 among them) take a TLS connection for alive as
+ * long as the alert that closes it has not been read, and newer ones (8.22) one of
+ * HTTP/2 that the other side has asked us to close.
  *
  * This file knows nothing of Omni or of tables.
  *
@@ -510,6 +510,8 @@ allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 		/* with HTTP/2, what has come may be for another transfer */
 		if (connection->used && connection->transfers == 0 && has_ended(connection->socket))
 		{
+			/* else libcurl would keep a connection of HTTP/2 */
+			curl_easy_setopt(transfer->easy, CURLOPT_FORBID_REUSE, 1L);
 			transfer->stale = true;
 			return 1;
 		}
@@ -612,7 +614,8 @@ start_over(Transfer *transfer)
 	curl_multi_remove_handle(multi, transfer->easy);
 	transfer->stale = false;
 	transfer->error[0] = '\0';
-	return curl_easy_setopt(transfer->easy, CURLOPT_FRESH_CONNECT, 1L) == CURLE_OK &&
+	return curl_easy_setopt(transfer->easy, CURLOPT_FORBID_REUSE, 0L) == CURLE_OK &&
+		curl_easy_setopt(transfer->easy, CURLOPT_FRESH_CONNECT, 1L) == CURLE_OK &&
 		curl_multi_add_handle(multi, transfer->easy) == CURLM_OK;
 }
 

@@ -1,5 +1,6 @@
-# Real servers between the worker and the stand-in for Omni: nginx and haproxy in front of it, and
-# tinyproxy for CONNECT. Each runs as the test's own user on free ports of 127.0.0.1.
+# Servers between the worker and the stand-in for Omni: the real nginx and haproxy in front of it, the
+# real tinyproxy for CONNECT, and test/front.py for what these do not do. Each runs as the test's own
+# user on free ports of 127.0.0.1.
 #
 #	my $front = OmniProxy->nginx($omni, keepalive => '300ms');
 #	... a server with base_url $front->url('tls13') ...
@@ -15,10 +16,15 @@ use strict;
 use warnings FATAL => 'all';
 
 use File::Basename qw(dirname);
+use File::Spec;
 use IO::Socket::INET;
+use IPC::Open2 qw(open2);
+use JSON::PP;
 use POSIX ();
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
+
+my $script = File::Spec->rel2abs(dirname(__FILE__) . '/../front.py');
 
 # The ways in which nginx and haproxy serve, each on a port of its own
 my %ways = (
@@ -43,7 +49,7 @@ sub program
 sub nginx
 {
 	my ($class, $omni, %options) = @_;
-	my $self = $class->prepare($omni);
+	my $self = $class->prepare($omni, ways());
 	my $upstream = $omni->http;
 	my $servers = '';
 
@@ -81,7 +87,7 @@ EOF
 sub haproxy
 {
 	my ($class, $omni, %options) = @_;
-	my $self = $class->prepare($omni);
+	my $self = $class->prepare($omni, ways());
 	my ($upstream) = $omni->http =~ m{^http://(.*)};
 	my $binds = '';
 
@@ -109,14 +115,54 @@ EOF
 	return $self->run(program('haproxy'), '-db', '-f', 'haproxy.cfg');
 }
 
-# What both need: ports, a directory, and the stand-in's certificate with its key in one file
-sub prepare
+# Starts tinyproxy, with further lines of configuration.
+sub tinyproxy
+{
+	my ($class, $omni, @configuration) = @_;
+	my $self = $class->prepare($omni, 'proxy');
+
+	$self->write('tinyproxy.conf', join '', map { "$_\n" } "Port $self->{ports}{proxy}", 'Listen 127.0.0.1',
+		'LogFile "proxy.log"', 'LogLevel Connect', @configuration);
+	return $self->run(program('tinyproxy'), '-d', '-c', 'tinyproxy.conf');
+}
+
+# Starts front.py.
+sub front
 {
 	my ($class, $omni) = @_;
+	my $self = $class->prepare($omni);
+	my $python = $ENV{OMNI_PYTHON} // (-x '/usr/bin/python3' ? '/usr/bin/python3' : 'python3');
+
+	$self->{pid} = open2($self->{out}, $self->{in}, $python, $script, "$self->{directory}/both.pem");
+	$self->{ports} = $self->hear;
+	return $self;
+}
+
+# Gives front.py a command, and returns its counts.
+sub tell
+{
+	my ($self, $command) = @_;
+
+	print { $self->{in} } "$command\n";
+	return $self->hear;
+}
+
+sub hear
+{
+	my ($self) = @_;
+	my $line = do { local $/ = "\n"; readline $self->{out} };
+
+	return decode_json($line // die "front.py has ended\n");
+}
+
+# What all need: ports, a directory, and the stand-in's certificate with its key in one file
+sub prepare
+{
+	my ($class, $omni, @ports) = @_;
 	my $self = bless { owner => $$, directory => PostgreSQL::Test::Utils::tempdir() }, $class;
 	my $from = dirname($omni->ca);
 
-	$self->{ports}{$_} = PostgreSQL::Test::Cluster::get_free_port() foreach ways();
+	$self->{ports}{$_} = PostgreSQL::Test::Cluster::get_free_port() foreach @ports;
 	$self->write('both.pem', slurp_file("$from/good.pem") . slurp_file("$from/server.key"));
 	return $self;
 }
@@ -159,7 +205,7 @@ sub run
 sub url
 {
 	my ($self, $name) = @_;
-	return ($ways{$name} && $ways{$name}{tls} ? 'https' : 'http') . "://127.0.0.1:$self->{ports}{$name}";
+	return ($name =~ /tls|alert/ ? 'https' : 'http') . "://127.0.0.1:$self->{ports}{$name}";
 }
 
 sub log
@@ -176,19 +222,13 @@ sub connections
 	return scalar keys %seen;
 }
 
-# Waits until the server has closed the connections to one of its ports.
+# Waits until the server has closed all connections to one of its ports, or, if that will do, has
+# sent something that nobody has read yet: as the kernel sees the client's end.
 sub wait_until_closed
 {
-	my ($self, $name) = @_;
-	return wait_for_connections($self->{ports}{$name}, sub { !$_[0] });
-}
-
-# Waits until a condition holds for each connection to a port of 127.0.0.1, as the kernel sees its
-# client's end: whether it is established, and how many bytes nobody has read yet.
-sub wait_for_connections
-{
-	my ($port, $condition) = @_;
+	my ($self, $name, $or_unread) = @_;
 	my $end = time + $PostgreSQL::Test::Utils::timeout_default;
+	my $port = $self->{ports}{$name};
 	my $peer = sprintf '0100007F:%04X', $port;
 	my $waiting = 1;
 
@@ -198,7 +238,9 @@ sub wait_for_connections
 		foreach my $line (split /\n/, slurp_file('/proc/net/tcp'))
 		{
 			my (undef, undef, $remote, $state, $queues) = split ' ', $line;
-			$waiting++ if $remote eq $peer && !$condition->($state eq '01', hex((split /:/, $queues)[1] // 0));
+			my $established = $state eq '01';
+			my $unread = $queues =~ /:.*[^0]/;
+			$waiting++ if $remote eq $peer && $established && !($or_unread && $unread);
 		}
 		die "the connections to port $port stay as they are\n" if time > $end;
 		select(undef, undef, undef, 0.02) if $waiting;
@@ -214,6 +256,7 @@ sub stop
 	return if !defined $pid || $self->{owner} != $$;
 
 	local ($!, $?);				# the exit status of the test is not waitpid's to change
+	close $self->{in} if $self->{in};
 	kill 'TERM', $pid;
 	waitpid($pid, 0);
 	return;
