@@ -418,29 +418,54 @@ read_failure(const OmniJob *job, const char *key,
 	{
 		const char *what;
 		const char *hint;
+		const char *proxy_what; /* if it failed at the proxy */
+		const char *proxy_hint;
 	}			phases[] = {
 		[OMNI_PHASE_NAME] = {
 			"looking up the host's name",
-			"Check the host in the option \"base_url\" and the name service of the database server's host."
+			"Check the host in the option \"base_url\" and the name service of the database server's host.",
+			"looking up the proxy's name",
+			"Check the host in the option \"proxy\" and the name service of the database server's host."
 		},
 		[OMNI_PHASE_CONNECT] = {
 			"connecting",
-			"Check that the database server's host may connect to this address: firewalls, routes, or the option \"proxy\"."
+			"Check that the database server's host may connect to this address: firewalls, routes, or the option \"proxy\".",
+			"connecting through the proxy",
+			"Check the option \"proxy\", and that the database server's host may connect to the proxy."
 		},
 		[OMNI_PHASE_TLS] = {
 			"setting up TLS",
-			"Check that \"base_url\" names the host its certificate is for; a private certificate authority is named in the option \"ca_file\"."
+			"Check that \"base_url\" names the host its certificate is for; a private certificate authority is named in the option \"ca_file\".",
+			"setting up TLS with the proxy",
+			"Check the option \"proxy\": the proxy needs a certificate for its host, of an authority that the system knows; \"ca_file\" is not for proxies."
 		},
 		[OMNI_PHASE_WAIT] = {
 			"waiting for the answer",
-			"Omni may have got the request: look there before you send it again. The option \"timeout\" says how long to wait."
+			"Omni may have got the request: look there before you send it again. The option \"timeout\" says how long to wait.",
+			NULL, NULL
 		},
 		[OMNI_PHASE_READ] = {
 			"reading the answer",
-			"Omni has got the request: look there before you send it again. The option \"timeout\" says how long to wait."
+			"Omni has got the request: look there before you send it again. The option \"timeout\" says how long to wait.",
+			NULL, NULL
 		},
 	};
+	const char *what = answer->at_proxy ? phases[answer->phase].proxy_what : phases[answer->phase].what;
+	const char *hint = answer->at_proxy ? phases[answer->phase].proxy_hint : phases[answer->phase].hint;
 	char	   *reason;
+
+	if (answer->proxy_status == 407)
+		hint = "Proxies that want authentication are not supported; use one in the option \"proxy\" that lets this host connect without.";
+	else if (answer->proxy_status >= 500)
+		hint = "The proxy could not connect to the host in \"base_url\", or is in trouble itself; try again later.";
+	else if (answer->proxy_status != 0)
+		hint = "The proxy does not let this host connect to host and port of \"base_url\": check what it allows.";
+	else if (answer->tls_version)
+		hint = "The server offers no version of TLS that is accepted: TLS 1.2 or newer is needed.";
+	else if (answer->no_tls)
+		hint = answer->at_proxy ?
+			"The proxy does not speak TLS: check scheme and port in the option \"proxy\"." :
+			"The server does not speak TLS: check the port in \"base_url\".";
 
 	if (answer->too_large)
 	{
@@ -458,11 +483,11 @@ read_failure(const OmniJob *job, const char *key,
 				   "%s server \"%s\" after " INT64_FORMAT " ms of %s",
 				   answer->timed_out ? "timed out on" : "could not reach",
 				   NameStr(job->request.server), answer->elapsed / 1000,
-				   phases[answer->phase].what);
+				   what);
 	reason = quote(answer->reason, strlen(answer->reason), key);
 	if (reason != NULL)
 		omni_error_detail(&outcome->error, "%s", reason);
-	omni_error_hint(&outcome->error, "%s", phases[answer->phase].hint);
+	omni_error_hint(&outcome->error, "%s", hint);
 }
 
 /* Omni, or something in between, has answered anything but yes. */
@@ -488,12 +513,15 @@ read_refusal(const OmniJob *job, const char *key,
 		{404, ERRCODE_UNDEFINED_OBJECT,
 			"Check the model's uuid, and that the server's \"base_url\" is the instance that has it.",
 		"Check what is asked for, and that the server's \"base_url\" is the instance that has it."},
+		{407, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
+		"Proxies that want authentication are not supported.", NULL},
 		{429, ERRCODE_INSUFFICIENT_RESOURCES,
 		"Omni limits the requests of a key, by default to 60 a minute; others may be using the same key.", NULL},
 		{503, ERRCODE_CONNECTION_FAILURE,
 		"Omni is under maintenance or overloaded; try again later.", NULL},
 	};
 	char	   *text = error_text(answer, key);
+	char	   *why;
 
 	outcome->status = "failed";
 	outcome->attempt_event = "refused";
@@ -532,6 +560,8 @@ read_refusal(const OmniJob *job, const char *key,
 							refusals[i].other : refusals[i].hint);
 		}
 	}
+	if (answer->status == 400 && omni_api_json(answer->body, answer->length, &why) == NULL)
+		omni_error_hint(&outcome->error, "The answer is not JSON, so it comes from a proxy or load balancer in between, not from Omni: check scheme, host and port of the server's \"base_url\".");
 	if (text != NULL)
 		omni_error_detail(&outcome->error, "%s", text);
 

@@ -35,12 +35,11 @@
 #include <unistd.h>
 
 #include "miscadmin.h"
-#include "portability/instr_time.h"
 #include "storage/latch.h"
 #include "utils/memutils.h"
-#include "utils/timestamp.h"
 #include "utils/wait_event.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 
@@ -53,10 +52,12 @@ typedef struct Transfer
 	OmniTransfer public;
 	CURL	   *easy;
 	struct curl_slist *headers;
-	TimestampTz started_at;
+	int64		started_at;		/* by omni_clock() */
 	bool		begun;			/* the request has gone out, or is about to */
 	bool		stale;			/* it did not, since the connection had ended */
 	uint64		connection;		/* number of the one it is on; 0: none */
+	bool		http_proxy;		/* it goes by way of a proxy: one of HTTP ... */
+	bool		socks_proxy;	/* ... or of SOCKS */
 	bool		(*is_wanted) (void *arg);
 	void	   *arg;			/* of is_wanted */
 	char	   *body;			/* malloc'd */
@@ -87,7 +88,7 @@ typedef struct Connection
 
 static CURLM *multi = NULL;
 static int64 timer = -1;		/* when libcurl wants to be called, in ms by
-								 * clock_ms(); -1: never */
+								 * omni_clock(); -1: never */
 static Watch *watches = NULL;	/* malloc'd */
 static int	nwatches = 0;
 static int	watches_capacity = 0;
@@ -112,13 +113,15 @@ static bool has_ended(curl_socket_t socket);
 static void leave_connection(Transfer *transfer);
 static int	allow_request(void *arg, char *host, char *local_host, int port, int local_port);
 static int	note_timer(CURLM *unused, long timeout, void *arg);
-static int64 clock_ms(void);
 static size_t keep_body(char *data, size_t size, size_t count, void *arg);
 static void drive(curl_socket_t socket, int mask);
 static void collect_done(void);
 static bool start_over(Transfer *transfer);
 static void fill_answer(Transfer *transfer, CURLcode code);
 static void tell_connection(CURL *easy, OmniAnswer *answer);
+static bool failed_at_proxy(Transfer *transfer, CURLcode code, long connect_status);
+static bool is_about_tls(CURLcode code);
+static bool mentions(const char *text, const char *const *phrases);
 static OmniPhase phase_reached(Transfer *transfer, CURLcode code);
 static void make_wait_set(void);
 
@@ -152,7 +155,7 @@ omni_http_start(const OmniHttpRequest *request)
 	start_libcurl();
 
 	transfer = palloc0(sizeof(Transfer));
-	transfer->started_at = GetCurrentTimestamp();
+	transfer->started_at = omni_clock();
 	transfer->release.func = release_transfer;
 	transfer->release.arg = transfer;
 	MemoryContextRegisterResetCallback(CurrentMemoryContext, &transfer->release);
@@ -194,6 +197,8 @@ omni_http_start(const OmniHttpRequest *request)
 	CHECK_EASY(curl_allow_protocols_compat(transfer->easy));
 	SETOPT(CURLOPT_FOLLOWLOCATION, 0L);
 	SETOPT(CURLOPT_PROXY, request->proxy != NULL ? request->proxy : "");
+	transfer->socks_proxy = request->proxy != NULL && pg_strncasecmp(request->proxy, "socks", 5) == 0;
+	transfer->http_proxy = request->proxy != NULL && !transfer->socks_proxy;
 	SETOPT(CURLOPT_NOPROXY, "");
 	SETOPT(CURLOPT_HEADEROPT, (long) CURLHEADER_SEPARATE);
 	SETOPT(CURLOPT_SUPPRESS_CONNECT_HEADERS, 1L);
@@ -246,7 +251,7 @@ omni_http_wait(long timeout, uint32 wait_event)
 
 	if (timer >= 0)
 	{
-		long		until_timer = Max(timer - clock_ms(), 0);
+		long		until_timer = Max(timer - omni_clock() / 1000, 0);
 
 		if (timeout < 0 || until_timer < timeout)
 			timeout = until_timer;
@@ -272,7 +277,7 @@ omni_http_wait(long timeout, uint32 wait_event)
 		drive(events[i].fd, mask);
 	}
 
-	if (timer >= 0 && timer <= clock_ms())
+	if (timer >= 0 && timer <= omni_clock() / 1000)
 	{
 		timer = -1;
 		drive(CURL_SOCKET_TIMEOUT, 0);
@@ -527,18 +532,8 @@ allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 static int
 note_timer(CURLM *unused, long timeout, void *arg)
 {
-	timer = timeout < 0 ? -1 : clock_ms() + timeout;
+	timer = timeout < 0 ? -1 : omni_clock() / 1000 + timeout;
 	return 0;
-}
-
-/* A clock that nobody sets, in ms. */
-static int64
-clock_ms(void)
-{
-	instr_time	now;
-
-	INSTR_TIME_SET_CURRENT(now);
-	return (int64) INSTR_TIME_GET_MILLISEC(now);
 }
 
 /* Called by libcurl: a piece of the answer's body.  Less than all: give up. */
@@ -623,18 +618,24 @@ start_over(Transfer *transfer)
 static void
 fill_answer(Transfer *transfer, CURLcode code)
 {
+	/* in the words of OpenSSL and of GnuTLS */
+	static const char *const version[] = {"protocol version", "unsupported protocol", "unsupported version", NULL};
+	static const char *const no_tls[] = {"wrong version number", "packet length too long", "unexpected TLS packet", NULL};
 	OmniAnswer *answer = &transfer->public.answer;
 	CURL	   *easy = transfer->easy;
 	long		status = 0;
+	long		connect_status = 0;
 	long		request_size = 0;
 	curl_off_t	number = 0;
 
 	curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
 	answer->status = (int) status;
 	curl_easy_getinfo(easy, CURLINFO_REQUEST_SIZE, &request_size);
-	answer->sent = transfer->begun && (request_size > 0 || code == CURLE_ABORTED_BY_CALLBACK);
+	curl_easy_getinfo(easy, CURLINFO_HTTP_CONNECTCODE, &connect_status);
+	answer->sent = transfer->begun && (connect_status == 0 || connect_status / 100 == 2) &&
+		(request_size > 0 || code == CURLE_ABORTED_BY_CALLBACK);
 	answer->withdrawn = !transfer->begun && code == CURLE_ABORTED_BY_CALLBACK;
-	answer->elapsed = GetCurrentTimestamp() - transfer->started_at;
+	answer->elapsed = omni_clock() - transfer->started_at;
 	curl_easy_getinfo(easy, CURLINFO_RETRY_AFTER, &number);
 	answer->retry_after = (int) Min(number, PG_INT32_MAX);
 	curl_easy_getinfo(easy, CURLINFO_REDIRECT_URL, &answer->redirect_url);
@@ -644,11 +645,17 @@ fill_answer(Transfer *transfer, CURLcode code)
 	if (code != CURLE_OK)
 	{
 		answer->failed = true;
+		answer->at_proxy = failed_at_proxy(transfer, code, connect_status);
+		answer->proxy_status = answer->at_proxy ? (int) connect_status : 0;
 		answer->phase = phase_reached(transfer, code);
 		answer->timed_out = code == CURLE_OPERATION_TIMEDOUT;
+		answer->tls_version = code == CURLE_SSL_CONNECT_ERROR && mentions(transfer->error, version);
+		answer->no_tls = code == CURLE_SSL_CONNECT_ERROR && mentions(transfer->error, no_tls);
 		answer->retryable = !answer->too_large &&
 			code != CURLE_PEER_FAILED_VERIFICATION &&
-			code != CURLE_SSL_CACERT_BADFILE;
+			code != CURLE_SSL_CACERT_BADFILE &&
+			!answer->tls_version &&
+			(answer->proxy_status < 400 || answer->proxy_status >= 500);
 		answer->reason = code == CURLE_ABORTED_BY_CALLBACK ?
 			"The connection was closed without an answer" :
 			transfer->error[0] != '\0' ? transfer->error : curl_easy_strerror(code);
@@ -678,6 +685,40 @@ tell_connection(CURL *easy, OmniAnswer *answer)
 }
 
 /*
+ * Whether it was the proxy where a transfer failed.  A proxy of HTTP answers CONNECT
+ * before there is anything between us and the host.  It has no such answer to give
+ * for plain http, or on a connection used before; then all is the proxy's that fails
+ * before the request goes out.
+ */
+static bool
+failed_at_proxy(Transfer *transfer, CURLcode code, long connect_status)
+{
+	if (transfer->public.answer.sent)
+		return false;
+	if (code == CURLE_COULDNT_RESOLVE_PROXY || code == CURLE_COULDNT_CONNECT || code == CURLE_PROXY)
+		return transfer->http_proxy || transfer->socks_proxy;
+	if (connect_status != 0)
+		return connect_status / 100 != 2;
+	return transfer->http_proxy && !transfer->begun;
+}
+
+static bool
+is_about_tls(CURLcode code)
+{
+	return code == CURLE_SSL_CONNECT_ERROR || code == CURLE_PEER_FAILED_VERIFICATION ||
+		code == CURLE_SSL_CACERT_BADFILE;
+}
+
+/* Whether any of the phrases, of which the last is NULL, is part of a text. */
+static bool
+mentions(const char *text, const char *const *phrases)
+{
+	while (*phrases != NULL && strstr(text, *phrases) == NULL)
+		phrases++;
+	return *phrases != NULL;
+}
+
+/*
  * Where a failed transfer stood.  libcurl counts a connection as soon as there is
  * one, and notes the time at which the name was looked up, or leaves it 0.  (The
  * times and numbers that it gives for what comes later depend on its version.)
@@ -697,6 +738,8 @@ phase_reached(Transfer *transfer, CURLcode code)
 		return OMNI_PHASE_WAIT;
 	if (code == CURLE_COULDNT_RESOLVE_HOST || code == CURLE_COULDNT_RESOLVE_PROXY)
 		return OMNI_PHASE_NAME;
+	if (transfer->public.answer.at_proxy && connections > 0 && !is_about_tls(code))
+		return OMNI_PHASE_CONNECT;
 	if (connections > 0 || code == CURLE_SSL_CACERT_BADFILE)
 		return OMNI_PHASE_TLS;
 	if (name != 0)

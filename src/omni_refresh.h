@@ -113,6 +113,11 @@ typedef struct OmniAnswer
 	bool		retryable;		/* the same request might fare better later */
 	bool		too_large;		/* the answer was longer than we accept */
 	const char *reason;			/* libcurl's words */
+	bool		at_proxy;		/* it failed at the proxy, not at the host */
+	int			proxy_status;	/* HTTP status by which the proxy refused to
+								 * connect, 0 when there was none */
+	bool		tls_version;	/* no version of TLS that both sides accept */
+	bool		no_tls;			/* the other side does not speak TLS */
 
 	bool		sent;			/* some of the request left this host */
 	bool		withdrawn;		/* it did not, since it was not wanted any

@@ -129,6 +129,13 @@ def alert(name, sock):
     sock.recv(65536)
 
 
+def no_tls(name, sock):
+    """Plain http where TLS is expected"""
+    sock.recv(65536)
+    count(name)
+    reply(sock, 400, HTML, "text/html")
+
+
 def context(version):
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     made.load_cert_chain(sys.argv[1])
@@ -172,7 +179,8 @@ def main():
         name = f"race_{transport}"
         ports[name] = listen(lambda sock, name=name: race(name, sock), tls)
     others = {f"proxy_{status}": refuse(status) for status in (403, 407, 500, 502, 503)}
-    others.update(proxy_close=close_at_once, html_400=html_400, alert=alert)
+    others.update(proxy_close=close_at_once, html_400=html_400, alert=alert,
+                  no_tls=no_tls)
     for name, handle in others.items():
         ports[name] = listen(lambda sock, name=name, handle=handle: handle(name, sock))
     ports["tls11"] = listen(lambda sock: serve("tls11", sock, fin),

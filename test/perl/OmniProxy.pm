@@ -133,7 +133,7 @@ sub front
 	my $self = $class->prepare($omni);
 	my $python = $ENV{OMNI_PYTHON} // (-x '/usr/bin/python3' ? '/usr/bin/python3' : 'python3');
 
-	$self->{pid} = open2($self->{out}, $self->{in}, $python, $script, "$self->{directory}/both.pem");
+	$self->{pid} = open2($self->{out}, $self->{in}, $python, qw(-W ignore), $script, "$self->{directory}/both.pem");
 	$self->{ports} = $self->hear;
 	return $self;
 }
