@@ -53,6 +53,7 @@ static const char *looked_up(OmniWork *work);
 static bool is_probe(OmniWork *work);
 static void tell_probed(OmniWork *work, const OmniAnswer *answer);
 static void consider_retry(OmniWork *work);
+static void keep_telling_error(OmniWork *work, const OmniAnswer *answer);
 static void withdraw(OmniWork *work);
 static void settle(OmniWork *work, const char *status, const OmniError *error);
 static void tell(OmniWork *work, int64 job_id, const OmniError *error);
@@ -293,7 +294,7 @@ begin_one(OmniWork *work)
 	}
 	else if (work->job.attempts > 0)
 	{
-		error = work->outcome.error;	/* of the last attempt */
+		error = work->telling;
 		settle(work, "failed", &error);
 		refuse(work);
 	}
@@ -581,7 +582,7 @@ finished(OmniWork *work)
 		return;
 	}
 	omni_claim_finished(work);
-	tell(work, work->job.id, &work->outcome.error);
+	tell(work, work->job.id, work->outcome.job_error != NULL ? work->outcome.job_error : &work->outcome.error);
 }
 
 /* The body of that transaction, for one job, or for all if only is NULL. */
@@ -626,6 +627,7 @@ decide(OmniWork *work)
 		else
 			omni_api_lookup_outcome(&work->job, work->target.key, answer, outcome);
 		consider_retry(work);
+		keep_telling_error(work, answer);
 		tell_probed(work, answer);
 	}
 	else if (work->class == OMNI_RATE_POLL)
@@ -639,6 +641,7 @@ decide(OmniWork *work)
 	{
 		omni_api_job_outcome(&work->job, work->target.key, answer, outcome);
 		consider_retry(work);
+		keep_telling_error(work, answer);
 		if (omni_track && outcome->has_job_id && strcmp(outcome->status, "accepted") == 0)
 		{
 			outcome->status = "running";
@@ -774,6 +777,35 @@ consider_retry(OmniWork *work)
 		outcome->again = true;
 		outcome->delay = OMNI_MS(delay);
 	}
+}
+
+/*
+ * Keeps the error of the attempt that tells most about why a call fails, and has the
+ * caller hear of that one: that a server answered 503, or wants a certificate, says more
+ * than that the last attempt, which had only milliseconds left, has timed out.
+ */
+static void
+keep_telling_error(OmniWork *work, const OmniAnswer *answer)
+{
+	OmniOutcome *outcome = &work->outcome;
+	int			weight;
+
+	if (work->class != OMNI_RATE_CALL || outcome->error.sqlstate == 0)
+		return;
+	if (answer->status != 0)
+		weight = 3;
+	else if (!answer->timed_out)
+		weight = 2;
+	else
+		weight = answer->elapsed >= OMNI_MS(work->target.timeout) / 2 ? 1 : 0;
+
+	if (weight >= work->telling_weight)
+	{
+		work->telling = outcome->error;
+		work->telling_weight = weight;
+	}
+	else if (!outcome->again)
+		outcome->job_error = &work->telling;
 }
 
 /* Ends a job whose caller has left before its attempt was sent. */

@@ -278,12 +278,13 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 	TimestampTz now = GetCurrentTimestamp();
 	bool		at_end = !outcome->again;
 	char	   *error = outcome->error.sqlstate != 0 ? omni_error_text(&outcome->error) : NULL;
+	char	   *job_error = outcome->job_error != NULL ? omni_error_text(outcome->job_error) : error;
 	Datum		values[6] = {
 		Int64GetDatum(job->id),
 		CStringGetTextDatum(outcome->status),
 		UUIDPGetDatum(&outcome->job_id),
 		TimestampTzGetDatum(now),
-		error != NULL ? CStringGetTextDatum(error) : (Datum) 0,
+		job_error != NULL ? CStringGetTextDatum(job_error) : (Datum) 0,
 		TimestampTzGetDatum(omni_latest_now() + outcome->delay)
 	};
 	char		nulls[7] = "      ";
@@ -301,7 +302,7 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		nulls[2] = 'n';
 	if (!at_end)
 		nulls[3] = 'n';
-	if (error == NULL)
+	if (job_error == NULL)
 		nulls[4] = 'n';
 	if (at_end)
 		nulls[5] = 'n';

@@ -180,7 +180,8 @@ typedef struct OmniOutcome
 	pg_uuid_t	job_id;			/* Omni's */
 	int			http_status;	/* 0 when there was none */
 	int64		elapsed;		/* microseconds */
-	OmniError	error;
+	OmniError	error;			/* of the attempt ... */
+	const OmniError *job_error; /* ... and of the job, if that is another one */
 } OmniOutcome;
 
 #define OMNI_ORIGIN_CALL		"call"

@@ -32,8 +32,8 @@
 #include "omni_refresh.h"
 #include "table.h"
 
-/* Rows of one head to merge in a statement, which takes a few ten ms */
-#define MERGE_LIMIT			2000
+/* Rows of one head to merge in a statement, which takes some ten ms: calls wait for it */
+#define MERGE_LIMIT			500
 
 /* Rows to settle in a statement, of those that an earlier worker or another database left */
 #define SETTLE_LIMIT		1000
@@ -651,7 +651,7 @@ omni_queue_merge(OmniHead *heads, int nheads)
 
 		for (int j = 0; j < nheads; j++)
 		{
-			if (merged >= limit / 2 && merged >= MERGE_LIMIT / 100 &&
+			if (merged >= limit / 2 && merged >= MERGE_LIMIT / 25 &&
 				memcmp(&heads[j].place, &sets[i].place, sizeof(OmniPlace)) == 0)
 				heads[j].has_more = true;
 		}

@@ -46,6 +46,9 @@ typedef struct OmniWork
 	bool		beginning;		/* it is to begin in this turn */
 	bool		recording;		/* its outcome is to be written in this turn */
 	bool		may_have_arrived;	/* some attempt ended without an answer */
+	OmniError	telling;		/* of all attempts' errors, the one that tells
+								 * most, and how much */
+	int			telling_weight;
 	int64		write_at;		/* if ANSWERED: the next try to write it down */
 	int			write_failures;
 	OmniRow		row;			/* what became of it in this turn */

@@ -6,7 +6,7 @@ SET client_min_messages = warning;
 
 BEGIN;
 CREATE EXTENSION pgtap;
-SELECT plan(90);
+SELECT plan(91);
 
 -- All there is of ours in the catalogs, except for what is pgTAP's, by kind and name
 CREATE VIEW pg_temp.ours AS
@@ -88,6 +88,7 @@ SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_job')$$, $$VALUE
 	('finished_at', 'timestamp with time zone', false),
 	('attempts', 'integer', true),
 	('merged_into', 'bigint', false),
+	('renewed_at', 'timestamp with time zone', false),
 	('database', 'oid', true),
 	('error', 'text', false)$$,
 	'omni_refresh_job has the columns of its documentation');
@@ -159,9 +160,13 @@ SELECT is_empty($$SELECT 1 FROM pg_constraint
 SELECT has_index('omni_refresh_event', 'omni_refresh_event_job_idx', ARRAY['job'],
 	'The events of a job are found by an index');
 SELECT is((SELECT pg_get_expr(indpred, indrelid) FROM pg_index
-		   WHERE indexrelid = 'omni_refresh_job_unfinished_idx'::regclass),
-	$$(status = ANY ('{pending,sending,running}'::text[]))$$,
-	'Unfinished jobs have an index of their own');
+		   WHERE indexrelid = 'omni_refresh_job_queue_idx'::regclass),
+	$$((status = 'pending'::text) AND (origin <> 'call'::text))$$,
+	'What is queued has an index of its own');
+SELECT is((SELECT pg_get_expr(indpred, indrelid) FROM pg_index
+		   WHERE indexrelid = 'omni_refresh_job_active_idx'::regclass),
+	$$((status = ANY ('{sending,running}'::text[])) OR ((status = 'pending'::text) AND (origin = 'call'::text)))$$,
+	'So has what is being carried out');
 
 -- Functions
 SELECT is_empty($$SELECT proname FROM pg_proc

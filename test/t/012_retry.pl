@@ -108,6 +108,19 @@ for my $value (3000, 9999999999, http_date(time + 3000))
 	is(scalar(sent_at("fresh$count")), 1, '... after one attempt');
 }
 
+# The error that tells most is kept
+
+$omni->fault('answer', status => 503, body => '{"detail": "out for lunch"}', headers => { 'Retry-After' => '1' });
+$omni->fault('hang', times => -1);
+my $kept = fresh(call_timeout => '1500 ms');
+is($kept->{sqlstate}, '08006', 'a last attempt that has too little time');
+like($kept->{message}, qr/HTTP status 503/, '... leaves the caller the error that says why') or diag($kept->{err});
+like($node->safe_psql('postgres', 'SELECT error FROM omni_refresh_job ORDER BY id DESC LIMIT 1'), qr/out for lunch/,
+	'... and the job');
+like($node->safe_psql('postgres', q{SELECT string_agg(detail, '|' ORDER BY id) FROM omni_refresh_event
+	WHERE job = (SELECT max(id) FROM omni_refresh_job) AND attempt IS NOT NULL}), qr/HTTP status 503.*timed out/s, '... while the events have all');
+$omni->reset;
+
 # The end of call_timeout
 
 $omni->fault('answer', status => 500, body => '', times => -1);
