@@ -176,6 +176,7 @@ begin(void *only)
 	{
 		if (!omni_tables_lock())
 			return false;
+		omni_claim_settle();
 		lock_rows(only);
 	}
 	dlist_foreach(iter, &omni_works)
@@ -373,6 +374,8 @@ find_target(OmniWork *work, OmniError *error)
 static void
 begun(OmniWork *work)
 {
+	if (!work->lookup)
+		omni_claim_settled();
 	work->beginning = false;
 	if (work->call != NULL)
 		work->call->job_id = work->job.id;

@@ -71,7 +71,8 @@ typedef struct Round
 
 static Round circle = {.next_due = DT_NOEND};
 
-static bool settled_all = false;	/* what was left behind */
+static bool settled_all = false;	/* what was left behind ... */
+static bool settled_now = false;	/* ... once this transaction is committed */
 static bool running_left = true;	/* some jobs may be followed */
 static int64 looked_at = 0;		/* the queue, last time or long ago */
 static int64 look_at = 0;		/* next time */
@@ -87,7 +88,6 @@ static HTAB *last_sent = NULL;	/* of LastSent */
 static void look_at_queue(void);
 static bool claimed_any(void);
 static bool claim(void *unused);
-static void settle(void);
 static bool claim_running(void);
 static bool go_round(void);
 static bool go_on(bool *more);
@@ -190,6 +190,7 @@ look_at_queue(void)
 	result = omni_transact(claim, NULL, false, &error);
 	if (result == COMMITTED)
 	{
+		omni_claim_settled();
 		looked_at = began;
 		failures = 0;
 		if (for_new)
@@ -225,7 +226,7 @@ look_at_queue(void)
 				 error.detail[0] != '\0' ? errdetail_internal("%s", error.detail) : 0));
 	}
 	look_for_new = true;
-	circle.going = settled_all = false;
+	circle.going = false;
 	running_left = true;
 	look_at = omni_clock() +
 		OMNI_MS(result == NOT_NOW ? RETRY_DELAY : Min(RETRY_DELAY << Min(failures, 10), RETRY_DELAY_MAX));
@@ -259,8 +260,7 @@ claim(void *unused)
 
 	if (!omni_tables_find() || !omni_tables_lock())
 		return false;
-	if (!settled_all)
-		settle();
+	omni_claim_settle();
 
 	running_left |= look_for_new;
 	if (running_left && !omni_track)
@@ -269,7 +269,7 @@ claim(void *unused)
 		more = claim_running();
 	if (running_left)
 		running_left = omni_job_next_running(&running_due, &next_running);
-	any_locked = !settled_all || running_due;
+	any_locked = !(settled_all || settled_now) || running_due;
 
 	if (look_for_new)
 	{
@@ -278,12 +278,12 @@ claim(void *unused)
 		to_merge_ahead = true;
 	}
 	more |= go_round();
-	if (!more)
-		more = merge_ahead();
+	if (!more && to_merge_ahead)
+		more = claimed_any() || merge_ahead();	/* not into what is in hand */
 	if (!circle.going)
 	{
 		next_due = Min(circle.next_due, next_running);
-		queue_left = circle.any || running_left || !settled_all;
+		queue_left = circle.any || running_left || !(settled_all || settled_now);
 	}
 
 	look_at = more ? 0 : clock_of(next_due);
@@ -307,27 +307,36 @@ clock_of(TimestampTz when)
  * Settles what an earlier worker has left, and is in nobody's hands; and learns, the first
  * time, what it has sent.  Rows that somebody has locked are settled later.
  */
-static void
-settle(void)
+void
+omni_claim_settle(void)
 {
 	HASHCTL		info = {.keysize = sizeof(int64),.entrysize = sizeof(LastSent)};
 	int64	   *in_hand;
 	int			count = 0;
 	dlist_iter	iter;
 
+	if (settled_all)
+		return;
 	dlist_foreach(iter, &omni_works)
 		count++;
 	in_hand = palloc((count + 1) * sizeof(int64));
 	count = 0;
 	dlist_foreach(iter, &omni_works)
 		in_hand[count++] = dlist_container(OmniWork, node, iter.cur)->job.id;
-	settled_all = omni_job_settle(in_hand, count);
+	settled_now = omni_job_settle(in_hand, count);
 
 	if (last_sent == NULL)
 	{
 		last_sent = hash_create("omni_refresh last sent", 64, &info, HASH_ELEM | HASH_BLOBS);
 		omni_job_recent(GetCurrentTimestamp() - OMNI_MS(omni_min_interval), remember_sent);
 	}
+}
+
+/* The transaction that called omni_claim_settle() is committed. */
+void
+omni_claim_settled(void)
+{
+	settled_all |= settled_now;
 }
 
 /* Takes in hand what is running and to be asked about.  Returns true if there may be more. */

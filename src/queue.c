@@ -690,6 +690,7 @@ merge(const int64 *members, const int64 *carriers, int count)
 
 	if (count == 0)
 		return;
+	omni_events_write();		/* these come first */
 	(void) omni_run(&merge_jobs, values, NULL);
 	values[0] = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
 	if (isnull)

@@ -90,6 +90,8 @@ extern void omni_claim_due(void);
 extern long omni_claim_delay(void);
 extern bool omni_claim_any_left(void);
 extern int64 omni_claim_last(void);
+extern void omni_claim_settle(void);
+extern void omni_claim_settled(void);
 extern void omni_claim_sent(int64 merge_key);
 extern void omni_claim_finished(const OmniWork *work);
 extern void omni_claim_hold(const OmniWork *work, int64 until);
