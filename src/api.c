@@ -27,8 +27,8 @@
 #include "utils/jsonb.h"
 #include "utils/timestamp.h"
 
+#include "api.h"
 #include "compat.h"
-#include "omni_refresh.h"
 
 /* Omni's answers are two or three levels deep */
 #define MAX_NESTING			32
@@ -47,19 +47,19 @@ static char *uuid_text(const pg_uuid_t *uuid);
 static char *escape(const char *text);
 static char *list_text(ArrayType *list);
 static void add_parameter(CURLU *url, const char *name, const char *value);
-static bool read_answer(const OmniJob *job, const char *key, const OmniAnswer *answer,
+static bool read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answer,
 						const char *subject, OmniOutcome *outcome);
-static void read_failure(const OmniJob *job, const char *key,
+static void read_failure(const OmniRequest *request, const char *key,
 						 const OmniAnswer *answer, OmniOutcome *outcome);
-static void read_refusal(const OmniJob *job, const char *key,
+static void read_refusal(const OmniRequest *request, const char *key,
 						 const OmniAnswer *answer, const char *subject, OmniOutcome *outcome);
-static void read_acceptance(const OmniJob *job, const char *key,
+static void read_acceptance(const OmniRequest *request, const char *key,
 							const OmniAnswer *answer, OmniOutcome *outcome);
-static void read_reset(const OmniJob *job, const char *key,
+static void read_reset(const OmniRequest *request, const char *key,
 					   const OmniAnswer *answer, OmniOutcome *outcome);
-static void set_failed(const OmniJob *job, OmniOutcome *outcome);
-static void set_malformed(const OmniJob *job, OmniOutcome *outcome, const char *what);
-static void set_not_json(const OmniJob *job, const char *key,
+static void set_failed(const OmniRequest *request, OmniOutcome *outcome);
+static void set_malformed(const OmniRequest *request, OmniOutcome *outcome, const char *what);
+static void set_not_json(const OmniRequest *request, const char *key,
 						 const OmniAnswer *answer, const char *why, OmniOutcome *outcome);
 static bool try_input(PGFunction function, const char *text, Datum *value);
 static char *to_server(const char *body, size_t length, char **why);
@@ -159,9 +159,8 @@ escape(const char *text)
  * The URL of the request that a job stands for; palloc'd.
  */
 char *
-omni_api_job_url(const char *base_url, const OmniJob *job)
+omni_api_job_url(const char *base_url, const OmniRequest *request)
 {
-	const OmniRequest *request = &job->request;
 	char	   *path = request->kind == OMNI_KIND_CACHE ?
 	psprintf("/api/v1/models/%s/cache_reset/%s", uuid_text(&request->model), escape(request->policy)) :
 	psprintf("/api/v1/models/%s/refresh", uuid_text(&request->model));
@@ -183,10 +182,10 @@ omni_api_job_url(const char *base_url, const OmniJob *job)
 			add_parameter(url, "branch_id", uuid_text(&request->branch));
 		if (request->hard_named)
 			add_parameter(url, "hard_refresh", request->hard ? "true" : "false");
-		if (job->schemas != NULL)
-			add_parameter(url, "schemas", list_text(job->schemas));
-		if (job->tables != NULL)
-			add_parameter(url, "tables", list_text(job->tables));
+		if (request->schemas != NULL)
+			add_parameter(url, "schemas", list_text(request->schemas));
+		if (request->tables != NULL)
+			add_parameter(url, "tables", list_text(request->tables));
 
 		if (curl_url_get(url, CURLUPART_URL, &text, 0) != CURLUE_OK)
 			elog(ERROR, "libcurl could not make a URL");
@@ -204,14 +203,14 @@ omni_api_job_url(const char *base_url, const OmniJob *job)
 
 /* What goes along with that request, as JSON; palloc'd, or NULL if nothing does. */
 char *
-omni_api_job_body(const OmniJob *job)
+omni_api_job_body(const OmniRequest *request)
 {
 	char		text[MAXDATELEN + 1];
 	int			utc = 0;
 
-	if (!job->request.has_reset_at)
+	if (!request->has_reset_at)
 		return NULL;
-	JsonEncodeDateTime(text, TimestampTzGetDatum(job->request.reset_at), TIMESTAMPTZOID, &utc);
+	JsonEncodeDateTime(text, TimestampTzGetDatum(request->reset_at), TIMESTAMPTZOID, &utc);
 	return psprintf("{\"resetAt\": \"%s\"}", text);
 }
 
@@ -258,20 +257,19 @@ omni_api_encoded_length(const char *text)
 
 /* How many bytes the path and the query take in the URL of a refresh. */
 Size
-omni_api_path_length(const OmniJob *job)
+omni_api_path_length(const OmniRequest *request)
 {
 	static const char uuid[] = "00000000-0000-0000-0000-000000000000";
-	const OmniRequest *request = &job->request;
 	Size		length = strlen("/api/v1/models/") + strlen(uuid) + strlen("/refresh");
 
 	if (request->has_branch)
 		length += strlen("?branch_id=") + strlen(uuid);
 	if (request->hard_named)
 		length += strlen("?hard_refresh=") + strlen(request->hard ? "true" : "false");
-	if (job->schemas != NULL)
-		length += strlen("?schemas=") + omni_api_encoded_length(list_text(job->schemas));
-	if (job->tables != NULL)
-		length += strlen("?tables=") + omni_api_encoded_length(list_text(job->tables));
+	if (request->schemas != NULL)
+		length += strlen("?schemas=") + omni_api_encoded_length(list_text(request->schemas));
+	if (request->tables != NULL)
+		length += strlen("?tables=") + omni_api_encoded_length(list_text(request->tables));
 	return length;
 }
 
@@ -280,9 +278,9 @@ omni_api_path_length(const OmniJob *job)
  * it has a branch and says if it is hard.
  */
 bool
-omni_api_fits(const OmniJob *job)
+omni_api_fits(const OmniRequest *request)
 {
-	return omni_api_path_length(job) <= OMNI_MAX_PATH;
+	return omni_api_path_length(request) <= OMNI_MAX_PATH;
 }
 
 /* The elements of a list as Omni wants them, separated by commas. */
@@ -316,17 +314,17 @@ add_parameter(CURLU *url, const char *name, const char *value)
  * in *outcome are constants.
  */
 void
-omni_api_job_outcome(const OmniJob *job, const char *key,
+omni_api_job_outcome(const OmniRequest *request, const char *key,
 					 const OmniAnswer *answer, OmniOutcome *outcome)
 {
-	bool		cache = job->request.kind == OMNI_KIND_CACHE;
+	bool		cache = request->kind == OMNI_KIND_CACHE;
 
-	if (read_answer(job, key, answer, cache ? "cache reset" : "refresh", outcome))
+	if (read_answer(request, key, answer, cache ? "cache reset" : "refresh", outcome))
 	{
 		if (cache)
-			read_reset(job, key, answer, outcome);
+			read_reset(request, key, answer, outcome);
 		else
-			read_acceptance(job, key, answer, outcome);
+			read_acceptance(request, key, answer, outcome);
 	}
 }
 
@@ -336,19 +334,19 @@ omni_api_job_outcome(const OmniJob *job, const char *key,
  * transaction, as above.
  */
 bool
-omni_api_follow_outcome(const OmniJob *job, const char *key,
+omni_api_follow_outcome(const OmniRequest *request, const char *key,
 						const OmniAnswer *answer, OmniOutcome *outcome)
 {
 	char	   *why = NULL;
 	Jsonb	   *json;
 	char	   *status;
 
-	if (!read_answer(job, key, answer, "question about a job", outcome))
+	if (!read_answer(request, key, answer, "question about a job", outcome))
 		return false;
 	json = omni_api_json(answer->body, answer->length, &why);
 	status = json != NULL ? omni_api_member(&json->root, "status") : NULL;
 	if (status == NULL)
-		set_malformed(job, outcome, "The answer about a job is not of the shape that Omni's has.");
+		set_malformed(request, outcome, "The answer about a job is not of the shape that Omni's has.");
 	else if (pg_strcasecmp(status, "completed") == 0)
 	{
 		outcome->status = "completed";
@@ -356,7 +354,7 @@ omni_api_follow_outcome(const OmniJob *job, const char *key,
 	}
 	else if (pg_strcasecmp(status, "failed") == 0)
 	{
-		set_failed(job, outcome);
+		set_failed(request, outcome);
 		return true;
 	}
 	return false;
@@ -364,29 +362,29 @@ omni_api_follow_outcome(const OmniJob *job, const char *key,
 
 /* What the answer to a look-up means for it: an error, or none. */
 void
-omni_api_lookup_outcome(const OmniJob *job, const char *key,
+omni_api_lookup_outcome(const OmniRequest *request, const char *key,
 						const OmniAnswer *answer, OmniOutcome *outcome)
 {
-	if (read_answer(job, key, answer, "request", outcome))
+	if (read_answer(request, key, answer, "request", outcome))
 		outcome->status = "completed";
 }
 
 /* The same of a page of models that nobody else will read. */
 void
-omni_api_probe_outcome(const OmniJob *job, const char *key,
+omni_api_probe_outcome(const OmniRequest *request, const char *key,
 					   const OmniAnswer *answer, OmniOutcome *outcome)
 {
 	char	   *why = NULL;
 	Jsonb	   *json;
 
-	omni_api_lookup_outcome(job, key, answer, outcome);
+	omni_api_lookup_outcome(request, key, answer, outcome);
 	if (outcome->error.sqlstate != 0)
 		return;
 	json = omni_api_json(answer->body, answer->length, &why);
 	if (json == NULL)
-		set_not_json(job, key, answer, why, outcome);
+		set_not_json(request, key, answer, why, outcome);
 	else if (!JB_ROOT_IS_OBJECT(json) || !has_value(json, "records"))
-		set_malformed(job, outcome, "The answer is JSON, but not of the shape that Omni's has.");
+		set_malformed(request, outcome, "The answer is JSON, but not of the shape that Omni's has.");
 }
 
 /*
@@ -394,7 +392,7 @@ omni_api_probe_outcome(const OmniJob *job, const char *key,
  * else the outcome is set.
  */
 static bool
-read_answer(const OmniJob *job, const char *key, const OmniAnswer *answer,
+read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answer,
 			const char *subject, OmniOutcome *outcome)
 {
 	memset(outcome, 0, sizeof(*outcome));
@@ -403,15 +401,15 @@ read_answer(const OmniJob *job, const char *key, const OmniAnswer *answer,
 	outcome->retry_after = Max(answer->retry_after, 0);
 
 	if (answer->failed)
-		read_failure(job, key, answer, outcome);
+		read_failure(request, key, answer, outcome);
 	else if (answer->status != 200)
-		read_refusal(job, key, answer, subject, outcome);
+		read_refusal(request, key, answer, subject, outcome);
 	return !answer->failed && answer->status == 200;
 }
 
 /* There was no answer, or only a part of it. */
 static void
-read_failure(const OmniJob *job, const char *key,
+read_failure(const OmniRequest *request, const char *key,
 			 const OmniAnswer *answer, OmniOutcome *outcome)
 {
 	static const struct
@@ -469,7 +467,7 @@ read_failure(const OmniJob *job, const char *key,
 
 	if (answer->too_large)
 	{
-		set_malformed(job, outcome, "The answer is longer than 1 MB.");
+		set_malformed(request, outcome, "The answer is longer than 1 MB.");
 		return;
 	}
 
@@ -482,7 +480,7 @@ read_failure(const OmniJob *job, const char *key,
 				   ERRCODE_SQLCLIENT_UNABLE_TO_ESTABLISH_SQLCONNECTION,
 				   "%s server \"%s\" after " INT64_FORMAT " ms of %s",
 				   answer->timed_out ? "timed out on" : "could not reach",
-				   NameStr(job->request.server), answer->elapsed / 1000,
+				   NameStr(request->server), answer->elapsed / 1000,
 				   what);
 	reason = quote(answer->reason, strlen(answer->reason), key);
 	if (reason != NULL)
@@ -492,7 +490,7 @@ read_failure(const OmniJob *job, const char *key,
 
 /* Omni, or something in between, has answered anything but yes. */
 static void
-read_refusal(const OmniJob *job, const char *key,
+read_refusal(const OmniRequest *request, const char *key,
 			 const OmniAnswer *answer, const char *subject, OmniOutcome *outcome)
 {
 	static const struct
@@ -531,7 +529,7 @@ read_refusal(const OmniJob *job, const char *key,
 		char	   *host = answer->redirect_url != NULL ? omni_api_host(answer->redirect_url, true) : NULL;
 
 		host = host != NULL ? quote(host, strlen(host), key) : NULL;
-		set_malformed(job, outcome, host != NULL ?
+		set_malformed(request, outcome, host != NULL ?
 					  psprintf("The server redirects to %s.", host) :
 					  psprintf("HTTP status %d.", answer->status));
 		omni_error_hint(&outcome->error, "Redirects are not followed, since the API key is for one host only; set \"base_url\" to the login host of the instance.");
@@ -539,7 +537,7 @@ read_refusal(const OmniJob *job, const char *key,
 	}
 	if (answer->status < 400)
 	{
-		set_malformed(job, outcome, psprintf("HTTP status %d.", answer->status));
+		set_malformed(request, outcome, psprintf("HTTP status %d.", answer->status));
 		return;
 	}
 
@@ -547,7 +545,7 @@ read_refusal(const OmniJob *job, const char *key,
 				   answer->status >= 500 ? ERRCODE_CONNECTION_FAILURE :
 				   ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
 				   "server \"%s\" refused the %s: HTTP status %d",
-				   NameStr(job->request.server), subject, answer->status);
+				   NameStr(request->server), subject, answer->status);
 	omni_error_hint(&outcome->error, answer->status >= 500 ?
 					"The trouble is on Omni's side, or in a proxy in between; try again later." :
 					"Omni does not document this status; it may come from a proxy in between.");
@@ -575,7 +573,7 @@ read_refusal(const OmniJob *job, const char *key,
 
 /* Omni has accepted the request, if the answer is one of Omni's. */
 static void
-read_acceptance(const OmniJob *job, const char *key,
+read_acceptance(const OmniRequest *request, const char *key,
 				const OmniAnswer *answer, OmniOutcome *outcome)
 {
 	char	   *why = NULL;
@@ -585,14 +583,14 @@ read_acceptance(const OmniJob *job, const char *key,
 
 	if (json == NULL)
 	{
-		set_not_json(job, key, answer, why, outcome);
+		set_not_json(request, key, answer, why, outcome);
 		return;
 	}
 	status = omni_api_member(&json->root, "status");
 	job_id = omni_api_member(&json->root, "jobId");
 	if (status == NULL || (job_id != NULL ? !looks_like_uuid(job_id) : has_value(json, "jobId")))
 	{
-		set_malformed(job, outcome, "The answer is JSON, but not of the shape that Omni's has.");
+		set_malformed(request, outcome, "The answer is JSON, but not of the shape that Omni's has.");
 		return;
 	}
 
@@ -604,37 +602,37 @@ read_acceptance(const OmniJob *job, const char *key,
 	if (pg_strcasecmp(status, "completed") == 0)
 		outcome->status = "completed";
 	else if (pg_strcasecmp(status, "failed") == 0)
-		set_failed(job, outcome);
+		set_failed(request, outcome);
 	else
 		outcome->status = "accepted";
 }
 
 /* Omni says that a refresh has failed. */
 static void
-set_failed(const OmniJob *job, OmniOutcome *outcome)
+set_failed(const OmniRequest *request, OmniOutcome *outcome)
 {
 	outcome->status = "failed";
 	omni_error_set(&outcome->error, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
 				   "Omni could not refresh the model on server \"%s\"",
-				   NameStr(job->request.server));
+				   NameStr(request->server));
 	omni_error_detail(&outcome->error, "Omni accepted the request and reported the status \"failed\", without a reason.");
 	omni_error_hint(&outcome->error, "Look at the connection in Omni: it may not reach the database, or lack privileges there.");
 }
 
 /* Omni has reset a cache policy, if the answer is one of Omni's. */
 static void
-read_reset(const OmniJob *job, const char *key, const OmniAnswer *answer, OmniOutcome *outcome)
+read_reset(const OmniRequest *request, const char *key, const OmniAnswer *answer, OmniOutcome *outcome)
 {
 	char	   *why = NULL;
 	Jsonb	   *json = omni_api_json(answer->body, answer->length, &why);
 	JsonbValue	success;
 
 	if (json == NULL)
-		set_not_json(job, key, answer, why, outcome);
+		set_not_json(request, key, answer, why, outcome);
 	else if (!JB_ROOT_IS_OBJECT(json) ||
 			 getKeyJsonValueFromContainer(&json->root, "success", strlen("success"), &success) == NULL ||
 			 success.type != jbvBool)
-		set_malformed(job, outcome, "The answer is JSON, but not of the shape that Omni's has.");
+		set_malformed(request, outcome, "The answer is JSON, but not of the shape that Omni's has.");
 	else if (success.val.boolean)
 		outcome->status = "completed";
 	else
@@ -642,27 +640,27 @@ read_reset(const OmniJob *job, const char *key, const OmniAnswer *answer, OmniOu
 		outcome->status = "failed";
 		omni_error_set(&outcome->error, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
 					   "Omni could not reset the cache policy \"%s\" on server \"%s\"",
-					   job->request.policy, NameStr(job->request.server));
+					   request->policy, NameStr(request->server));
 		omni_error_detail(&outcome->error, "Omni accepted the request and reported no success, without a reason.");
 	}
 }
 
 /* The answer is not one that Omni gives; trying again would not help. */
 static void
-set_malformed(const OmniJob *job, OmniOutcome *outcome, const char *what)
+set_malformed(const OmniRequest *request, OmniOutcome *outcome, const char *what)
 {
 	outcome->status = "failed";
 	outcome->attempt_event = "attempt_failed";
 	omni_error_set(&outcome->error, ERRCODE_PROTOCOL_VIOLATION,
 				   "server \"%s\" did not answer as Omni does",
-				   NameStr(job->request.server));
+				   NameStr(request->server));
 	omni_error_detail(&outcome->error, "%s", what);
 	omni_error_hint(&outcome->error, "Check that the server's \"base_url\" is the login host of an Omni instance, and what proxies are in between.");
 }
 
 /* The same of an answer that omni_api_json() has not taken, and why. */
 static void
-set_not_json(const OmniJob *job, const char *key,
+set_not_json(const OmniRequest *request, const char *key,
 			 const OmniAnswer *answer, const char *why, OmniOutcome *outcome)
 {
 	char	   *body = why == NULL ? quote(answer->body, answer->length, key) : NULL;
@@ -671,7 +669,7 @@ set_not_json(const OmniJob *job, const char *key,
 		why = psprintf("it reads %s", body);
 	else if (why == NULL)
 		why = "it is blank";
-	set_malformed(job, outcome, psprintf("The answer is not JSON: %s.", why));
+	set_malformed(request, outcome, psprintf("The answer is not JSON: %s.", why));
 }
 
 /*

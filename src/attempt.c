@@ -18,7 +18,12 @@
 
 #include "clock.h"
 #include "compat.h"
+#include "job.h"
 #include "omni_refresh.h"
+#include "option.h"
+#include "rate.h"
+#include "call.h"
+#include "setting.h"
 #include "work.h"
 
 /* All in ms */
@@ -364,7 +369,7 @@ find_target(OmniWork *work, OmniError *error)
 		work->rate_id = omni_rate_id(omni_api_host(work->target.base_url, false), work->target.key);
 		work->url = work->lookup ? omni_api_lookup_url(work->target.base_url, looked_up(work)) :
 			work->class == OMNI_RATE_POLL ? omni_api_follow_url(work->target.base_url, &work->job.job_id) :
-			omni_api_job_url(work->target.base_url, &work->job);
+			omni_api_job_url(work->target.base_url, &work->job.request);
 	}
 	MemoryContextSwitchTo(context);
 	return found;
@@ -474,7 +479,7 @@ send_request(OmniWork *work)
 	PG_TRY();
 	{
 		MemoryContextSwitchTo(work->attempt);
-		request.body = omni_api_job_body(&work->job);
+		request.body = omni_api_job_body(&work->job.request);
 		work->transfer = omni_http_start(&request);
 	}
 	PG_CATCH();
@@ -626,23 +631,23 @@ decide(OmniWork *work)
 	if (work->lookup)
 	{
 		if (is_probe(work))
-			omni_api_probe_outcome(&work->job, work->target.key, answer, outcome);
+			omni_api_probe_outcome(&work->job.request, work->target.key, answer, outcome);
 		else
-			omni_api_lookup_outcome(&work->job, work->target.key, answer, outcome);
+			omni_api_lookup_outcome(&work->job.request, work->target.key, answer, outcome);
 		consider_retry(work);
 		keep_telling_error(work, answer);
 		tell_probed(work, answer);
 	}
 	else if (work->class == OMNI_RATE_POLL)
 	{
-		if (omni_api_follow_outcome(&work->job, work->target.key, answer, outcome))
+		if (omni_api_follow_outcome(&work->job.request, work->target.key, answer, outcome))
 			outcome->elapsed = 0;	/* of the question, not of the job */
 		else
 			consider_next_question(work);
 	}
 	else
 	{
-		omni_api_job_outcome(&work->job, work->target.key, answer, outcome);
+		omni_api_job_outcome(&work->job.request, work->target.key, answer, outcome);
 		consider_retry(work);
 		keep_telling_error(work, answer);
 		if (omni_track && outcome->has_job_id && strcmp(outcome->status, "accepted") == 0)

@@ -17,7 +17,12 @@
 #include "utils/tuplestore.h"
 
 #include "compat.h"
+#include "job.h"
 #include "omni_refresh.h"
+#include "option.h"
+#include "refresh.h"
+#include "call.h"
+#include "setting.h"
 
 /* A certificate that is valid for less than so many days is worth a remark */
 #define DAYS_LEFT			14
@@ -105,7 +110,7 @@ static void
 check_way(ReturnSetInfo *result, OmniJob *job)
 {
 	dsm_segment *segment;
-	OmniCall   *call = omni_call_create(job, omni_api_models_lookup(NULL, NULL, NULL), &segment);
+	OmniCall   *call = omni_call_create(&job->request, omni_api_models_lookup(NULL, NULL, NULL), &segment);
 	OmniError	error;
 
 	call->probe = true;

@@ -25,7 +25,9 @@
 
 #include "clock.h"
 #include "compat.h"
-#include "omni_refresh.h"
+#include "job.h"
+#include "workerslot.h"
+#include "setting.h"
 #include "work.h"
 
 /* The least that one look reads of what is due, and the most of what is not */
@@ -592,10 +594,10 @@ take(const OmniJob *job, OmniRateClass class)
 		job->renewed_at + omni_retry_for * USECS_PER_SEC;
 
 	work->job = *job;
-	if (job->schemas != NULL)
-		work->job.schemas = DatumGetArrayTypePCopy(PointerGetDatum(job->schemas));
-	if (job->tables != NULL)
-		work->job.tables = DatumGetArrayTypePCopy(PointerGetDatum(job->tables));
+	if (job->request.schemas != NULL)
+		work->job.request.schemas = DatumGetArrayTypePCopy(PointerGetDatum(job->request.schemas));
+	if (job->request.tables != NULL)
+		work->job.request.tables = DatumGetArrayTypePCopy(PointerGetDatum(job->request.tables));
 	MemoryContextSwitchTo(context);
 	work->deadline = omni_clock() + (end - omni_earliest_now());
 }

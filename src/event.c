@@ -21,7 +21,7 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
-#include "omni_refresh.h"
+#include "job.h"
 #include "table.h"
 
 #define COLUMNS				8

@@ -41,7 +41,7 @@
 
 #include "clock.h"
 #include "compat.h"
-#include "omni_refresh.h"
+#include "http.h"
 
 /* How many idle connections are kept: some instances, a few requests each */
 #define MAX_CONNECTIONS		16

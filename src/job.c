@@ -23,7 +23,7 @@
 
 #include "clock.h"
 #include "compat.h"
-#include "omni_refresh.h"
+#include "job.h"
 #include "table.h"
 
 /* The latest time that a row may have, in the year 2500: no sum of ours overflows */
@@ -223,8 +223,8 @@ insert(OmniStatement *statement, OmniJob *job, const char *status, TimestampTz r
 		UUIDPGetDatum(&request->branch),
 		CStringGetTextDatum(kind_name(request->kind)),
 		BoolGetDatum(request->hard),
-		PointerGetDatum(job->schemas),
-		PointerGetDatum(job->tables),
+		PointerGetDatum(job->request.schemas),
+		PointerGetDatum(job->request.tables),
 		CStringGetTextDatum(request->policy),
 		TimestampTzGetDatum(request->reset_at),
 		NameGetDatum(&request->server),
@@ -245,9 +245,9 @@ insert(OmniStatement *statement, OmniJob *job, const char *status, TimestampTz r
 		nulls[4] = 'n';
 	else
 		nulls[7] = 'n';
-	if (job->schemas == NULL)
+	if (job->request.schemas == NULL)
 		nulls[5] = 'n';
-	if (job->tables == NULL)
+	if (job->request.tables == NULL)
 		nulls[6] = 'n';
 	if (!request->has_reset_at)
 		nulls[8] = 'n';
@@ -368,10 +368,10 @@ omni_job_look(int64 id, OmniJobState *state)
 	if (omni_run(&look_at_job, values, NULL) != 1)
 		return false;
 	omni_job_decode(0, state);
-	if (state->job.schemas != NULL)
-		state->job.schemas = keep_list(state->job.schemas);
-	if (state->job.tables != NULL)
-		state->job.tables = keep_list(state->job.tables);
+	if (state->job.request.schemas != NULL)
+		state->job.request.schemas = keep_list(state->job.request.schemas);
+	if (state->job.request.tables != NULL)
+		state->job.request.tables = keep_list(state->job.request.tables);
 	return true;
 }
 
@@ -420,9 +420,9 @@ omni_job_decode(int row, OmniJobState *state)
 	request->hard = isnull || DatumGetBool(value);
 	request->hard_named = !request->hard;	/* it is Omni's default */
 	value = VALUE_OR_NULL(schemas, TEXTARRAYOID);
-	job->schemas = isnull ? NULL : DatumGetArrayTypeP(value);
+	job->request.schemas = isnull ? NULL : DatumGetArrayTypeP(value);
 	value = VALUE_OR_NULL(tables, TEXTARRAYOID);
-	job->tables = isnull ? NULL : DatumGetArrayTypeP(value);
+	job->request.tables = isnull ? NULL : DatumGetArrayTypeP(value);
 	value = VALUE_OR_NULL(policy, TEXTOID);
 	if (!isnull)
 		strlcpy(request->policy, TextDatumGetCString(value), sizeof(request->policy));
@@ -507,8 +507,8 @@ omni_job_form(const OmniJob *job, const char *status, const char *error)
 	SET("branch_id", UUIDPGetDatum(&request->branch), !request->has_branch);
 	SET("kind", CStringGetTextDatum(kind_name(request->kind)), false);
 	SET("hard", BoolGetDatum(request->hard), request->kind == OMNI_KIND_CACHE);
-	SET("schemas", PointerGetDatum(job->schemas), job->schemas == NULL);
-	SET("tables", PointerGetDatum(job->tables), job->tables == NULL);
+	SET("schemas", PointerGetDatum(job->request.schemas), job->request.schemas == NULL);
+	SET("tables", PointerGetDatum(job->request.tables), job->request.tables == NULL);
 	SET("policy", CStringGetTextDatum(request->policy), request->kind != OMNI_KIND_CACHE);
 	SET("reset_at", TimestampTzGetDatum(request->reset_at), !request->has_reset_at);
 	SET("server", NameGetDatum(&request->server), false);

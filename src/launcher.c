@@ -29,7 +29,9 @@
 
 #include "clock.h"
 #include "compat.h"
+#include "launcher.h"
 #include "omni_refresh.h"
+#include "workerslot.h"
 
 /* Before a launcher that has failed is started again, in s */
 #define RESTART_AFTER		60

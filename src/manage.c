@@ -22,7 +22,11 @@
 
 #include "clock.h"
 #include "compat.h"
+#include "job.h"
 #include "omni_refresh.h"
+#include "refresh.h"
+#include "wakeup.h"
+#include "workerslot.h"
 
 /* How often to look at a job that is waited for, in ms: less and less often */
 #define LOOK_FIRST			10
@@ -160,8 +164,8 @@ omni_refresh_retry(PG_FUNCTION_ARGS)
 	request->requested_by = job.request.requested_by;
 	request->requested_at = job.request.requested_at;
 	job.request = *request;
-	job.schemas = own.job.schemas;
-	job.tables = own.job.tables;
+	job.request.schemas = own.job.request.schemas;
+	job.request.tables = own.job.request.tables;
 	PG_RETURN_DATUM(omni_queue_job(&job));
 }
 

@@ -19,7 +19,9 @@
 
 #include "clock.h"
 #include "compat.h"
-#include "omni_refresh.h"
+#include "refresh.h"
+#include "call.h"
+#include "setting.h"
 
 /* What the rate limit may keep a page waiting, on top of call_timeout, in ms */
 #define RATE_PATIENCE		70000
@@ -140,7 +142,7 @@ ask(const char *name, const char *kind, const char *cursor)
 	omni_job_init(&job, OMNI_ORIGIN_CALL);
 	if (!omni_may_request(&job, &error))
 		omni_error_report(&error, ERROR);
-	call = omni_call_create(&job, omni_api_models_lookup(name, kind, cursor), &segment);
+	call = omni_call_create(&job.request, omni_api_models_lookup(name, kind, cursor), &segment);
 	if (cursor != NULL)
 		call->deadline += OMNI_MS(RATE_PATIENCE);
 	if (omni_call_run(segment, &error))

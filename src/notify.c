@@ -18,7 +18,7 @@
 #include "utils/memutils.h"
 
 #include "compat.h"
-#include "omni_refresh.h"
+#include "job.h"
 
 #define CHANNEL				"omni_refresh"
 

@@ -33,8 +33,10 @@
 #include "utils/syscache.h"
 #include "utils/varlena.h"
 
+#include "api.h"
 #include "compat.h"
 #include "omni_refresh.h"
+#include "option.h"
 
 #define MAX_KEY_FILE_SIZE	4096	/* bytes; a key has less than 100 */
 #define MAX_RATE_LIMIT		1000000 /* a minute; Omni gives 60, on request 500 */

@@ -29,7 +29,8 @@
 
 #include "clock.h"
 #include "compat.h"
-#include "omni_refresh.h"
+#include "job.h"
+#include "setting.h"
 #include "table.h"
 
 /* Rows of one head to merge in a statement, which takes some ten ms: calls wait for it */
@@ -752,7 +753,7 @@ unite(const int64 *ids, int count, bool whole, Datum *values, char *nulls)
 {
 	static const Oid types[] = {BOOLOID, TEXTARRAYOID, TEXTARRAYOID, TIMESTAMPTZOID, TIMESTAMPTZOID};
 	Datum		arguments[2] = {PointerGetDatum(make_bigints(ids, count)), BoolGetDatum(whole)};
-	OmniJob		job = {.request.has_branch = true,.request.hard_named = true};	/* the longest URL */
+	OmniRequest request = {.has_branch = true,.hard_named = true};	/* the longest URL */
 
 	(void) omni_run(&unite_jobs, arguments, NULL);
 	for (int i = 0; i < lengthof(types); i++)
@@ -763,10 +764,10 @@ unite(const int64 *ids, int count, bool whole, Datum *values, char *nulls)
 		nulls[i + 1] = isnull ? 'n' : ' ';
 	}
 	if (nulls[2] != 'n')
-		job.schemas = DatumGetArrayTypeP(values[2]);
+		request.schemas = DatumGetArrayTypeP(values[2]);
 	if (nulls[3] != 'n')
-		job.tables = DatumGetArrayTypeP(values[3]);
-	return omni_api_fits(&job);
+		request.tables = DatumGetArrayTypeP(values[3]);
+	return omni_api_fits(&request);
 }
 
 /*

@@ -25,6 +25,7 @@
 #include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
+#include "rate.h"
 
 #define SHARED_NAME			"omni_refresh rates layout 3"
 

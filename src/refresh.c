@@ -20,7 +20,14 @@
 #include "utils/timestamp.h"
 
 #include "compat.h"
+#include "job.h"
 #include "omni_refresh.h"
+#include "option.h"
+#include "refresh.h"
+#include "call.h"
+#include "wakeup.h"
+#include "workerslot.h"
+#include "setting.h"
 
 /* Bytes of a list's names that are looked at, since duplicates do not count */
 #define MAX_NAMES			1000000
@@ -260,11 +267,11 @@ read_refresh(FunctionCallInfo fcinfo, OmniJob *job)
 	request->has_branch = !PG_ARGISNULL(1);
 	if (request->has_branch)
 		request->branch = *PG_GETARG_UUID_P(1);
-	job->schemas = check_list(fcinfo, 3, "schemas");
-	job->tables = check_list(fcinfo, 4, "tables");
+	job->request.schemas = check_list(fcinfo, 3, "schemas");
+	job->request.tables = check_list(fcinfo, 4, "tables");
 
 	/* Omni's default is a hard refresh, which is always of the whole model */
-	selective = job->schemas != NULL || job->tables != NULL;
+	selective = job->request.schemas != NULL || job->request.tables != NULL;
 	request->hard_named = selective || !PG_ARGISNULL(2);
 	request->hard = PG_ARGISNULL(2) ? !selective : PG_GETARG_BOOL(2);
 	if (request->hard && selective)
@@ -273,12 +280,12 @@ read_refresh(FunctionCallInfo fcinfo, OmniJob *job)
 				 errmsg("a hard refresh cannot be limited to schemas or tables"),
 				 errdetail("Omni always refreshes the whole model then."),
 				 errhint("Leave out hard for a soft refresh of what is listed, or leave out schemas and tables.")));
-	if (!omni_api_fits(job))
+	if (!omni_api_fits(&job->request))
 		ereport(ERROR,
 				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 				 errmsg("the names in schemas and tables are too long for one request"),
 				 errdetail("The path and the query of its URL would have %zu bytes, and may have %d.",
-						   omni_api_path_length(job), OMNI_MAX_PATH),
+						   omni_api_path_length(&job->request), OMNI_MAX_PATH),
 				 errhint(TOO_LONG_HINT)));
 }
 
@@ -321,7 +328,7 @@ static void
 call_worker(OmniJob *job, OmniError *error)
 {
 	dsm_segment *segment;
-	OmniCall   *call = omni_call_create(job, NULL, &segment);
+	OmniCall   *call = omni_call_create(&job->request, NULL, &segment);
 
 	if (omni_call_run(segment, error))
 		*error = call->error;

@@ -39,6 +39,7 @@
 #include "utils/typcache.h"
 
 #include "compat.h"
+#include "job.h"
 #include "omni_refresh.h"
 #include "table.h"
 

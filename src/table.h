@@ -11,6 +11,8 @@
 
 #include "executor/spi.h"
 
+#include "job.h"
+
 /* Bytes of a table's name, quoted and with its schema */
 #define OMNI_MAX_QUALIFIED	(2 * (2 * NAMEDATALEN + 3))
 

@@ -10,7 +10,10 @@
 
 #include "lib/ilist.h"
 
-#include "omni_refresh.h"
+#include "job.h"
+#include "option.h"
+#include "rate.h"
+#include "call.h"
 
 /* All in ms */
 #define LOCK_PATIENCE		5000	/* how long new calls wait for our tables */

@@ -46,7 +46,11 @@
 
 #include "clock.h"
 #include "compat.h"
+#include "job.h"
 #include "omni_refresh.h"
+#include "call.h"
+#include "workerslot.h"
+#include "setting.h"
 #include "work.h"
 
 /* All in ms */
@@ -99,12 +103,14 @@ omni_refresh_worker_main(Datum main_arg)
 {
 	MemoryContext context = CurrentMemoryContext;
 	volatile bool leave = false;
+	dsm_handle	starter;
 	bool		leave_at_once;
 
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
-	leave_at_once = omni_worker_begin();
+	leave_at_once = omni_worker_begin(&starter);
+	omni_call_watch_start(starter);
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(main_arg), InvalidOid, 0);
 	override_settings();
 	omni_in_worker = true;
@@ -122,6 +128,7 @@ omni_refresh_worker_main(Datum main_arg)
 		return;
 	}
 	omni_worker_attach(has_queued);
+	omni_call_started();
 	CommitTransactionCommand();
 
 	if (!leave_at_once)
@@ -473,7 +480,7 @@ take_calls(void)
 {
 	dsm_segment *segment;
 
-	while ((segment = omni_worker_next_call()) != NULL)
+	while ((segment = omni_call_next()) != NULL)
 	{
 		OmniWork   *work = omni_work_begin(OMNI_RATE_CALL);
 		OmniCall   *call = dsm_segment_address(segment);
@@ -481,8 +488,8 @@ take_calls(void)
 		work->lookup = call->lookup != 0;
 		work->job.origin = OMNI_ORIGIN_CALL;
 		work->job.request = call->request;
-		work->job.schemas = copy_list(work->context, call, call->schemas);
-		work->job.tables = copy_list(work->context, call, call->tables);
+		work->job.request.schemas = copy_list(work->context, call, call->schemas);
+		work->job.request.tables = copy_list(work->context, call, call->tables);
 		work->deadline = call->deadline;
 		work->segment = segment;
 		work->call = call;

@@ -187,21 +187,21 @@ exact(const char *text, size_t length)
 static void
 check(int kind, const OmniAnswer *answer)
 {
-	OmniJob		job = {.request.kind = kind == RESET ? OMNI_KIND_CACHE : OMNI_KIND_SCHEMA};
+	OmniRequest request = {.kind = kind == RESET ? OMNI_KIND_CACHE : OMNI_KIND_SCHEMA};
 	OmniOutcome outcome;
 	bool		ended = true;
 
-	namestrcpy(&job.request.server, "omni");
-	strcpy(job.request.policy, "nightly");
+	namestrcpy(&request.server, "omni");
+	strcpy(request.policy, "nightly");
 	memset(&outcome, 0x7f, sizeof(outcome));
 	if (kind == FOLLOW)
-		ended = omni_api_follow_outcome(&job, KEY, answer, &outcome);
+		ended = omni_api_follow_outcome(&request, KEY, answer, &outcome);
 	else if (kind == MODELS)
-		omni_api_lookup_outcome(&job, KEY, answer, &outcome);
+		omni_api_lookup_outcome(&request, KEY, answer, &outcome);
 	else if (kind == PROBE)
-		omni_api_probe_outcome(&job, KEY, answer, &outcome);
+		omni_api_probe_outcome(&request, KEY, answer, &outcome);
 	else
-		omni_api_job_outcome(&job, KEY, answer, &outcome);
+		omni_api_job_outcome(&request, KEY, answer, &outcome);
 	check_outcome(&outcome, !ended);
 	if (kind == MODELS && outcome.error.sqlstate == 0)
 		check_models(answer);

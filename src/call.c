@@ -1,0 +1,321 @@
+/*-------------------------------------------------------------------------
+ *
+ * call.c
+ *		Calls: a backend hands one over to the worker of its database and waits for the
+ *		reply.
+ *
+ * A call is a DSM segment that the backend makes (see OmniCall).  Its handle goes into
+ * the ring of the database's slot (see workerslot.c), the worker takes it from there,
+ * writes its results into the segment and sets the caller's latch.
+ *
+ * A worker that cannot start says why in the segment of the call that it was started for.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "miscadmin.h"
+#include "storage/condition_variable.h"
+#include "storage/latch.h"
+#include "utils/elog.h"
+#include "utils/wait_event.h"
+
+#include "call.h"
+#include "clock.h"
+#include "compat.h"
+#include "setting.h"
+#include "workerslot.h"
+
+/* Enough for a call but for one with long lists, in bytes */
+#define SEGMENT_SIZE		8192
+
+/* How long to try to get a background worker of the server's, in ms */
+#define START_PATIENCE		5000
+#define START_RETRY			20
+
+/* How long to wait for a start that nobody watches, in ms; workerslot.c says the same */
+#define UNWATCHED_START		5000
+
+static dsm_segment *kept_segment = NULL;	/* of this backend's calls */
+static dsm_segment *starter_call = NULL;	/* in a worker that is starting */
+static emit_log_hook_type next_emit_log_hook = NULL;
+
+static Size reserve(Size *size, Size room);
+static void wait_for_latch(long timeout);
+static void forsake_call(dsm_segment *segment, Datum arg);
+static void keep_reason(ErrorData *data);
+static void lose_call(dsm_segment *segment, Datum arg);
+
+/*
+ * Makes a segment for a call: a job, or a look-up unless that is NULL.  It belongs
+ * to the current resource owner until omni_call_end(); when it goes before that, the
+ * worker learns that the caller has left.  To make one is a tenth of a call's time,
+ * so a session keeps its segment.
+ */
+OmniCall *
+omni_call_create(const OmniRequest *request, const char *lookup, dsm_segment **segment)
+{
+	Size		size = MAXALIGN(sizeof(OmniCall));
+	Size		schemas_at = reserve(&size, request->schemas != NULL ? VARSIZE(request->schemas) : 0);
+	Size		tables_at = reserve(&size, request->tables != NULL ? VARSIZE(request->tables) : 0);
+	Size		lookup_at = reserve(&size, lookup != NULL ? strlen(lookup) + 1 : 0);
+	Size		answer_at = reserve(&size, lookup != NULL ? OMNI_MAX_ANSWER : 0);
+	OmniCall   *call;
+
+	omni_worker_prepare();
+	if (kept_segment != NULL && dsm_segment_map_length(kept_segment) < size)
+		dsm_detach(kept_segment);
+	if (kept_segment != NULL)
+		dsm_unpin_mapping(kept_segment);
+	else
+	{
+		kept_segment = dsm_create(Max(size, SEGMENT_SIZE), 0);
+		on_dsm_detach(kept_segment, forsake_call, (Datum) 0);
+	}
+	*segment = kept_segment;
+	call = dsm_segment_address(*segment);
+	memset(call, 0, sizeof(OmniCall));
+	pg_atomic_init_u32(&call->state, OMNI_CALL_WAITING);
+	pg_atomic_init_u32(&call->forsaken, 0);
+	call->caller = omni_my_proc();
+	call->deadline = omni_clock() + OMNI_MS(omni_call_timeout);
+	call->request = *request;
+	call->request.schemas = call->request.tables = NULL;
+	call->schemas = schemas_at;
+	call->tables = tables_at;
+	call->lookup = lookup_at;
+	call->answer = answer_at;
+	if (request->schemas != NULL)
+		memcpy((char *) call + schemas_at, request->schemas, VARSIZE(request->schemas));
+	if (request->tables != NULL)
+		memcpy((char *) call + tables_at, request->tables, VARSIZE(request->tables));
+	if (lookup != NULL)
+		strcpy((char *) call + lookup_at, lookup);
+	return call;
+}
+
+/* Adds room to the size of a segment; returns its offset, or 0 for none. */
+static Size
+reserve(Size *size, Size room)
+{
+	Size		offset = room > 0 ? *size : 0;
+
+	*size += MAXALIGN(room);
+	return offset;
+}
+
+/* Ends a call, whose results are no longer needed. */
+void
+omni_call_end(dsm_segment *segment)
+{
+	OmniCall   *call = dsm_segment_address(segment);
+
+	if (pg_atomic_read_u32(&call->state) == OMNI_CALL_DONE &&
+		dsm_segment_map_length(segment) <= SEGMENT_SIZE)
+		dsm_pin_mapping(segment);
+	else
+		dsm_detach(segment);
+}
+
+/*
+ * Hands a call over to the worker, which is started if need be, and waits for
+ * its results.  Returns false, and says why in *error, if there is no worker to be
+ * had; errors of the call itself are among its results.  Can be interrupted.
+ *
+ * If the worker ends meanwhile, the call is handed over to the next one.  If there
+ * is a job by then, which may have been sent, the next worker settles it, and that
+ * is all it does about it.
+ */
+bool
+omni_call_run(dsm_segment *segment, OmniError *error)
+{
+	OmniCall   *call = dsm_segment_address(segment);
+	OmniWaiter	waiter = {.call = dsm_segment_handle(segment)};
+	int64		began = omni_clock();
+
+	for (;;)
+	{
+		OmniCallState state = pg_atomic_read_u32(&call->state);
+
+		pg_read_barrier();
+		if (state == OMNI_CALL_DONE)
+			return true;
+		if (state == OMNI_CALL_LOST)
+		{
+			pg_atomic_write_u32(&call->state, OMNI_CALL_WAITING);
+			waiter.generation = 0;
+		}
+
+		if (state == OMNI_CALL_TAKEN)
+			wait_for_latch(-1);
+		else
+		{
+			OmniHandOver result = omni_worker_hand_over(&waiter);
+
+			if (result == HANDED_OVER)
+				wait_for_latch(-1);
+			else if (result == HANDED_OVER_UNWATCHED)
+				wait_for_latch(UNWATCHED_START);
+			else if (result == RING_FULL)
+				omni_worker_wait_for_room();
+			else if (result == NO_WORKER &&
+					 omni_clock() - began < OMNI_MS(START_PATIENCE))
+				wait_for_latch(START_RETRY);
+			else
+			{
+				ConditionVariableCancelSleep();
+				if (call->job_id != 0)
+					omni_call_lost(call, error);
+				else
+					omni_worker_explain(result, &call->start_error, error);
+				return false;
+			}
+		}
+	}
+}
+
+/* Says that a job was left behind by its worker. */
+void
+omni_call_lost(const OmniCall *call, OmniError *error)
+{
+	omni_error_set(error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
+				   "the background worker ended before job " INT64_FORMAT " was finished",
+				   call->job_id);
+	omni_error_detail(error, "Whether Omni has got the request is not known if the job's status is now \"unknown\"; it was not sent if that is \"canceled\".");
+	omni_error_hint(error, "Look in Omni before you send it again.  The server's log says why the worker ended.");
+}
+
+/* -1 means no time limit.  Resets the latch. */
+static void
+wait_for_latch(long timeout)
+{
+	static uint32 wait_event = 0;
+
+	if (wait_event == 0)
+		wait_event = WaitEventExtensionNew("OmniRefreshCall");
+	ConditionVariableCancelSleep();
+	(void) WaitLatch(MyLatch,
+					 WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | (timeout >= 0 ? WL_TIMEOUT : 0),
+					 timeout, wait_event);
+	ResetLatch(MyLatch);
+	CHECK_FOR_INTERRUPTS();
+}
+
+/*
+ * Runs in a backend when the segment of its call goes, also on ERROR and FATAL:
+ * tells the worker that nobody waits any more, and leaves no start unwatched.
+ */
+static void
+forsake_call(dsm_segment *segment, Datum arg)
+{
+	OmniCall   *call = dsm_segment_address(segment);
+
+	kept_segment = NULL;
+	if (pg_atomic_read_u32(&call->state) == OMNI_CALL_DONE)
+		return;
+
+	pg_atomic_write_u32(&call->forsaken, 1);
+	omni_worker_forsake();
+}
+
+/*
+ * In a worker that is starting: lets the one who has started it for a call, if any, know
+ * what errors it meets before omni_call_started().
+ */
+void
+omni_call_watch_start(dsm_handle call)
+{
+	if (call != DSM_HANDLE_INVALID)
+		starter_call = dsm_attach(call);
+	if (starter_call != NULL)
+		dsm_pin_mapping(starter_call);
+	next_emit_log_hook = emit_log_hook;
+	emit_log_hook = keep_reason;
+}
+
+/* The worker has started. */
+void
+omni_call_started(void)
+{
+	emit_log_hook = next_emit_log_hook;
+	if (starter_call != NULL)
+		dsm_detach(starter_call);
+	starter_call = NULL;
+}
+
+/* Called for each message that is logged. */
+static void
+keep_reason(ErrorData *data)
+{
+	if (starter_call != NULL && data->elevel >= ERROR)
+	{
+		OmniCall   *call = dsm_segment_address(starter_call);
+
+		omni_error_set(&call->start_error, data->sqlerrcode, "%s", data->message);
+		if (data->hint != NULL)
+			omni_error_hint(&call->start_error, "%s", data->hint);
+	}
+	if (next_emit_log_hook != NULL)
+		next_emit_log_hook(data);
+}
+
+/*
+ * The next call that some backend waits for, or NULL.  The segment lives until
+ * it is detached; if that happens before omni_call_finish(), the caller learns
+ * that its call was lost.
+ */
+dsm_segment *
+omni_call_next(void)
+{
+	dsm_handle	handle;
+
+	while ((handle = omni_worker_next_call()) != DSM_HANDLE_INVALID)
+	{
+		dsm_segment *segment;
+		OmniCall   *call;
+
+		if (dsm_find_mapping(handle) != NULL)	/* it is in hand already */
+			continue;
+		segment = dsm_attach(handle);
+		if (segment == NULL)	/* the caller has left */
+			continue;
+		dsm_pin_mapping(segment);
+		on_dsm_detach(segment, lose_call, (Datum) 0);
+		call = dsm_segment_address(segment);
+		pg_atomic_write_u32(&call->state, OMNI_CALL_TAKEN);
+		return segment;
+	}
+	return NULL;
+}
+
+/*
+ * Tells the caller what became of its call, and lets go of the segment: the caller
+ * may use it again at once.
+ */
+void
+omni_call_finish(dsm_segment *segment, int64 job_id, const OmniError *error)
+{
+	OmniCall   *call = dsm_segment_address(segment);
+	int			caller = call->caller;
+
+	call->job_id = job_id;
+	call->error = *error;
+	cancel_on_dsm_detach(segment, lose_call, (Datum) 0);
+	pg_write_barrier();
+	pg_atomic_write_u32(&call->state, OMNI_CALL_DONE);
+	omni_set_latch(caller);
+	dsm_detach(segment);
+}
+
+/* Runs in the worker when it lets go of a call. */
+static void
+lose_call(dsm_segment *segment, Datum arg)
+{
+	OmniCall   *call = dsm_segment_address(segment);
+
+	if (pg_atomic_read_u32(&call->state) == OMNI_CALL_DONE)
+		return;
+	pg_write_barrier();
+	pg_atomic_write_u32(&call->state, OMNI_CALL_LOST);
+	omni_set_latch(call->caller);
+}

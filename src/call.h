@@ -1,0 +1,88 @@
+/*-------------------------------------------------------------------------
+ *
+ * call.h
+ *		Calls on their way from a backend to the worker and back.  See call.c.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef OMNI_CALL_H
+#define OMNI_CALL_H
+
+#include "port/atomics.h"
+#include "storage/dsm.h"
+
+#include "api.h"
+#include "error.h"
+
+/* How a connection to Omni was made, as plain data */
+typedef struct OmniProbe
+{
+	bool		begun;			/* else the error says why not */
+	bool		answered;
+	OmniPhase	phase;			/* where it failed, if not answered */
+	int			http_status;
+	int64		elapsed;		/* microseconds */
+	int			rate_limit;		/* requests a minute, 0 means no limit */
+	int			rate_left;		/* of them, for now */
+	char		address[64];
+	bool		secure;			/* by TLS */
+	char		issuer[256];	/* empty where libcurl forgets it with the
+								 * connection */
+	char		expires[64];
+} OmniProbe;
+
+/* How far the hand-over of a call has come */
+typedef enum OmniCallState
+{
+	OMNI_CALL_WAITING,			/* nobody has taken it yet */
+	OMNI_CALL_TAKEN,			/* the worker has it */
+	OMNI_CALL_DONE,				/* the results are in */
+	OMNI_CALL_LOST				/* the worker ended before that */
+} OmniCallState;
+
+/*
+ * A call on its way from a backend to the worker and back: the head of a DSM
+ * segment that the backend made.  The backend writes all but the results before
+ * it hands the segment over; the worker writes the results before it sets the
+ * state to OMNI_CALL_DONE.
+ */
+typedef struct OmniCall
+{
+	pg_atomic_uint32 state;		/* OmniCallState */
+	pg_atomic_uint32 forsaken;	/* set when the caller has left */
+	int			caller;			/* index of its PGPROC */
+	int64		deadline;		/* end of call_timeout, by omni_clock() */
+	OmniRequest request;		/* of a look-up: server and role only */
+	Size		schemas;		/* offset of a flat text[] in the segment, 0
+								 * if NULL */
+	Size		tables;			/* likewise */
+	Size		lookup;			/* offset of what to look up, as in
+								 * "models?name=x"; 0: it is a job */
+	Size		answer;			/* of a look-up: offset of room for the answer */
+	bool		probe;			/* of a look-up: tell how it was reached */
+
+	/* results */
+	int64		job_id;			/* 0 when there is no row */
+	Size		length;			/* of a look-up's answer, in bytes */
+	OmniProbe	probed;
+	OmniError	error;
+	OmniError	start_error;	/* of the worker that was started for it */
+} OmniCall;
+
+/* in backends */
+extern OmniCall *omni_call_create(const OmniRequest *request, const char *lookup,
+								  dsm_segment **segment);
+extern bool omni_call_run(dsm_segment *segment, OmniError *error);
+extern void omni_call_end(dsm_segment *segment);
+
+/* in the worker */
+extern void omni_call_watch_start(dsm_handle call);
+extern void omni_call_started(void);
+extern dsm_segment *omni_call_next(void);
+extern void omni_call_finish(dsm_segment *segment, int64 job_id,
+							 const OmniError *error);
+
+/* in both */
+extern void omni_call_lost(const OmniCall *call, OmniError *error);
+
+#endif							/* OMNI_CALL_H */

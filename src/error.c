@@ -1,0 +1,104 @@
+/*-------------------------------------------------------------------------
+ *
+ * error.c
+ *		Errors as plain data: made in the worker, raised in the caller, written into
+ *		tables.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "mb/pg_wchar.h"
+#include "utils/elog.h"
+
+#include "error.h"
+
+static void format_clipped(char *buffer, size_t size, const char *format, va_list args)
+			pg_attribute_printf(3, 0);
+
+/*
+ * Formats a text of an error into its fixed place; what does not fit is cut off
+ * between characters.
+ */
+static void
+format_clipped(char *buffer, size_t size, const char *format, va_list args)
+{
+	int			length = vsnprintf(buffer, size, format, args);
+
+	if (length >= size)
+		strcpy(buffer + pg_mbcliplen(buffer, strlen(buffer), size - 4), "...");
+}
+
+/* Sets the code and the message of an error, and empties its other texts. */
+void
+omni_error_set(OmniError *error, int sqlstate, const char *format,...)
+{
+	va_list		args;
+
+	error->sqlstate = sqlstate;
+	error->detail[0] = '\0';
+	error->hint[0] = '\0';
+	va_start(args, format);
+	format_clipped(error->message, sizeof(error->message), format, args);
+	va_end(args);
+}
+
+void
+omni_error_detail(OmniError *error, const char *format,...)
+{
+	va_list		args;
+
+	va_start(args, format);
+	format_clipped(error->detail, sizeof(error->detail), format, args);
+	va_end(args);
+}
+
+void
+omni_error_hint(OmniError *error, const char *format,...)
+{
+	va_list		args;
+
+	va_start(args, format);
+	format_clipped(error->hint, sizeof(error->hint), format, args);
+	va_end(args);
+}
+
+/*
+ * Makes plain data of the error being caught, which is then no longer being
+ * handled.  To be called in PG_CATCH().
+ */
+void
+omni_error_catch(OmniError *error, MemoryContext context)
+{
+	ErrorData  *data;
+
+	MemoryContextSwitchTo(context);
+	data = CopyErrorData();
+	FlushErrorState();
+	omni_error_set(error, data->sqlerrcode, "%s", data->message);
+	if (data->detail != NULL)
+		omni_error_detail(error, "%s", data->detail);
+	if (data->hint != NULL)
+		omni_error_hint(error, "%s", data->hint);
+	FreeErrorData(data);
+}
+
+/* Reports an error at a level of ereport's. */
+void
+omni_error_report(const OmniError *error, int elevel)
+{
+	ereport(elevel,
+			(errcode(error->sqlstate),
+			 errmsg_internal("%s", error->message),
+			 error->detail[0] != '\0' ? errdetail_internal("%s", error->detail) : 0,
+			 error->hint[0] != '\0' ? errhint("%s", error->hint) : 0));
+}
+
+/* An error as a column of a table shows it, the way psql would; palloc'd. */
+char *
+omni_error_text(const OmniError *error)
+{
+	return psprintf("%s: %s%s%s%s%s", unpack_sql_state(error->sqlstate), error->message,
+					error->detail[0] != '\0' ? "\nDETAIL:  " : "", error->detail,
+					error->hint[0] != '\0' ? "\nHINT:  " : "", error->hint);
+}

@@ -1,0 +1,143 @@
+/*-------------------------------------------------------------------------
+ *
+ * job.h
+ *		The two tables: jobs, the queue of them, and the event log.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef OMNI_JOB_H
+#define OMNI_JOB_H
+
+#include "nodes/pg_list.h"
+
+#include "api.h"
+#include "error.h"
+
+#define OMNI_ORIGIN_CALL		"call"
+#define OMNI_ORIGIN_ON_COMMIT	"on_commit"
+#define OMNI_ORIGIN_RETRY		"retry"
+
+/* A job, in a backend or in the worker's hands; see worker.c for its life */
+typedef struct OmniJob
+{
+	int64		id;				/* 0 as long as there is no row */
+	const char *origin;			/* as in the table */
+	int64		merge_key;		/* if queued: a hash of what makes jobs alike */
+	OmniRequest request;
+	int			attempts;		/* begun so far */
+	Oid			database;		/* it was asked for in; not ours: a copy */
+	TimestampTz renewed_at;		/* the newest request that it carries */
+
+	/* of one that is followed */
+	pg_uuid_t	job_id;			/* Omni's */
+	TimestampTz sent_at;
+} OmniJob;
+
+/* What became of a row that was to be locked or changed */
+typedef enum OmniRow
+{
+	OMNI_ROW_OURS,
+	OMNI_ROW_LOCKED,			/* by another session */
+	OMNI_ROW_GONE				/* deleted, or not of that status any more */
+} OmniRow;
+
+/* A place in the queue, which is ordered like this */
+typedef struct OmniPlace
+{
+	Oid			role;
+	NameData	server;
+	pg_uuid_t	model;
+} OmniPlace;
+
+/* The first job of a role, server and model in the queue */
+typedef struct OmniHead
+{
+	OmniPlace	place;
+	TimestampTz run_at;
+	bool		is_held;		/* nothing can be sent for it now */
+	bool		is_due;			/* and not held */
+	bool		has_more;		/* behind it, which are due, too */
+} OmniHead;
+
+/* What cannot be sent at the moment */
+typedef struct OmniHeld
+{
+	List	   *servers;		/* names of those with enough in flight */
+	List	   *roles;			/* "role server", with the role's OID: of those
+								 * whose rate limit is reached */
+} OmniHeld;
+
+/* A job as it stands in its table, for those who do something about it */
+typedef struct OmniJobState
+{
+	OmniJob		job;
+	char		status[16];
+	int64		merged_into;	/* 0 if it is not */
+	bool		uncommitted;	/* this transaction has written it */
+} OmniJobState;
+
+/* What is left to do in this database */
+typedef struct OmniJobCounts
+{
+	int64		pending;
+	int64		sending;
+	int64		running;
+	int64		stuck;			/* pending, and due for minutes */
+	int64		foreign;		/* another database's, which will be canceled */
+} OmniJobCounts;
+
+/*
+ * Whether this process is the background worker, where settings and search_path are ours
+ */
+extern bool omni_in_worker;
+
+/* in table.c */
+extern bool omni_tables_find(void);
+extern bool omni_extension_is_same(void);
+extern bool omni_tables_lock(void);
+extern bool omni_tables_check(OmniError *error);
+
+/* in event.c */
+extern void omni_events_begin(void);
+extern void omni_events_write(void);
+extern bool omni_job_may_have_arrived(int64 id);
+
+/* in notify.c */
+extern void omni_notify_begin(void);
+extern void omni_notify(int64 job, const char *status);
+extern bool omni_notify_committed(void);
+extern void omni_notify_send(void);
+extern void omni_notify_end(void);
+
+/* in job.c */
+extern bool omni_job_begin(OmniJob *job, const char *url);
+extern void omni_job_delay(OmniJob *job, int64 wait);
+extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
+extern OmniRow omni_job_record(OmniJob *job, const OmniOutcome *outcome);
+extern bool omni_job_any_unfinished(void);
+extern Datum omni_job_queue(OmniJob *job);
+extern Datum omni_job_read(int64 id);
+extern bool omni_job_look(int64 id, OmniJobState *state);
+extern Oid	omni_job_owner(void);
+extern bool omni_job_count(OmniJobCounts *counts);
+extern Datum omni_job_form(const OmniJob *job, const char *status,
+						   const char *error);
+
+/* in queue.c */
+extern OmniRow *omni_job_lock(const int64 *ids, int count);
+extern void omni_job_defer(int64 id, TimestampTz run_at);
+extern bool omni_job_settle(const int64 *in_hand, int count);
+extern OmniHead *omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit,
+								  int due_limit, int due_limit_of_server, int *count);
+extern void omni_queue_merge(OmniHead *heads, int nheads);
+extern OmniJobState *omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count);
+extern void omni_queue_cancel_copies(const OmniPlace *place);
+extern OmniJobState *omni_job_due_running(const OmniHeld *held, int limit, int *count);
+extern bool omni_job_next_running(bool *any_due, TimestampTz *next);
+extern void omni_job_stop_following(void);
+extern bool omni_job_prune(int64 *after, TimestampTz before, int limit);
+extern bool omni_job_cancel(const OmniJob *job, const char *by);
+extern void omni_job_recent(TimestampTz since,
+							void (*tell) (int64 merge_key, TimestampTz sent_at));
+
+#endif							/* OMNI_JOB_H */

@@ -1,0 +1,13 @@
+/*-------------------------------------------------------------------------
+ *
+ * wakeup.h
+ *		Waking the worker at commit.  See wakeup.c.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef OMNI_WAKEUP_H
+#define OMNI_WAKEUP_H
+
+extern void omni_wake_on_commit(void);
+
+#endif							/* OMNI_WAKEUP_H */

@@ -1,0 +1,61 @@
+/*-------------------------------------------------------------------------
+ *
+ * workerslot.h
+ *		The background worker of each database: find, start, leave.  See workerslot.c.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef OMNI_WORKERSLOT_H
+#define OMNI_WORKERSLOT_H
+
+#include "postmaster/bgworker.h"
+#include "storage/dsm.h"
+
+#include "error.h"
+
+/* What became of an attempt to have a worker */
+typedef enum OmniHandOver
+{
+	HANDED_OVER,
+	HANDED_OVER_UNWATCHED,		/* to a worker whose start nobody watches */
+	RING_FULL,
+	NO_WORKER,					/* max_worker_processes are in use */
+	NO_SLOT,					/* there are slots for so many databases only */
+	START_FAILED
+} OmniHandOver;
+
+/* What a backend knows of the call it waits for */
+typedef struct OmniWaiter
+{
+	dsm_handle	call;			/* the segment of the call */
+	uint64		generation;		/* of the slot whose ring it is in, or was */
+	BackgroundWorkerHandle *start;	/* of the worker that it has started */
+	int			starts;
+} OmniWaiter;
+
+/* in backends */
+extern OmniHandOver omni_worker_hand_over(OmniWaiter *waiter);
+extern void omni_worker_prepare(void);
+extern OmniHandOver omni_worker_ensure(bool flag);
+extern void omni_worker_explain(OmniHandOver result, const OmniError *start_error, OmniError *error);
+extern void omni_worker_wait_for_room(void);
+extern void omni_worker_forsake(void);
+extern bool omni_worker_wake(OmniError *error);
+extern bool omni_worker_launch(Oid database, BackgroundWorkerHandle **handle);
+
+/* in the worker */
+extern bool omni_worker_begin(dsm_handle *call);
+extern void omni_worker_turn_back(void);
+extern void omni_worker_attach(bool (*has_work) (void));
+extern void omni_worker_hold(void);
+extern void omni_worker_keep(void);
+extern bool omni_worker_is_unwanted(void);
+extern bool omni_worker_leave_if_idle(void);
+extern bool omni_worker_take_flag(void);
+extern dsm_handle omni_worker_next_call(void);
+
+/* in both */
+extern int	omni_my_proc(void);
+extern void omni_set_latch(int proc);
+
+#endif							/* OMNI_WORKERSLOT_H */
