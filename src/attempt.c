@@ -1,12 +1,12 @@
 /*-------------------------------------------------------------------------
  *
  * attempt.c
- *		How the worker carries out a job that it has in hand: an attempt begins, is sent,
- *		and what became of it is written down.
+ *		The steps of an attempt, whatever the kind of work: it begins, is sent, and its
+ *		outcome is recorded.  What differs between kinds is in their files, kind_*.c.
  *
- * All jobs whose attempts begin in a turn of the loop share one transaction and so one
- * flush of the WAL, and all whose answers have come share another.  If that fails, each
- * gets one of its own, so that nobody suffers for another one's error.
+ * All attempts that begin in a turn of the loop share one transaction and so one flush
+ * of the WAL, and all whose answers have come share another.  If that fails, each gets
+ * one of its own, so that nobody suffers for another one's error.
  *
  *-------------------------------------------------------------------------
  */
@@ -16,27 +16,15 @@
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
+#include "attempt.h"
 #include "clock.h"
 #include "compat.h"
-#include "job.h"
+#include "dispatch.h"
+#include "inflight.h"
 #include "omni_refresh.h"
-#include "option.h"
-#include "rate.h"
-#include "call.h"
-#include "setting.h"
-#include "work.h"
-
-/* All in ms */
-#define BACKOFF_FIRST		1000	/* before a second attempt at most, then
-									 * doubled */
-#define BACKOFF_MAX			(5 * 60 * 1000)
-#define SHORTEST_ATTEMPT	100 /* no attempt with less time than that */
-
-/* A job that Omni has accepted is asked about for the first time after so many ms ... */
-#define FOLLOW_FIRST		2000
-#define FOLLOW_LONGEST		30000	/* ... later not less often than that ... */
-#define FOLLOW_EARLY		30000	/* ... and may be unknown to it for so
-									 * long */
+#include "retry.h"
+#include "throttle.h"
+#include "xact.h"
 
 static bool is_about_resources(int sqlstate);
 static bool is_late(OmniWork *work);
@@ -45,7 +33,6 @@ static bool begin(void *only);
 static bool is_lookup(const OmniWork *only);
 static void lock_rows(OmniWork *only);
 static void begin_one(OmniWork *work);
-static void refuse(OmniWork *work);
 static bool find_target(OmniWork *work, OmniError *error);
 static void begun(OmniWork *work);
 static void send_request(OmniWork *work);
@@ -53,15 +40,7 @@ static void record_later(OmniWork *work, OmniTransacted result, const OmniError 
 static void finished(OmniWork *work);
 static bool record(void *only);
 static void decide(OmniWork *work);
-static void consider_next_question(OmniWork *work);
-static const char *looked_up(OmniWork *work);
-static bool is_probe(OmniWork *work);
-static void tell_probed(OmniWork *work, const OmniAnswer *answer);
-static void consider_retry(OmniWork *work);
-static void keep_telling_error(OmniWork *work, const OmniAnswer *answer);
 static void withdraw(OmniWork *work);
-static void settle(OmniWork *work, const char *status, const OmniError *error);
-static void tell(OmniWork *work, int64 job_id, const OmniError *error);
 static bool is_wanted(void *work);
 
 /*
@@ -92,13 +71,13 @@ omni_attempts_begin(void)
 
 		if (!work->beginning)
 			continue;
-		if ((own == FAILED && count > 1) || (own == NOT_NOW && work->lookup))
+		if ((own == FAILED && count > 1) || (own == NOT_NOW && !work->kind->has_job))
 			own = omni_transact(begin, work, true, &error);
 
-		if (work->class != OMNI_RATE_CALL && (own == NOT_NOW || (own == FAILED && is_about_resources(error.sqlstate))))
+		if (!work->kind->has_caller && (own == NOT_NOW || (own == FAILED && is_about_resources(error.sqlstate))))
 		{
 			omni_work_end(work);	/* it stays in the queue */
-			omni_claim_pause(own == NOT_NOW ? RETRY_DELAY : RETRY_DELAY_MAX / 10);
+			omni_dispatch_pause(own == NOT_NOW ? OMNI_LOCAL_DELAY : OMNI_LOCAL_DELAY_MAX / 10);
 			continue;
 		}
 		if (own == NOT_NOW && is_late(work))
@@ -118,11 +97,11 @@ omni_attempts_begin(void)
 			/* an earlier worker's job, which may have been sent, is there */
 			if (work->call->job_id != 0)
 				omni_call_lost(work->call, &error);
-			tell(work, work->call->job_id, &error);
+			omni_work_reply(work, work->call->job_id, &error);
 		}
 		else if (own == FAILED)
 		{
-			settle(work, "failed", &error);
+			omni_work_conclude(work, "failed", &error);
 			work->step = ANSWERED;
 		}
 	}
@@ -146,7 +125,7 @@ is_late(OmniWork *work)
 	int64		now = omni_clock();
 
 	return now >= work->deadline ||
-		now - (work->step == NEW ? work->taken_at : work->run_at) > OMNI_MS(LOCK_PATIENCE);
+		now - (work->step == NEW ? work->taken_at : work->run_at) > OMNI_MS(OMNI_LOCK_PATIENCE);
 }
 
 /* Decides whether an attempt should begin in this turn, or never. */
@@ -154,7 +133,7 @@ static bool
 choose(OmniWork *work)
 {
 	work->beginning = false;
-	if (omni_work_is_forsaken(work))
+	if (omni_work_is_abandoned(work))
 	{
 		if (work->step == NEW)
 			omni_work_end(work);	/* nothing is written */
@@ -181,7 +160,7 @@ begin(void *only)
 	{
 		if (!omni_tables_lock())
 			return false;
-		omni_claim_settle();
+		omni_dispatch_settle();
 		lock_rows(only);
 	}
 	dlist_foreach(iter, &omni_works)
@@ -198,7 +177,7 @@ begin(void *only)
 static bool
 is_lookup(const OmniWork *only)
 {
-	return only != NULL && only->lookup;
+	return only != NULL && !only->kind->has_job;
 }
 
 /* Locks the rows of the jobs that are to begin, and are queued or have begun before. */
@@ -216,8 +195,8 @@ lock_rows(OmniWork *only)
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 
 		work->row = OMNI_ROW_OURS;
-		if (work->beginning && !work->lookup && work->class != OMNI_RATE_POLL && (only == NULL || only == work) &&
-			(work->class == OMNI_RATE_JOB || work->step == PENDING))
+		if (work->beginning && work->kind->has_row && (only == NULL || only == work) &&
+			(!work->kind->has_caller || work->step == PENDING))
 			works = lappend(works, work);
 	}
 	if (works == NIL)
@@ -243,66 +222,56 @@ begin_one(OmniWork *work)
 	int64		when;
 	bool		blocked;
 
-	if (work->step == NEW && work->class == OMNI_RATE_CALL)
-		work->job.id = 0;		/* this may be the second try */
-	omni_attempt_forget(work);
-	work->settled = false;
+	omni_work_forget_attempt(work);
+	work->concluded = false;
 	work->delayed_until = 0;
 
 	if (work->row != OMNI_ROW_OURS)
 		return;
-	if (work->class != OMNI_RATE_CALL)
+	if (!work->kind->has_caller)
 	{
-		work->delayed_until = omni_claim_held_until(work);	/* set just now, by
-															 * others of its kind */
+		/* set just now, by others of its kind */
+		work->delayed_until = omni_throttled_until(work);
 		if (work->delayed_until != 0)
 			return;
 	}
-	if (work->class == OMNI_RATE_JOB && work->job.attempts > 0)
-		work->may_have_arrived = omni_job_may_have_arrived(work->job.id);
-	if (work->step == NEW && work->class == OMNI_RATE_CALL && work->call->job_id != 0)
-	{
-		/* it was an earlier worker's, and is settled now */
-		work->job.id = work->call->job_id;
-		omni_call_lost(work->call, &error);
-		settle(work, "unknown", &error);
+	work->kind->prepare(work);
+	if (work->concluded)
 		return;
-	}
 	if (!find_target(work, &error))
 	{
-		settle(work, "failed", &error);
-		if (work->class != OMNI_RATE_CALL && work->target.key_file != NULL && now < work->deadline)
+		omni_work_conclude(work, "failed", &error);
+		if (!work->kind->has_caller && work->target.key_file != NULL && now < work->deadline)
 		{
 			/* the file cannot be read, but may come back */
-			work->outcome.quiet = work->class == OMNI_RATE_POLL;
-			work->outcome.status = work->outcome.quiet ? "running" : "pending";
+			work->outcome.quiet = work->kind->rests_quietly;
+			work->outcome.status = work->kind->resting;
 			work->outcome.attempt_event = "attempt_failed";
 			work->outcome.again = true;
-			work->outcome.delay = OMNI_MS(BACKOFF_MAX);
+			work->outcome.delay = OMNI_MS(OMNI_BACKOFF_MAX);
 		}
-		refuse(work);
+		work->kind->refuse(work);
 		return;
 	}
 
-	when = omni_rate_take(work->rate_id, work->class, work->target.rate_limit, &blocked);
+	when = omni_rate_take(work->rate_id, work->kind->class, work->target.rate_limit, &blocked);
 	if (when == 0)
 	{
-		if (work->class != OMNI_RATE_POLL && !work->lookup && !omni_job_begin(&work->job, work->url))
+		if (!work->kind->begin(work))
 			work->row = OMNI_ROW_GONE;
 	}
-	else if (when < work->deadline || work->class != OMNI_RATE_CALL)
+	else if (when < work->deadline || !work->kind->has_caller)
 	{
 		work->delayed_until = when;
-		if (work->class != OMNI_RATE_POLL && !work->lookup)
-			omni_job_delay(&work->job, when - now);
-		if (work->class != OMNI_RATE_CALL)
-			omni_claim_hold(work, when);
+		work->kind->delay(work, when - now);
+		if (!work->kind->has_caller)
+			omni_throttle(work, when);
 	}
 	else if (work->job.attempts > 0)
 	{
 		error = work->telling;
-		settle(work, "failed", &error);
-		refuse(work);
+		omni_work_conclude(work, "failed", &error);
+		work->kind->refuse(work);
 	}
 	else
 	{
@@ -315,19 +284,9 @@ begin_one(OmniWork *work)
 		else
 			omni_error_hint(&error, "The option \"rate_limit\" of the server allows %d requests a minute with one key, from all databases.",
 							work->target.rate_limit);
-		settle(work, "canceled", &error);
-		refuse(work);
+		omni_work_conclude(work, "canceled", &error);
+		work->kind->refuse(work);
 	}
-}
-
-/* Writes down that an attempt does not even begin. */
-static void
-refuse(OmniWork *work)
-{
-	if (work->class == OMNI_RATE_POLL)
-		work->row = omni_job_record(&work->job, &work->outcome);
-	else if (!work->lookup)
-		omni_job_refuse(&work->job, &work->outcome);
 }
 
 /*
@@ -350,11 +309,11 @@ find_target(OmniWork *work, OmniError *error)
 		/* a new namesake must not lend its key */
 		omni_error_set(error, ERRCODE_UNDEFINED_OBJECT,
 					   "role \"%s\" was dropped or renamed", NameStr(request->requested_by));
-		if (work->class == OMNI_RATE_CALL)
+		if (work->kind->has_caller)
 			omni_error_hint(error, "If this transaction has created or renamed it, commit first.");
 	}
 	else if (!(found = omni_target_find(NameStr(request->server), request->role, &work->target, error)) &&
-			 work->class == OMNI_RATE_CALL)
+			 work->kind->has_caller)
 	{
 		char	   *why = pstrdup(error->message);
 
@@ -367,9 +326,7 @@ find_target(OmniWork *work, OmniError *error)
 	else if (found && (found = omni_target_read_key(&work->target, error)))
 	{
 		work->rate_id = omni_rate_id(omni_api_host(work->target.base_url, false), work->target.key);
-		work->url = work->lookup ? omni_api_lookup_url(work->target.base_url, looked_up(work)) :
-			work->class == OMNI_RATE_POLL ? omni_api_follow_url(work->target.base_url, &work->job.job_id) :
-			omni_api_job_url(work->target.base_url, &work->job.request);
+		work->url = work->kind->url(work);
 	}
 	MemoryContextSwitchTo(context);
 	return found;
@@ -379,8 +336,8 @@ find_target(OmniWork *work, OmniError *error)
 static void
 begun(OmniWork *work)
 {
-	if (!work->lookup)
-		omni_claim_settled();
+	if (work->kind->has_job)
+		omni_dispatch_settled();
 	work->beginning = false;
 	if (work->call != NULL)
 		work->call->job_id = work->job.id;
@@ -388,11 +345,11 @@ begun(OmniWork *work)
 	if (work->row != OMNI_ROW_OURS && work->call == NULL)
 	{
 		/* somebody has changed it meanwhile, or is about to */
-		omni_claim_by(omni_clock() + OMNI_MS(RETRY_DELAY));
+		omni_dispatch_by(omni_clock() + OMNI_MS(OMNI_LOCAL_DELAY));
 		omni_work_end(work);
 	}
 	else if (work->row == OMNI_ROW_LOCKED && omni_clock() < work->deadline)
-		work->run_at = omni_clock() + OMNI_MS(RETRY_DELAY);
+		work->run_at = omni_clock() + OMNI_MS(OMNI_LOCAL_DELAY);
 	else if (work->row == OMNI_ROW_LOCKED)
 	{
 		OmniError	error;
@@ -401,7 +358,7 @@ begun(OmniWork *work)
 					   "another session holds a lock on the row of job " INT64_FORMAT, work->job.id);
 		omni_error_detail(&error, "The request is not sent again.");
 		omni_error_hint(&error, "Look for a transaction that is open and has canceled the job.");
-		settle(work, "failed", &error);
+		omni_work_conclude(work, "failed", &error);
 		work->step = ANSWERED;
 	}
 	else if (work->row == OMNI_ROW_GONE)
@@ -410,13 +367,13 @@ begun(OmniWork *work)
 
 		omni_error_set(&error, ERRCODE_NO_DATA_FOUND,
 					   "job " INT64_FORMAT " was deleted or ended by another session before it was sent", work->job.id);
-		tell(work, work->job.id, &error);
+		omni_work_reply(work, work->job.id, &error);
 	}
-	else if (work->settled)
+	else if (work->concluded)
 		finished(work);
-	else if (work->delayed_until != 0 && work->class != OMNI_RATE_CALL)
+	else if (work->delayed_until != 0 && !work->kind->has_caller)
 	{
-		omni_claim_by(work->delayed_until);
+		omni_dispatch_by(work->delayed_until);
 		omni_work_end(work);
 	}
 	else if (work->delayed_until != 0)
@@ -426,11 +383,8 @@ begun(OmniWork *work)
 	}
 	else
 	{
-		if (work->class != OMNI_RATE_POLL)
-			work->job.attempts++;
 		work->step = SENDING;
-		if (work->class == OMNI_RATE_JOB)
-			omni_claim_sent(work->job.merge_key);
+		work->kind->begun(work);
 	}
 }
 
@@ -458,20 +412,20 @@ send_request(OmniWork *work)
 	MemoryContext context = CurrentMemoryContext;
 	long		left = omni_clock_until(work->deadline);
 	OmniHttpRequest request = {
-		.method = work->lookup || work->class == OMNI_RATE_POLL ? "GET" : "POST",
+		.method = work->kind->method,
 		.url = work->url,
 		.bearer = work->target.key,
-		.probe = work->lookup && work->call->probe,
+		.probe = work->call != NULL && work->call->probe,
 		.ca_file = work->target.ca_file,
 		.proxy = work->target.proxy,
 		.connect_timeout = work->target.connect_timeout,
-		.timeout = work->class != OMNI_RATE_CALL ? work->target.timeout : Max(Min(work->target.timeout, left), 1),
+		.timeout = !work->kind->has_caller ? work->target.timeout : Max(Min(work->target.timeout, left), 1),
 		.is_wanted = is_wanted,
 		.arg = work
 	};
 	OmniError	error;
 
-	if (omni_work_is_forsaken(work))	/* libcurl may be too old to ask later */
+	if (omni_work_is_abandoned(work))	/* libcurl may be too old to ask later */
 	{
 		withdraw(work);
 		return;
@@ -485,7 +439,7 @@ send_request(OmniWork *work)
 	PG_CATCH();
 	{
 		omni_error_catch(&error, context);
-		settle(work, "failed", &error);
+		omni_work_conclude(work, "failed", &error);
 		work->step = ANSWERED;
 	}
 	PG_END_TRY();
@@ -522,7 +476,7 @@ omni_attempts_record(void)
 
 		if (!work->recording)
 			continue;
-		if ((own == FAILED && count > 1) || (own == NOT_NOW && work->lookup))
+		if ((own == FAILED && count > 1) || (own == NOT_NOW && !work->kind->has_job))
 			own = omni_transact(record, work, false, &error);
 		work->recording = false;
 		if (own == COMMITTED && work->row != OMNI_ROW_LOCKED)
@@ -557,8 +511,8 @@ record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
 				(errcode(error.sqlstate),
 				 errmsg("could not write down the outcome of job " INT64_FORMAT ", will try again: %s",
 						work->job.id, error.message)));
-	delay = result == NOT_NOW ? RETRY_DELAY :
-		Min(RETRY_DELAY << Min(work->write_failures, 10), RETRY_DELAY_MAX);
+	delay = result == NOT_NOW ? OMNI_LOCAL_DELAY :
+		Min(OMNI_LOCAL_DELAY << Min(work->write_failures, 10), OMNI_LOCAL_DELAY_MAX);
 	work->write_at = omni_clock() + OMNI_MS(delay);
 	work->write_failures++;
 	if (work->segment != NULL && omni_clock() >= work->deadline)
@@ -581,7 +535,7 @@ record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
 static void
 finished(OmniWork *work)
 {
-	if (work->class == OMNI_RATE_CALL && work->outcome.again && strcmp(work->outcome.status, "pending") == 0)
+	if (work->kind->has_caller && work->outcome.again && strcmp(work->outcome.status, "pending") == 0)
 	{
 		work->run_at = omni_clock() + work->outcome.delay;
 		work->write_at = 0;
@@ -589,8 +543,8 @@ finished(OmniWork *work)
 		work->step = PENDING;
 		return;
 	}
-	omni_claim_finished(work);
-	tell(work, work->job.id, work->outcome.job_error != NULL ? work->outcome.job_error : &work->outcome.error);
+	omni_dispatch_finished(work);
+	omni_work_reply(work, work->job.id, work->outcome.job_error != NULL ? work->outcome.job_error : &work->outcome.error);
 }
 
 /* The body of that transaction, for one job, or for all if only is NULL. */
@@ -610,210 +564,24 @@ record(void *only)
 		if (!work->recording || (only != NULL && only != work))
 			continue;
 		decide(work);
-		work->row = exists && !work->lookup ? omni_job_record(&work->job, &work->outcome) : OMNI_ROW_OURS;
+		work->row = exists && work->kind->has_job ? omni_job_record(&work->job, &work->outcome) : OMNI_ROW_OURS;
 	}
 	return true;
 }
 
-/* Finds out, once, what the answer to an attempt means for its job. */
+/* Decides, once, what the answer to an attempt means. */
 static void
 decide(OmniWork *work)
 {
 	const OmniAnswer *answer = work->transfer != NULL ? &work->transfer->answer : NULL;
-	OmniOutcome *outcome = &work->outcome;
 
-	if (!work->settled && answer->withdrawn)
+	if (!work->concluded && answer->withdrawn)
 		withdraw(work);
-	if (work->settled)
+	if (work->concluded)
 		return;
 
-	work->settled = true;
-	if (work->lookup)
-	{
-		if (is_probe(work))
-			omni_api_probe_outcome(&work->job.request, work->target.key, answer, outcome);
-		else
-			omni_api_lookup_outcome(&work->job.request, work->target.key, answer, outcome);
-		consider_retry(work);
-		keep_telling_error(work, answer);
-		tell_probed(work, answer);
-	}
-	else if (work->class == OMNI_RATE_POLL)
-	{
-		if (omni_api_follow_outcome(&work->job.request, work->target.key, answer, outcome))
-			outcome->elapsed = 0;	/* of the question, not of the job */
-		else
-			consider_next_question(work);
-	}
-	else
-	{
-		omni_api_job_outcome(&work->job.request, work->target.key, answer, outcome);
-		consider_retry(work);
-		keep_telling_error(work, answer);
-		if (omni_track && outcome->has_job_id && strcmp(outcome->status, "accepted") == 0)
-		{
-			outcome->status = "running";
-			outcome->attempt_event = "accepted";
-			outcome->again = true;
-			outcome->delay = OMNI_MS(FOLLOW_FIRST);
-		}
-	}
-}
-
-/*
- * Decides what to do about a job that has not come to its end as far as Omni's
- * answer tells, if there was one.  Soon after it was accepted, Omni may not know it
- * yet.  It is asked about again, but not after a refusal, or after the time that we
- * follow a job: then nobody knows.
- *
- * The time to the next question is half of what has passed, within limits: as if
- * each were one and a half times as long as the one before.
- */
-static void
-consider_next_question(OmniWork *work)
-{
-	OmniOutcome *outcome = &work->outcome;
-	int64		passed = Max(omni_earliest_now() - work->job.sent_at, 0) / 1000;
-	int64		delay = Min(FOLLOW_FIRST + passed / 2, FOLLOW_LONGEST);
-	bool		early = outcome->http_status == 404 && passed < FOLLOW_EARLY;
-
-	outcome->elapsed = 0;
-	outcome->attempt_event = NULL;
-	if (outcome->slow_down)
-	{
-		delay = Max(delay, Min(outcome->retry_after * INT64CONST(1000), OMNI_MAX_WAIT / 1000));
-		omni_rate_block(work->rate_id, omni_clock() + OMNI_MS(delay));
-	}
-	if (early)
-		outcome->error.sqlstate = 0;
-	else if (omni_clock() >= work->deadline ||
-			 (outcome->http_status >= 400 && !outcome->retryable))
-	{
-		outcome->status = "unknown";
-		if (outcome->error.sqlstate == 0)
-		{
-			omni_error_set(&outcome->error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
-						   "Omni has not finished the job within \"omni_refresh.track_timeout\"");
-			omni_error_hint(&outcome->error, "It may go on: look at the model in Omni.");
-		}
-		return;
-	}
-	outcome->status = "running";
-	outcome->quiet = true;
-	outcome->again = true;
-	outcome->delay = OMNI_MS(delay);
-}
-
-/* What to look up, as its caller has written it. */
-static const char *
-looked_up(OmniWork *work)
-{
-	return (char *) work->call + work->call->lookup;
-}
-
-/* Whether it is asked how Omni is reached, which takes one attempt. */
-static bool
-is_probe(OmniWork *work)
-{
-	return work->lookup && work->segment != NULL && work->call->probe;
-}
-
-/* Writes the answer to a look-up where its caller will find it, or how it was reached. */
-static void
-tell_probed(OmniWork *work, const OmniAnswer *answer)
-{
-	OmniCall   *call = work->call;
-	OmniProbe  *probed = &call->probed;
-
-	if (work->segment == NULL)
-		return;
-	if (call->probe)
-	{
-		memset(probed, 0, sizeof(*probed));
-		probed->begun = true;
-		probed->answered = !answer->failed;
-		probed->phase = answer->phase;
-		probed->http_status = answer->status;
-		probed->elapsed = answer->elapsed;
-		probed->rate_limit = work->target.rate_limit;
-		probed->rate_left = omni_rate_left(work->rate_id, work->target.rate_limit);
-		omni_api_copy(probed->address, sizeof(probed->address), answer->address, work->target.key);
-		probed->secure = pg_strncasecmp(work->target.base_url, "https:", 6) == 0;
-		omni_api_copy(probed->issuer, sizeof(probed->issuer), answer->issuer, work->target.key);
-		omni_api_copy(probed->expires, sizeof(probed->expires), answer->expires, work->target.key);
-	}
-	else if (work->outcome.error.sqlstate == 0)
-	{
-		call->length = answer->length;
-		if (answer->length > 0)
-			memcpy((char *) call + call->answer, answer->body, answer->length);
-	}
-}
-
-/*
- * Decides whether there is another attempt: if it can begin before the end of the
- * call, or of the time that a queued job has.  What is queued is tried again
- * whenever there was no answer.  The wait doubles with each attempt and is drawn
- * by lot, so that those who failed together do not come back together; Retry-After
- * is a floor.
- */
-static void
-consider_retry(OmniWork *work)
-{
-	OmniOutcome *outcome = &work->outcome;
-	int64		longest = BACKOFF_MAX;
-	int64		delay;
-	uint32		lot = 0;
-
-	work->may_have_arrived |= outcome->may_have_arrived;
-	if (work->may_have_arrived && outcome->attempt_event != NULL)
-		outcome->status = "unknown";
-	if (!outcome->retryable && !(work->class == OMNI_RATE_JOB && outcome->http_status == 0))
-		return;
-
-	if (work->job.attempts < 10)
-		longest = Min(BACKOFF_FIRST << (work->job.attempts - 1), BACKOFF_MAX);
-	(void) pg_strong_random(&lot, sizeof(lot));
-	delay = Max(lot % (longest + 1), Min(outcome->retry_after * INT64CONST(1000), OMNI_MAX_WAIT / 1000));
-	if (outcome->slow_down)
-		omni_rate_block(work->rate_id, omni_clock() + OMNI_MS(delay));
-
-	if (omni_clock() + OMNI_MS(delay) < work->deadline - OMNI_MS(SHORTEST_ATTEMPT) && !omni_work_is_forsaken(work) &&
-		!is_probe(work))
-	{
-		outcome->status = "pending";
-		outcome->again = true;
-		outcome->delay = OMNI_MS(delay);
-	}
-}
-
-/*
- * Keeps the error of the attempt that tells most about why a call fails, and has the
- * caller hear of that one: that a server answered 503, or wants a certificate, says more
- * than that the last attempt, which had only milliseconds left, has timed out.
- */
-static void
-keep_telling_error(OmniWork *work, const OmniAnswer *answer)
-{
-	OmniOutcome *outcome = &work->outcome;
-	int			weight;
-
-	if (work->class != OMNI_RATE_CALL || outcome->error.sqlstate == 0)
-		return;
-	if (answer->status != 0)
-		weight = 3;
-	else if (!answer->timed_out)
-		weight = 2;
-	else
-		weight = answer->elapsed >= OMNI_MS(work->target.timeout) / 2 ? 1 : 0;
-
-	if (weight >= work->telling_weight)
-	{
-		work->telling = outcome->error;
-		work->telling_weight = weight;
-	}
-	else if (!outcome->again)
-		outcome->job_error = &work->telling;
+	work->concluded = true;
+	work->kind->judge(work, answer);
 }
 
 /* Ends a job whose caller has left before its attempt was sent. */
@@ -822,47 +590,13 @@ withdraw(OmniWork *work)
 {
 	OmniError	error = work->outcome.error;	/* of the last attempt, if any */
 
-	settle(work, "canceled", &error);
+	omni_work_conclude(work, "canceled", &error);
 	work->step = ANSWERED;
-}
-
-/*
- * Sets an outcome that does not come from Omni.  If it may be at work on an earlier
- * attempt, nobody knows the end.
- */
-static void
-settle(OmniWork *work, const char *status, const OmniError *error)
-{
-	memset(&work->outcome, 0, sizeof(work->outcome));
-	work->outcome.status = work->may_have_arrived || work->class == OMNI_RATE_POLL ? "unknown" : status;
-	work->outcome.error = *error;
-	work->settled = true;
-}
-
-/* Tells the caller of a job how it ended, and lets go of it. */
-static void
-tell(OmniWork *work, int64 job_id, const OmniError *error)
-{
-	if (work->segment != NULL)
-		omni_call_finish(work->segment, job_id, error);
-	work->segment = NULL;
-	omni_work_end(work);
-}
-
-/* Forgets an attempt.  What it has of libcurl goes with its memory. */
-void
-omni_attempt_forget(OmniWork *work)
-{
-	if (work->target.key != NULL)
-		explicit_bzero(work->target.key, strlen(work->target.key));
-	memset(&work->target, 0, sizeof(work->target));
-	work->transfer = NULL;
-	MemoryContextReset(work->attempt);
 }
 
 /* The same question, for libcurl's callback. */
 static bool
 is_wanted(void *work)
 {
-	return !omni_work_is_forsaken(work);
+	return !omni_work_is_abandoned(work);
 }

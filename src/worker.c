@@ -30,31 +30,26 @@
 #include "postgres.h"
 
 #include "access/xact.h"
-#include "executor/spi.h"
 #include "libpq/pqsignal.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
 #include "postmaster/interrupt.h"
 #include "tcop/tcopprot.h"
-#include "utils/builtins.h"
 #include "utils/guc.h"
-#include "utils/memutils.h"
-#include "utils/snapmgr.h"
-#include "utils/timeout.h"
 #include "utils/timestamp.h"
 
+#include "attempt.h"
 #include "clock.h"
 #include "compat.h"
-#include "job.h"
+#include "dispatch.h"
+#include "kind.h"
 #include "omni_refresh.h"
-#include "call.h"
-#include "workerslot.h"
 #include "setting.h"
-#include "work.h"
+#include "workerslot.h"
+#include "xact.h"
 
 /* All in ms */
-#define STATEMENT_LIMIT		30000	/* no statement of ours takes this long */
 #define LOOK_ROUND			1000	/* between looks whether others want the
 									 * database */
 
@@ -67,23 +62,16 @@
 /* In this process settings and search_path are ours. */
 bool		omni_in_worker = false;
 
-/* The jobs in hand */
-dlist_head	omni_works = DLIST_STATIC_INIT(omni_works);
-
 static int64 busy_at = 0;		/* when there was something to do, or long ago */
 static int64 looked_round_at = 0;	/* for who else wants the database */
-static bool to_notify = false;	/* there is something to be told to listeners */
 static int64 prune_at = 0;		/* next time */
 static int64 pruned_to = 0;		/* the job up to which all was looked at */
 static bool prune_more = false; /* there are old ones above that */
-static bool is_enabled_known = false;	/* see omni_worker_is_enabled() */
 static uint32 wait_event;
 
 PGDLLEXPORT void omni_refresh_worker_main(Datum main_arg);
 
 static void override_settings(void);
-static void notify(void);
-static bool send_notices(void *unused);
 static long prune(void);
 static bool prune_some(void *unused);
 static bool turn(void);
@@ -198,116 +186,6 @@ override_settings(void)
 }
 
 /*
- * Whether what is queued may be sent.  Of "omni_refresh.enabled", the configuration file,
- * the command line and the database count, as they are now, but not what ALTER ROLE has
- * set for the role that this process happens to run as.  Needs a transaction with SPI
- * connected, the first time after a reload.
- */
-bool
-omni_worker_is_enabled(void)
-{
-	static bool enabled;
-	char	   *value;
-
-	if (is_enabled_known)
-		return enabled;
-	if (SPI_execute("SELECT coalesce("
-					" (SELECT option_value FROM pg_db_role_setting, pg_options_to_table(setconfig)"
-					"  WHERE setrole = 0 AND setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())"
-					"   AND option_name = 'omni_refresh.enabled'),"
-					" (SELECT setting FROM pg_settings WHERE name = 'omni_refresh.enabled' AND source = 'command line'),"
-					" (SELECT setting FROM pg_file_settings WHERE name = 'omni_refresh.enabled' AND error IS NULL"
-					"  ORDER BY seqno DESC LIMIT 1))", true, 1) != SPI_OK_SELECT || SPI_processed != 1)
-		elog(ERROR, "could not read the setting \"omni_refresh.enabled\"");
-	value = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1);
-	if (value == NULL || !parse_bool(value, &enabled))
-		enabled = true;
-	is_enabled_known = true;
-	return enabled;
-}
-
-/*
- * Runs a function in a transaction, with SPI and a snapshot.  If it returns
- * false, or raises an error, what it did is rolled back; an error that comes of
- * what others are doing means NOT_NOW, too.  With flush, what it did
- * is on this server's disk afterwards; no standby is waited for, since a dead one
- * must not keep us.
- *
- * The setting statement_timeout does nothing in a background worker, so that the
- * timeout itself is armed.
- */
-OmniTransacted
-omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
-{
-	MemoryContext context = CurrentMemoryContext;
-	volatile OmniTransacted result = FAILED;
-
-	PG_TRY();
-	{
-		SetCurrentStatementStartTimestamp();
-		StartTransactionCommand();
-		omni_worker_hold();
-		SetConfigOption("synchronous_commit", flush ? "local" : "off",
-						PGC_SUSET, PGC_S_OVERRIDE);
-		enable_timeout_after(STATEMENT_TIMEOUT, STATEMENT_LIMIT);
-		SPI_connect();
-		PushActiveSnapshot(GetTransactionSnapshot());
-		omni_events_begin();
-		omni_notify_begin();
-		result = body(arg) ? COMMITTED : NOT_NOW;
-		if (result == COMMITTED)
-			omni_events_write();
-		PopActiveSnapshot();
-		SPI_finish();
-		disable_timeout(STATEMENT_TIMEOUT, false);
-		omni_worker_keep();
-		if (result == COMMITTED)
-			CommitTransactionCommand();
-		else
-			AbortCurrentTransaction();
-	}
-	PG_CATCH();
-	{
-		disable_timeout(STATEMENT_TIMEOUT, false);
-		omni_error_catch(error, context);
-		AbortCurrentTransaction();
-		omni_worker_keep();
-		result = error->sqlstate == ERRCODE_QUERY_CANCELED ||
-			error->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE ||
-			ERRCODE_TO_CATEGORY(error->sqlstate) == ERRCODE_TRANSACTION_ROLLBACK ? NOT_NOW : FAILED;
-	}
-	PG_END_TRY();
-
-	MemoryContextSwitchTo(context);
-	if (result == COMMITTED)
-		to_notify = omni_notify_committed();
-	return result;
-}
-
-/* Sends what is to be said about jobs whose rows say so by now. */
-static void
-notify(void)
-{
-	OmniError	error;
-
-	if (!to_notify)
-		return;
-	if (omni_transact(send_notices, NULL, false, &error) == FAILED)
-		ereport(LOG,
-				(errcode(error.sqlstate),
-				 errmsg("could not notify listeners of omni_refresh: %s", error.message)));
-	omni_notify_end();
-	to_notify = false;
-}
-
-static bool
-send_notices(void *unused)
-{
-	omni_notify_send();
-	return true;
-}
-
-/*
  * Deletes some of what was finished longer ago than "omni_refresh.retention", if it is
  * time to.  Returns how long to wait for the next time, in ms.
  */
@@ -360,24 +238,23 @@ turn(void)
 	{
 		ConfigReloadPending = false;
 		ProcessConfigFile(PGC_SIGHUP);
-		is_enabled_known = false;
-		omni_claim_soon();
+		omni_dispatch_reload();
 		prune_at = 0;
 	}
 
 	delay = move_on();
-	notify();
+	omni_notify_listeners();
 	delay = Min(delay, prune());
 	if (prune_more)
 		busy_at = omni_clock();
 	pgstat_report_stat(false);
 
-	if (dlist_is_empty(&omni_works) && !omni_claim_any_left())
+	if (dlist_is_empty(&omni_works) && !omni_dispatch_any_left())
 	{
 		long		idle_left = omni_clock_until(busy_at + OMNI_MS(omni_idle_timeout));
 
-		if (idle_left <= 0 && omni_clock() - omni_claim_last() > OMNI_MS(LOOK_ROUND))
-			omni_claim_soon();	/* once more: COMMIT PREPARED wakes nobody */
+		if (idle_left <= 0 && omni_clock() - omni_dispatch_looked_at() > OMNI_MS(LOOK_ROUND))
+			omni_dispatch_soon();	/* once more: COMMIT PREPARED wakes nobody */
 		else if (idle_left <= 0 && omni_worker_leave_if_idle())
 			return false;
 		pgstat_report_activity(STATE_IDLE, NULL);
@@ -418,7 +295,7 @@ look_at_extension(void *same)
 static bool
 has_queued(void)
 {
-	return omni_claim_any_left() || omni_works_count(OMNI_RATE_JOB, NULL) > 0 || omni_works_count(OMNI_RATE_POLL, NULL) > 0;
+	return omni_dispatch_any_left() || omni_works_count(&omni_queued_kind, NULL) > 0 || omni_works_count(&omni_poll_kind, NULL) > 0;
 }
 
 /* Whether some caller waits for one of the jobs in hand. */
@@ -431,7 +308,7 @@ is_waited_for(void)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 
-		if (work->segment != NULL && !omni_work_is_forsaken(work))
+		if (work->segment != NULL && !omni_work_is_abandoned(work))
 			return true;
 	}
 	return false;
@@ -448,17 +325,17 @@ move_on(void)
 	long		delay = LOOK_ROUND;
 
 	take_calls();
-	omni_claim_due();
-	if (omni_claim_any_left())
+	omni_dispatch_due();
+	if (omni_dispatch_any_left())
 		busy_at = omni_clock();
-	delay = Min(delay, omni_claim_delay());
+	delay = Min(delay, omni_dispatch_delay());
 	if (dlist_is_empty(&omni_works))
 		return delay;
 
 	busy_at = omni_clock();
 	pgstat_report_activity(STATE_RUNNING, "sending refreshes to Omni");
 	if (!omni_attempts_begin())
-		delay = RETRY_DELAY;
+		delay = OMNI_LOCAL_DELAY;
 
 	omni_attempts_send();
 	omni_attempts_record();
@@ -472,7 +349,7 @@ move_on(void)
 		else if (work->step == PENDING && !work->beginning)
 			delay = Min(delay, omni_clock_until(work->run_at));
 	}
-	return Min(delay, omni_claim_delay());
+	return Min(delay, omni_dispatch_delay());
 }
 
 static void
@@ -482,10 +359,9 @@ take_calls(void)
 
 	while ((segment = omni_call_next()) != NULL)
 	{
-		OmniWork   *work = omni_work_begin(OMNI_RATE_CALL);
 		OmniCall   *call = dsm_segment_address(segment);
+		OmniWork   *work = omni_work_begin(call->lookup != 0 ? &omni_lookup_kind : &omni_call_kind);
 
-		work->lookup = call->lookup != 0;
 		work->job.origin = OMNI_ORIGIN_CALL;
 		work->job.request = call->request;
 		work->job.request.schemas = copy_list(work->context, call, call->schemas);
@@ -494,23 +370,6 @@ take_calls(void)
 		work->segment = segment;
 		work->call = call;
 	}
-}
-
-/* Takes a job in hand. */
-OmniWork *
-omni_work_begin(OmniRateClass class)
-{
-	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "omni_refresh job",
-												  ALLOCSET_SMALL_SIZES);
-	OmniWork   *work = MemoryContextAllocZero(context, sizeof(OmniWork));
-
-	work->context = context;
-	work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
-										  ALLOCSET_SMALL_SIZES);
-	work->class = class;
-	work->taken_at = omni_clock();
-	dlist_push_tail(&omni_works, &work->node);
-	return work;
 }
 
 /* Copies a list that lies at an offset in a call; NULL if there is none. */
@@ -527,38 +386,3 @@ copy_list(MemoryContext context, OmniCall *call, Size offset)
 	return copy;
 }
 
-/* How many of a class are in hand for a server, or for any if that is NULL. */
-int
-omni_works_count(OmniRateClass class, const NameData *server)
-{
-	int			n = 0;
-	dlist_iter	iter;
-
-	dlist_foreach(iter, &omni_works)
-	{
-		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
-
-		if (work->class == class &&
-			(server == NULL || strcmp(NameStr(work->job.request.server), NameStr(*server)) == 0))
-			n++;
-	}
-	return n;
-}
-
-void
-omni_work_end(OmniWork *work)
-{
-	dlist_delete(&work->node);
-	omni_attempt_forget(work);
-	if (work->segment != NULL)
-		dsm_detach(work->segment);
-	MemoryContextDelete(work->context);
-}
-
-/* Whether nobody waits for a job any more. */
-bool
-omni_work_is_forsaken(OmniWork *work)
-{
-	return work->class == OMNI_RATE_CALL &&
-		(work->segment == NULL || pg_atomic_read_u32(&work->call->forsaken) != 0);
-}

@@ -192,7 +192,7 @@ my %settings = (
 	DateStyle => [ 'SQL,DMY', 'ISO' ],
 	TimeZone => [ 'Pacific/Kiritimati', 'UTC' ],
 	role => [ 'alice', 'none' ]);
-$settings{transaction_timeout} = [ '1ms', 0 ] if $node->pg_version >= 17;
+$settings{transaction_timeout} = [ '200ms', 0 ] if $node->pg_version >= 17;
 $ENV{PGOPTIONS} = join ' ', map { "-c $_=$settings{$_}[1]" } sort keys %settings;
 configure(track => 'on');
 for my $whose ("ROLE $superuser", 'ROLE ALL', 'DATABASE postgres', 'SYSTEM')

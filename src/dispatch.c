@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
- * claim.c
- *		What the worker takes in hand of the queue, and when it looks for it.
+ * dispatch.c
+ *		What of the queue goes next, and when the worker looks for it.
  *
  * What is queued stays in its table until it can be sent at once; queue.c has the
  * statements.  The queue is looked at when a commit has set our flag, when something
@@ -17,18 +17,21 @@
  */
 #include "postgres.h"
 
+#include "executor/spi.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
-#include "utils/hsearch.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
 
 #include "clock.h"
 #include "compat.h"
-#include "job.h"
-#include "workerslot.h"
+#include "dispatch.h"
+#include "kind.h"
+#include "sent.h"
 #include "setting.h"
-#include "work.h"
+#include "throttle.h"
+#include "workerslot.h"
+#include "xact.h"
 
 /* The least that one look reads of what is due, and the most of what is not */
 #define SMALLEST_CLAIM		16
@@ -40,22 +43,6 @@
 
 /* Between looks at what somebody has locked, in ms */
 #define LOCKED_ROUND		300
-
-/* A role whose rate limit at a server leaves no room for a class for a while */
-typedef struct Held
-{
-	NameData	server;
-	Oid			role;
-	OmniRateClass class;
-	int64		until;
-} Held;
-
-/* When something of a merge key was sent from the queue last */
-typedef struct LastSent
-{
-	int64		merge_key;		/* hash key */
-	int64		sent_at;
-} LastSent;
 
 /* A way round the queue, of several looks if it is long */
 typedef struct Round
@@ -82,10 +69,9 @@ static bool look_for_new = true;	/* and then go all the way round */
 static int64 look_for_new_from = 0; /* not before this time */
 static bool any_locked = false; /* something that is due may be locked */
 static bool to_merge_ahead = false; /* what cannot be sent yet */
+static bool is_enabled_known = false;	/* see is_enabled() */
 static bool queue_left = true;	/* there is something in the queue */
 static TimestampTz next_due = DT_NOEND; /* what is left, and is not due yet */
-static List *held = NIL;		/* of Held */
-static HTAB *last_sent = NULL;	/* of LastSent */
 
 static void look_at_queue(void);
 static bool claimed_any(void);
@@ -97,58 +83,64 @@ static void note_heads(const OmniHead *heads, int count);
 static bool claim_heads(const OmniHead *heads, int count);
 static bool claim_jobs(const OmniJobState *jobs, int count);
 static bool merge_ahead(void);
-static void take(const OmniJob *job, OmniRateClass class);
-static void list_held(OmniRateClass class, OmniHeld *names);
-static bool is_in_hand(OmniRateClass class, int64 id);
-static int64 too_early(const OmniJob *job);
-static void remember_sent(int64 merge_key, TimestampTz sent_at);
-static void forget_sent(int64 before);
+static bool is_enabled(void);
+static void take(const OmniJob *job, const OmniWorkKind *kind);
+static bool is_alike_in_flight(const OmniJob *job);
+static bool is_in_hand(const OmniWorkKind *kind, int64 id);
 static int	compare_places(const OmniPlace *one, const OmniPlace *other);
 static int64 clock_of(TimestampTz when);
 
 /* Has the queue looked at in the next turn; until then nobody knows that it is empty. */
 void
-omni_claim_soon(void)
+omni_dispatch_soon(void)
 {
 	look_for_new = true;
 	look_at = 0;
 	queue_left = true;
 }
 
+/* The settings may have changed. */
+void
+omni_dispatch_reload(void)
+{
+	is_enabled_known = false;
+	omni_dispatch_soon();
+}
+
 /* Looks at the queue, if it is time to. */
 void
-omni_claim_due(void)
+omni_dispatch_due(void)
 {
 	if (look_for_new_from <= omni_clock() && omni_worker_take_flag())
-		omni_claim_soon();
+		omni_dispatch_soon();
 	if (look_at <= omni_clock() && (!look_for_new || look_for_new_from <= omni_clock()))
 		look_at_queue();
 }
 
 /* Has the queue looked at by a time. */
 void
-omni_claim_by(int64 when)
+omni_dispatch_by(int64 when)
 {
 	look_at = Min(look_at, when);
 }
 
 /* Has the queue looked at no earlier than in so many ms, since something is in the way. */
 void
-omni_claim_pause(int delay)
+omni_dispatch_pause(int delay)
 {
 	look_at = omni_clock() + OMNI_MS(delay);
 }
 
 /* Whether there may be something in the queue that is not in hand. */
 bool
-omni_claim_any_left(void)
+omni_dispatch_any_left(void)
 {
 	return queue_left;
 }
 
 /* When the queue was seen last, or long ago */
 int64
-omni_claim_last(void)
+omni_dispatch_looked_at(void)
 {
 	return looked_at;
 }
@@ -158,7 +150,7 @@ omni_claim_last(void)
  * often than it is worth; see look_at_queue().
  */
 long
-omni_claim_delay(void)
+omni_dispatch_delay(void)
 {
 	int64		next = look_for_new ? Max(look_at, look_for_new_from) : look_at;
 
@@ -187,12 +179,11 @@ look_at_queue(void)
 	OmniError	error;
 	OmniTransacted result;
 
-	omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
-				   "another session holds a lock on the tables of omni_refresh");
+	omni_error_set_locked(&error);
 	result = omni_transact(claim, NULL, false, &error);
 	if (result == COMMITTED)
 	{
-		omni_claim_settled();
+		omni_dispatch_settled();
 		looked_at = began;
 		failures = 0;
 		if (for_new)
@@ -209,7 +200,7 @@ look_at_queue(void)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 
-		if (work->class != OMNI_RATE_CALL && work->step == NEW)
+		if (!work->kind->has_caller && work->step == NEW)
 			omni_work_end(work);
 	}
 	if (failures == 0)
@@ -218,7 +209,7 @@ look_at_queue(void)
 		complained = false;
 	}
 	if (!complained && error.sqlstate != ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE &&	/* that is in the log */
-		(result == FAILED || omni_clock() - failing_since > OMNI_MS(LOCK_PATIENCE)))
+		(result == FAILED || omni_clock() - failing_since > OMNI_MS(OMNI_LOCK_PATIENCE)))
 	{
 		complained = true;
 		ereport(LOG,
@@ -231,7 +222,7 @@ look_at_queue(void)
 	circle.going = false;
 	running_left = true;
 	look_at = omni_clock() +
-		OMNI_MS(result == NOT_NOW ? RETRY_DELAY : Min(RETRY_DELAY << Min(failures, 10), RETRY_DELAY_MAX));
+		OMNI_MS(result == NOT_NOW ? OMNI_LOCAL_DELAY : Min(OMNI_LOCAL_DELAY << Min(failures, 10), OMNI_LOCAL_DELAY_MAX));
 	failures++;
 }
 
@@ -245,7 +236,7 @@ claimed_any(void)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 
-		if (work->class != OMNI_RATE_CALL && work->step == NEW)
+		if (!work->kind->has_caller && work->step == NEW)
 			return true;
 	}
 	return false;
@@ -258,16 +249,15 @@ claim(void *unused)
 	TimestampTz next_running = DT_NOEND;
 	bool		running_due = false;
 	bool		more = false;
-	ListCell   *cell;
 
 	if (!omni_tables_find() || !omni_tables_lock())
 		return false;
-	omni_claim_settle();
+	omni_dispatch_settle();
 
 	running_left |= look_for_new;
 	if (running_left && !omni_track)
 		omni_job_stop_following();
-	else if (running_left && omni_worker_is_enabled())
+	else if (running_left && is_enabled())
 		more = claim_running();
 	if (running_left)
 		running_left = omni_job_next_running(&running_due, &next_running);
@@ -275,7 +265,7 @@ claim(void *unused)
 
 	if (look_for_new)
 	{
-		forget_sent(omni_clock() - OMNI_MS(omni_min_interval));
+		omni_sent_forget();
 		circle.going = look_for_new = false;
 		to_merge_ahead = true;
 	}
@@ -291,11 +281,39 @@ claim(void *unused)
 	look_at = more ? 0 : clock_of(next_due);
 	if (any_locked || (running_left && !omni_track))
 		look_at = Min(look_at, omni_clock() + OMNI_MS(LOCKED_ROUND));
-	if (!omni_worker_is_enabled())
+	if (!is_enabled())
 		look_at = OMNI_CLOCK_NEVER; /* SIGHUP ends the wait */
-	foreach(cell, held)
-		look_at = Min(look_at, ((Held *) lfirst(cell))->until);
+	look_at = Min(look_at, omni_throttle_ends());
 	return true;
+}
+
+/*
+ * Whether what is queued may be sent.  Of "omni_refresh.enabled", the configuration file,
+ * the command line and the database count, as they are now, but not what ALTER ROLE has
+ * set for the role that this process happens to run as.  Needs a transaction with SPI
+ * connected, the first time after a reload.
+ */
+static bool
+is_enabled(void)
+{
+	static bool enabled;
+	char	   *value;
+
+	if (is_enabled_known)
+		return enabled;
+	if (SPI_execute("SELECT coalesce("
+					" (SELECT option_value FROM pg_db_role_setting, pg_options_to_table(setconfig)"
+					"  WHERE setrole = 0 AND setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())"
+					"   AND option_name = 'omni_refresh.enabled'),"
+					" (SELECT setting FROM pg_settings WHERE name = 'omni_refresh.enabled' AND source = 'command line'),"
+					" (SELECT setting FROM pg_file_settings WHERE name = 'omni_refresh.enabled' AND error IS NULL"
+					"  ORDER BY seqno DESC LIMIT 1))", true, 1) != SPI_OK_SELECT || SPI_processed != 1)
+		elog(ERROR, "could not read the setting \"omni_refresh.enabled\"");
+	value = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1);
+	if (value == NULL || !parse_bool(value, &enabled))
+		enabled = true;
+	is_enabled_known = true;
+	return enabled;
 }
 
 /* A time of omni_clock(), for what is due in a row; it may be infinite. */
@@ -310,9 +328,8 @@ clock_of(TimestampTz when)
  * time, what it has sent.  Rows that somebody has locked are settled later.
  */
 void
-omni_claim_settle(void)
+omni_dispatch_settle(void)
 {
-	HASHCTL		info = {.keysize = sizeof(int64),.entrysize = sizeof(LastSent)};
 	int64	   *in_hand;
 	int			count = 0;
 	dlist_iter	iter;
@@ -327,16 +344,12 @@ omni_claim_settle(void)
 		in_hand[count++] = dlist_container(OmniWork, node, iter.cur)->job.id;
 	settled_now = omni_job_settle(in_hand, count);
 
-	if (last_sent == NULL)
-	{
-		last_sent = hash_create("omni_refresh last sent", 64, &info, HASH_ELEM | HASH_BLOBS);
-		omni_job_recent(GetCurrentTimestamp() - OMNI_MS(omni_min_interval), remember_sent);
-	}
+	omni_sent_recall();
 }
 
-/* The transaction that called omni_claim_settle() is committed. */
+/* The transaction that called omni_dispatch_settle() is committed. */
 void
-omni_claim_settled(void)
+omni_dispatch_settled(void)
 {
 	settled_all |= settled_now;
 }
@@ -345,7 +358,7 @@ omni_claim_settled(void)
 static bool
 claim_running(void)
 {
-	int			limit = Max(omni_max_in_flight, SMALLEST_CLAIM) + omni_works_count(OMNI_RATE_POLL, NULL);
+	int			limit = Max(omni_max_in_flight, SMALLEST_CLAIM) + omni_works_count(&omni_poll_kind, NULL);
 	OmniHeld	names;
 	OmniJobState *jobs;
 	bool		any;
@@ -354,17 +367,17 @@ claim_running(void)
 	do
 	{
 		any = false;
-		list_held(OMNI_RATE_POLL, &names);
+		omni_throttle_list(&omni_poll_kind, &names);
 		jobs = omni_job_due_running(&names, limit, &count);
 		for (int i = 0; i < count; i++)
 		{
 			OmniJob    *job = &jobs[i].job;
 
 			/* a question does not change its row */
-			if (is_in_hand(OMNI_RATE_POLL, job->id) ||
-				omni_works_count(OMNI_RATE_POLL, &job->request.server) >= omni_max_in_flight)
+			if (is_in_hand(&omni_poll_kind, job->id) ||
+				omni_works_count(&omni_poll_kind, &job->request.server) >= omni_max_in_flight)
 				continue;
-			take(job, OMNI_RATE_POLL);
+			take(job, &omni_poll_kind);
 			any = true;
 		}
 	} while (count == limit && !any);
@@ -415,7 +428,7 @@ go_on(bool *more)
 	int			due = 0;
 	bool		at_end;
 
-	list_held(OMNI_RATE_JOB, &names);
+	omni_throttle_list(&omni_queued_kind, &names);
 	heads = omni_queue_heads(&circle.at, &names, LONGEST_LOOK, due_limit, omni_max_in_flight, &count);
 	for (int i = 0; i < count; i++)
 		due += heads[i].is_due;
@@ -433,7 +446,7 @@ go_on(bool *more)
 	{
 		note_heads(heads, count);
 		circle.at = heads[count - 1].place;
-		if (omni_worker_is_enabled())
+		if (is_enabled())
 			*more |= claim_heads(heads, count);
 	}
 	return at_end;
@@ -527,9 +540,9 @@ claim_jobs(const OmniJobState *jobs, int count)
 			more = true;
 			continue;
 		}
-		if (omni_works_count(OMNI_RATE_JOB, &request->server) >= omni_max_in_flight)
+		if (omni_works_count(&omni_queued_kind, &request->server) >= omni_max_in_flight)
 			continue;
-		wait = too_early(job);
+		wait = is_alike_in_flight(job) ? OMNI_MS(omni_min_interval) : omni_sent_wait(job);
 		if (wait > 0)
 		{
 			TimestampTz run_at = omni_latest_now() + wait;
@@ -538,7 +551,7 @@ claim_jobs(const OmniJobState *jobs, int count)
 			circle.next_due = Min(circle.next_due, run_at);
 			continue;
 		}
-		take(job, OMNI_RATE_JOB);
+		take(job, &omni_queued_kind);
 		circle.served = true;
 		circle.served_to = place;
 		memset(&circle.served_to.model, 0xff, sizeof(pg_uuid_t));
@@ -561,7 +574,7 @@ merge_ahead(void)
 	int			count;
 	int			ncrowded = 0;
 
-	if (!to_merge_ahead || !omni_worker_is_enabled())
+	if (!to_merge_ahead || !is_enabled())
 		return false;
 	heads = omni_queue_heads(&at, &none, LONGEST_LOOK, LONGEST_LOOK, LONGEST_LOOK, &count);
 	next = count == LONGEST_LOOK ? heads[count - 1].place : start;
@@ -586,11 +599,11 @@ merge_ahead(void)
 }
 
 static void
-take(const OmniJob *job, OmniRateClass class)
+take(const OmniJob *job, const OmniWorkKind *kind)
 {
-	OmniWork   *work = omni_work_begin(class);
+	OmniWork   *work = omni_work_begin(kind);
 	MemoryContext context = MemoryContextSwitchTo(work->context);
-	TimestampTz end = class == OMNI_RATE_POLL ? job->sent_at + omni_track_timeout * USECS_PER_SEC :
+	TimestampTz end = kind == &omni_poll_kind ? job->sent_at + omni_track_timeout * USECS_PER_SEC :
 		job->renewed_at + omni_retry_for * USECS_PER_SEC;
 
 	work->job = *job;
@@ -602,123 +615,47 @@ take(const OmniJob *job, OmniRateClass class)
 	work->deadline = omni_clock() + (end - omni_earliest_now());
 }
 
-/*
- * What can be sent nothing of a class at the moment: servers with enough in flight, and
- * roles that have reached a rate limit.
- */
-static void
-list_held(OmniRateClass class, OmniHeld *names)
-{
-	const char *last = "";
-	ListCell   *cell;
-	dlist_iter	iter;
-
-	names->servers = names->roles = NIL;
-	foreach(cell, held)
-	{
-		Held	   *this = lfirst(cell);
-
-		if (this->until <= omni_clock())
-		{
-			pfree(this);
-			held = foreach_delete_current(held, cell);
-		}
-		else if (this->class == class)
-			names->roles = lappend(names->roles, psprintf("%u %s", this->role, NameStr(this->server)));
-	}
-	dlist_foreach(iter, &omni_works)
-	{
-		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
-		NameData   *server = &work->job.request.server;
-
-		if (work->class == class && strcmp(NameStr(*server), last) != 0 &&
-			omni_works_count(class, server) >= omni_max_in_flight)
-		{
-			last = NameStr(*server);
-			names->servers = lappend(names->servers, pstrdup(last));
-		}
-	}
-}
-
+/* Whether something alike is being sent, and a job that was not tried before must wait. */
 static bool
-is_in_hand(OmniRateClass class, int64 id)
+is_alike_in_flight(const OmniJob *job)
 {
 	dlist_iter	iter;
 
+	if (job->attempts > 0)
+		return false;
 	dlist_foreach(iter, &omni_works)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 
-		if (work->class == class && work->job.id == id)
+		if (work->kind == &omni_queued_kind && work->job.merge_key == job->merge_key)
 			return true;
 	}
 	return false;
 }
 
-/*
- * How long, in microseconds, a job must wait since something alike was sent a short while
- * ago; 0 if it need not.  What has been tried before has its own time to wait for.
- */
-static int64
-too_early(const OmniJob *job)
+static bool
+is_in_hand(const OmniWorkKind *kind, int64 id)
 {
-	LastSent   *sent;
 	dlist_iter	iter;
 
-	if (job->attempts > 0 || omni_min_interval == 0)
-		return 0;
 	dlist_foreach(iter, &omni_works)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 
-		if (work->class == OMNI_RATE_JOB && work->job.merge_key == job->merge_key)
-			return OMNI_MS(omni_min_interval);
+		if (work->kind == kind && work->job.id == id)
+			return true;
 	}
-	sent = hash_search(last_sent, &job->merge_key, HASH_FIND, NULL);
-	return sent != NULL ? Max(sent->sent_at + OMNI_MS(omni_min_interval) - omni_clock(), 0) : 0;
-}
-
-/* Something of a merge key is about to be sent. */
-void
-omni_claim_sent(int64 merge_key)
-{
-	LastSent   *sent = hash_search(last_sent, &merge_key, HASH_ENTER, NULL);
-
-	sent->sent_at = omni_clock();
-}
-
-/* Something was sent by an earlier worker. */
-static void
-remember_sent(int64 merge_key, TimestampTz sent_at)
-{
-	LastSent   *sent = hash_search(last_sent, &merge_key, HASH_ENTER, NULL);
-
-	sent->sent_at = omni_clock() - Max(GetCurrentTimestamp() - sent_at, 0);
-}
-
-/* Drops what is older than min_interval, and delays nothing any more. */
-static void
-forget_sent(int64 before)
-{
-	HASH_SEQ_STATUS status;
-	LastSent   *sent;
-
-	hash_seq_init(&status, last_sent);
-	while ((sent = hash_seq_search(&status)) != NULL)
-	{
-		if (sent->sent_at < before)
-			(void) hash_search(last_sent, &sent->merge_key, HASH_REMOVE, NULL);
-	}
+	return false;
 }
 
 /* There is room for more where a job was in hand, which may come back to the queue. */
 void
-omni_claim_finished(const OmniWork *work)
+omni_dispatch_finished(const OmniWork *work)
 {
 	const OmniOutcome *outcome = &work->outcome;
 
-	if (queue_left && work->class != OMNI_RATE_CALL &&
-		omni_works_count(work->class, &work->job.request.server) <= omni_max_in_flight * 3 / 4 + 1)
+	if (queue_left && !work->kind->has_caller &&
+		omni_works_count(work->kind, &work->job.request.server) <= omni_max_in_flight * 3 / 4 + 1)
 	{
 		look_at = 0;
 		circle.going = false;
@@ -732,38 +669,6 @@ omni_claim_finished(const OmniWork *work)
 		else
 			next_due = Min(next_due, omni_latest_now() + outcome->delay);
 	}
-}
-
-/* Lets what a role has for a server wait, of the same class. */
-void
-omni_claim_hold(const OmniWork *work, int64 until)
-{
-	MemoryContext context = MemoryContextSwitchTo(TopMemoryContext);
-	Held	   *new = palloc(sizeof(Held));
-
-	new->server = work->job.request.server;
-	new->role = work->job.request.role;
-	new->class = work->class;
-	new->until = until;
-	held = lappend(held, new);
-	MemoryContextSwitchTo(context);
-}
-
-/* Until when omni_claim_hold() lets something wait, or 0. */
-int64
-omni_claim_held_until(const OmniWork *work)
-{
-	ListCell   *cell;
-
-	foreach(cell, held)
-	{
-		Held	   *this = lfirst(cell);
-
-		if (this->class == work->class && this->role == work->job.request.role && this->until > omni_clock() &&
-			strcmp(NameStr(this->server), NameStr(work->job.request.server)) == 0)
-			return this->until;
-	}
-	return 0;
 }
 
 /* As the index on the queue does */

@@ -1,0 +1,103 @@
+/*-------------------------------------------------------------------------
+ *
+ * inflight.c
+ *		What the worker has in flight: one list, of jobs, polls and look-ups.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "utils/memutils.h"
+
+#include "clock.h"
+#include "inflight.h"
+
+dlist_head	omni_works = DLIST_STATIC_INIT(omni_works);
+
+/* Takes work of a kind in hand. */
+OmniWork *
+omni_work_begin(const OmniWorkKind *kind)
+{
+	MemoryContext context = AllocSetContextCreate(TopMemoryContext, "omni_refresh job",
+												  ALLOCSET_SMALL_SIZES);
+	OmniWork   *work = MemoryContextAllocZero(context, sizeof(OmniWork));
+
+	work->context = context;
+	work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
+										  ALLOCSET_SMALL_SIZES);
+	work->kind = kind;
+	work->taken_at = omni_clock();
+	dlist_push_tail(&omni_works, &work->node);
+	return work;
+}
+
+/* Ends work, whatever has become of it; a caller without a reply learns that it was lost. */
+void
+omni_work_end(OmniWork *work)
+{
+	dlist_delete(&work->node);
+	omni_work_forget_attempt(work);
+	if (work->segment != NULL)
+		dsm_detach(work->segment);
+	MemoryContextDelete(work->context);
+}
+
+/* Forgets an attempt; its transfer ends with its memory, and the key is wiped out. */
+void
+omni_work_forget_attempt(OmniWork *work)
+{
+	if (work->target.key != NULL)
+		explicit_bzero(work->target.key, strlen(work->target.key));
+	memset(&work->target, 0, sizeof(work->target));
+	work->transfer = NULL;
+	MemoryContextReset(work->attempt);
+}
+
+/*
+ * Sets an outcome that does not come from Omni.  If an earlier attempt may have arrived,
+ * the end is unknown.
+ */
+void
+omni_work_conclude(OmniWork *work, const char *status, const OmniError *error)
+{
+	memset(&work->outcome, 0, sizeof(work->outcome));
+	work->outcome.status = work->may_have_arrived ? "unknown" : status;
+	work->outcome.error = *error;
+	work->concluded = true;
+}
+
+/* Replies to the caller, if there is one, and ends the work. */
+void
+omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error)
+{
+	if (work->segment != NULL)
+		omni_call_finish(work->segment, job_id, error);
+	work->segment = NULL;
+	omni_work_end(work);
+}
+
+/* How much work of a kind is in flight for a server, or for all if that is NULL. */
+int
+omni_works_count(const OmniWorkKind *kind, const NameData *server)
+{
+	int			n = 0;
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &omni_works)
+	{
+		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
+
+		if (work->kind == kind &&
+			(server == NULL || strcmp(NameStr(work->job.request.server), NameStr(*server)) == 0))
+			n++;
+	}
+	return n;
+}
+
+/* Whether the caller has left. */
+bool
+omni_work_is_abandoned(const OmniWork *work)
+{
+	return work->kind->has_caller &&
+		(work->segment == NULL || pg_atomic_read_u32(&work->call->forsaken) != 0);
+}

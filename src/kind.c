@@ -1,0 +1,92 @@
+/*-------------------------------------------------------------------------
+ *
+ * kind.c
+ *		What several kinds of work do alike; the kinds themselves have a file each.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "utils/timestamp.h"
+
+#include "clock.h"
+#include "kind.h"
+#include "retry.h"
+#include "setting.h"
+
+/* No attempt begins with less time than that, in ms. */
+#define SHORTEST_ATTEMPT	100
+
+
+/*
+ * Decides whether there is another attempt: if it can begin before the deadline.  A queued
+ * job is tried again whenever there was no answer.
+ */
+void
+omni_kind_consider_retry(OmniWork *work)
+{
+	OmniOutcome *outcome = &work->outcome;
+	int64		delay;
+	uint32		lot = 0;
+
+	work->may_have_arrived |= outcome->may_have_arrived;
+	if (work->may_have_arrived && outcome->attempt_event != NULL)
+		outcome->status = "unknown";
+	if (!outcome->retryable && (work->kind->has_caller || outcome->http_status != 0))
+		return;
+
+	(void) pg_strong_random(&lot, sizeof(lot));
+	delay = OMNI_MS(omni_retry_delay(work->job.attempts, lot, outcome->retry_after));
+	if (outcome->slow_down)
+		omni_rate_block(work->rate_id, omni_clock() + delay);
+
+	if (omni_clock() + delay < work->deadline - OMNI_MS(SHORTEST_ATTEMPT) && !omni_work_is_abandoned(work))
+	{
+		outcome->status = "pending";
+		outcome->again = true;
+		outcome->delay = delay;
+	}
+}
+
+/*
+ * Keeps the error of the attempt that tells most about why a call fails, and has the
+ * caller hear of that one: that a server answered 503, or wants a certificate, says more
+ * than that the last attempt, which had only milliseconds left, has timed out.
+ */
+void
+omni_kind_keep_telling_error(OmniWork *work, const OmniAnswer *answer)
+{
+	OmniOutcome *outcome = &work->outcome;
+	int			weight;
+
+	if (outcome->error.sqlstate == 0)
+		return;
+	if (answer->status != 0)
+		weight = 3;
+	else if (!answer->timed_out)
+		weight = 2;
+	else
+		weight = answer->elapsed >= OMNI_MS(work->target.timeout) / 2 ? 1 : 0;
+
+	if (weight >= work->telling_weight)
+	{
+		work->telling = outcome->error;
+		work->telling_weight = weight;
+	}
+	else if (!outcome->again)
+		outcome->job_error = &work->telling;
+}
+
+/* Has an accepted job polled, if it can be and that is wanted. */
+void
+omni_kind_follow(OmniWork *work)
+{
+	OmniOutcome *outcome = &work->outcome;
+
+	if (!omni_track || !outcome->has_job_id || strcmp(outcome->status, "accepted") != 0)
+		return;
+	outcome->status = "running";
+	outcome->attempt_event = "accepted";
+	outcome->again = true;
+	outcome->delay = OMNI_MS(OMNI_POLL_FIRST);
+}

@@ -1,0 +1,23 @@
+/*-------------------------------------------------------------------------
+ *
+ * kind.h
+ *		The kinds of work.  See kind.c.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef OMNI_KIND_H
+#define OMNI_KIND_H
+
+#include "inflight.h"
+
+extern const OmniWorkKind omni_call_kind;
+extern const OmniWorkKind omni_queued_kind;
+extern const OmniWorkKind omni_poll_kind;
+extern const OmniWorkKind omni_lookup_kind;
+
+/* in kind.c */
+extern void omni_kind_consider_retry(OmniWork *work);
+extern void omni_kind_keep_telling_error(OmniWork *work, const OmniAnswer *answer);
+extern void omni_kind_follow(OmniWork *work);
+
+#endif							/* OMNI_KIND_H */

@@ -1,0 +1,92 @@
+/*-------------------------------------------------------------------------
+ *
+ * kind_call.c
+ *		Calls: requests whose sessions wait.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "kind.h"
+
+static void prepare(OmniWork *work);
+static char *url(const OmniWork *work);
+static bool begin(OmniWork *work);
+static void delay(OmniWork *work, int64 wait);
+static void refuse(OmniWork *work);
+static void begun(OmniWork *work);
+static void judge(OmniWork *work, const OmniAnswer *answer);
+
+
+const OmniWorkKind omni_call_kind = {
+	.class = OMNI_RATE_CALL,
+	.method = "POST",
+	.has_caller = true,
+	.has_row = true,
+	.has_job = true,
+	.prepare = prepare,
+	.url = url,
+	.begin = begin,
+	.delay = delay,
+	.refuse = refuse,
+	.begun = begun,
+	.judge = judge
+};
+
+/*
+ * Before the first attempt.  If there is a row already, it is an earlier worker's, which
+ * has ended: the request may have been sent.
+ */
+static void
+prepare(OmniWork *work)
+{
+	OmniError	error;
+
+	if (work->step != NEW)
+		return;
+	work->job.id = work->call->job_id;
+	if (work->job.id != 0)
+	{
+		omni_call_lost(work->call, &error);
+		omni_work_conclude(work, "unknown", &error);
+	}
+}
+
+static char *
+url(const OmniWork *work)
+{
+	return omni_api_job_url(work->target.base_url, &work->job.request);
+}
+
+static bool
+begin(OmniWork *work)
+{
+	return omni_job_begin(&work->job, work->url);
+}
+
+static void
+delay(OmniWork *work, int64 wait)
+{
+	omni_job_delay(&work->job, wait);
+}
+
+static void
+refuse(OmniWork *work)
+{
+	omni_job_refuse(&work->job, &work->outcome);
+}
+
+static void
+begun(OmniWork *work)
+{
+	work->job.attempts++;
+}
+
+static void
+judge(OmniWork *work, const OmniAnswer *answer)
+{
+	omni_api_job_outcome(&work->job.request, work->target.key, answer, &work->outcome);
+	omni_kind_consider_retry(work);
+	omni_kind_keep_telling_error(work, answer);
+	omni_kind_follow(work);
+}

@@ -1,0 +1,123 @@
+/*-------------------------------------------------------------------------
+ *
+ * kind_poll.c
+ *		Polls: questions how far a running job has come.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "utils/timestamp.h"
+
+#include "clock.h"
+#include "kind.h"
+#include "retry.h"
+
+static void prepare(OmniWork *work);
+static char *url(const OmniWork *work);
+static bool begin(OmniWork *work);
+static void delay(OmniWork *work, int64 wait);
+static void refuse(OmniWork *work);
+static void begun(OmniWork *work);
+static void judge(OmniWork *work, const OmniAnswer *answer);
+static void consider_next_poll(OmniWork *work);
+
+
+const OmniWorkKind omni_poll_kind = {
+	.class = OMNI_RATE_POLL,
+	.method = "GET",
+	.has_job = true,
+	.resting = "running",
+	.rests_quietly = true,
+	.prepare = prepare,
+	.url = url,
+	.begin = begin,
+	.delay = delay,
+	.refuse = refuse,
+	.begun = begun,
+	.judge = judge
+};
+
+/* Omni works on the job: unless it says how that ends, nobody knows. */
+static void
+prepare(OmniWork *work)
+{
+	work->may_have_arrived = true;
+}
+
+static char *
+url(const OmniWork *work)
+{
+	return omni_api_follow_url(work->target.base_url, &work->job.job_id);
+}
+
+/* A poll does not change the row of its job. */
+static bool
+begin(OmniWork *work)
+{
+	return true;
+}
+
+static void
+delay(OmniWork *work, int64 wait)
+{
+}
+
+static void
+refuse(OmniWork *work)
+{
+	work->row = omni_job_record(&work->job, &work->outcome);
+}
+
+static void
+begun(OmniWork *work)
+{
+}
+
+static void
+judge(OmniWork *work, const OmniAnswer *answer)
+{
+	if (!omni_api_follow_outcome(&work->job.request, work->target.key, answer, &work->outcome))
+		consider_next_poll(work);
+	work->outcome.elapsed = 0;	/* that of the poll is not the job's */
+}
+
+/*
+ * Decides what to do about a job that has not come to its end as far as Omni's answer
+ * tells, if there was one.  Omni may not know a job yet that it has just accepted.  The
+ * job is polled again, but not after a refusal, or after track_timeout: then nobody knows
+ * its end.
+ */
+static void
+consider_next_poll(OmniWork *work)
+{
+	OmniOutcome *outcome = &work->outcome;
+	int64		passed = Max(omni_earliest_now() - work->job.sent_at, 0) / 1000;
+	int64		delay = omni_poll_delay(passed);
+	bool		early = outcome->http_status == 404 && passed < OMNI_POLL_EARLY;
+
+	outcome->attempt_event = NULL;
+	if (outcome->slow_down)
+	{
+		delay = Max(delay, Min(outcome->retry_after * INT64CONST(1000), OMNI_MAX_WAIT / 1000));
+		omni_rate_block(work->rate_id, omni_clock() + OMNI_MS(delay));
+	}
+	if (early)
+		outcome->error.sqlstate = 0;
+	else if (omni_clock() >= work->deadline ||
+			 (outcome->http_status >= 400 && !outcome->retryable))
+	{
+		outcome->status = "unknown";
+		if (outcome->error.sqlstate == 0)
+		{
+			omni_error_set(&outcome->error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
+						   "Omni has not finished the job within \"omni_refresh.track_timeout\"");
+			omni_error_hint(&outcome->error, "It may go on: look at the model in Omni.");
+		}
+		return;
+	}
+	outcome->status = "running";
+	outcome->quiet = true;
+	outcome->again = true;
+	outcome->delay = OMNI_MS(delay);
+}

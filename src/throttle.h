@@ -1,0 +1,18 @@
+/*-------------------------------------------------------------------------
+ *
+ * throttle.h
+ *		Roles whose rate limit is reached.  See throttle.c.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef OMNI_THROTTLE_H
+#define OMNI_THROTTLE_H
+
+#include "inflight.h"
+
+extern void omni_throttle(const OmniWork *work, int64 until);
+extern int64 omni_throttled_until(const OmniWork *work);
+extern int64 omni_throttle_ends(void);
+extern void omni_throttle_list(const OmniWorkKind *kind, OmniHeld *names);
+
+#endif							/* OMNI_THROTTLE_H */
