@@ -1,0 +1,55 @@
+# The times of retries and polls, which are pure functions: src/retry.c alone, without a server.
+
+use strict;
+use warnings FATAL => 'all';
+
+use File::Basename qw(dirname);
+use File::Spec;
+use IPC::Run ();
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $top = File::Spec->rel2abs(dirname(__FILE__) . '/../..');
+my $program = PostgreSQL::Test::Utils::tempdir() . '/retry';
+my $include = `pg_config --includedir-server`;
+chomp $include;
+
+IPC::Run::run([ $ENV{CC} // 'cc', '-o', $program, "-I$top/src", "-I$include", "$top/test/unit/retry.c", "$top/src/retry.c" ])
+	or die('could not compile src/retry.c');
+
+# Asks for one time, in ms.
+sub ms
+{
+	my ($question, $out) = @_;
+
+	IPC::Run::run([$program], '<', \"$question\n", '>', \$out) or die;
+	chomp $out;
+	return $out;
+}
+
+# The wait is drawn by lot, up to a bound that doubles with each attempt: the lot just below the
+# bound is the wait, and the next one is none.
+my $bound = 1000;
+for my $attempts (1 .. 12)
+{
+	is(ms("retry $attempts $bound 0"), $bound, "after attempt $attempts the longest wait is $bound ms");
+	is(ms('retry ' . join(' ', $attempts, $bound + 1, 0)), 0, '... and the shortest is none');
+	$bound = $bound * 2 > 300_000 ? 300_000 : $bound * 2;
+}
+is(ms('retry 1 4294967295 0'), 4294967295 % 1001, 'any lot will do');
+is(ms('retry 0 1000 0'), 1000, 'a job without attempts waits like one with one');
+is(ms('retry 2000000000 300000 0'), 300_000, 'the bound is that of many attempts for ever');
+
+is(ms('retry 1 500 7'), 7000, 'Retry-After is a floor');
+is(ms('retry 9 200000 7'), 200_000, '... and no bound');
+is(ms('retry 1 0 3600'), 3_600_000, 'an hour is granted');
+is(ms("retry 1 0 2147483647"), 3_600_000, '... but no more');
+
+is(ms('poll 0'), 2000, 'a job is polled 2 s after it was accepted');
+is(ms('poll -5000'), 2000, '... also if a clock says that this is in the future');
+is(ms('poll 2000'), 3000, '... and 3 s later');
+is(ms('poll 5000'), 4500, '... each time half as long again');
+is(ms('poll 55999'), 29_999, '... up to 30 s');
+is(ms("poll $_"), 30_000, "... and no more after $_ ms") foreach 56_000, 3_600_000, 2147483647;
+
+done_testing();
