@@ -326,9 +326,11 @@ static void set_due(Datum *values);
 static Datum text_array(List *texts);
 static void set_heads(Datum *values, const OmniHead *heads, int count);
 static MergeSet *read_sets(uint64 nrows, int *count);
+static int	count_members(const MergeSet *set, ArrayType *jobs);
+static int	compare_ids(const void *a, const void *b);
 static int	merge_set(const MergeSet *set, int *patience, int64 *members, int64 *carriers);
 static void delete_old(Datum ids);
-static void merge(const int64 *members, const int64 *carriers, int count);
+static ArrayType *merge(const int64 *members, const int64 *carriers, int count);
 static bool unite(const int64 *ids, int count, bool whole, Datum *values, char *nulls);
 
 /*
@@ -626,7 +628,8 @@ omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count)
 /*
  * Merges the due jobs of some heads: the oldest of a set is widened to what they ask for
  * together, and carries the others.  Sets of each head whether it is worth while to merge
- * once more before anything of it is sent: there were very many.
+ * once more before anything of it is sent: there were very many.  Only what was merged counts,
+ * or those that somebody has locked would be tried again and again without a pause.
  */
 void
 omni_queue_merge(OmniHead *heads, int nheads)
@@ -637,6 +640,7 @@ omni_queue_merge(OmniHead *heads, int nheads)
 	int64	   *members = palloc(nheads * limit * sizeof(int64));
 	int64	   *carriers = palloc(nheads * limit * sizeof(int64));
 	MergeSet   *sets;
+	ArrayType  *merged;
 	int			nsets;
 	int			count = 0;
 
@@ -647,18 +651,43 @@ omni_queue_merge(OmniHead *heads, int nheads)
 	values[6] = Int64GetDatum(limit);
 	sets = read_sets(omni_run(&select_sets, values, NULL), &nsets);
 	for (int i = 0; i < nsets; i++)
+		count += merge_set(&sets[i], &patience, members + count, carriers + count);
+	merged = merge(members, carriers, count);
+	for (int i = 0; i < nsets && merged != NULL; i++)
 	{
-		int			merged = merge_set(&sets[i], &patience, members + count, carriers + count);
+		int			n = count_members(&sets[i], merged);
 
 		for (int j = 0; j < nheads; j++)
 		{
-			if (merged >= limit / 2 && merged >= MERGE_LIMIT / 25 &&
+			if (n >= limit / 2 && n >= MERGE_LIMIT / 25 &&
 				memcmp(&heads[j].place, &sets[i].place, sizeof(OmniPlace)) == 0)
 				heads[j].has_more = true;
 		}
-		count += merged;
 	}
-	merge(members, carriers, count);
+}
+
+/* How many of a set, which is in order, are among the jobs of an array. */
+static int
+count_members(const MergeSet *set, ArrayType *jobs)
+{
+	const int64 *ids = (int64 *) ARR_DATA_PTR(jobs);
+	int			n = 0;
+
+	for (int i = 0; i < ARR_DIMS(jobs)[0]; i++)
+	{
+		if (bsearch(&ids[i], set->ids, set->count, sizeof(int64), compare_ids) != NULL)
+			n++;
+	}
+	return n;
+}
+
+static int
+compare_ids(const void *a, const void *b)
+{
+	int64		left = *(const int64 *) a;
+	int64		right = *(const int64 *) b;
+
+	return (left > right) - (left < right);
 }
 
 /* Makes plain data of the rows of select_sets. */
@@ -682,24 +711,28 @@ read_sets(uint64 nrows, int *count)
 	return sets;
 }
 
-/* Has jobs carried by others, both by number, and tells so in the event log. */
-static void
+/*
+ * Has jobs carried by others, both by number, and tells so in the event log.  Returns which
+ * they are, an array, or NULL if none: those that another session has locked are not.
+ */
+static ArrayType *
 merge(const int64 *members, const int64 *carriers, int count)
 {
 	Datum		values[4] = {PointerGetDatum(make_bigints(members, count)), PointerGetDatum(make_bigints(carriers, count))};
 	bool		isnull;
 
 	if (count == 0)
-		return;
+		return NULL;
 	omni_events_write();		/* these come first */
 	(void) omni_run(&merge_jobs, values, NULL);
 	values[0] = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
 	if (isnull)
-		return;
+		return NULL;
 	values[1] = omni_value(0, 1, NAMEARRAYOID);
 	values[2] = omni_value(0, 2, TIMESTAMPTZARRAYOID);
 	values[3] = omni_value(0, 3, INT8ARRAYOID);
 	omni_events_merged(values[0], values[1], values[2], values[3]);
+	return DatumGetArrayTypeP(values[0]);
 }
 
 /*
