@@ -182,7 +182,7 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 	Oid			user;
 	int			security_context;
 	int			nest_level;
-	int			code;
+	volatile int code = 0;
 
 	check_table(statement->table);
 	last_table = statement->table;
@@ -208,16 +208,30 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 		if (plan == NULL)
 			elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
 		SPI_keepplan(plan);
-		if (statement->plan != NULL)
+
+		/*
+		 * What a trigger has renamed the table in the middle of is still being executed:
+		 * rather lose some memory.
+		 */
+		if (statement->plan != NULL && statement->running == 0)
 			SPI_freeplan(statement->plan);
 		statement->plan = plan;
 		strlcpy(statement->planned_for, statement->table->qualified,
 				sizeof(statement->planned_for));
 	}
 
-	code = SPI_execute_snapshot(statement->plan, values, nulls,
-								statement->read ? GetLatestSnapshot() : InvalidSnapshot,
-								InvalidSnapshot, statement->read, true, 0);
+	statement->running++;
+	PG_TRY();
+	{
+		code = SPI_execute_snapshot(statement->plan, values, nulls,
+									statement->read ? GetLatestSnapshot() : InvalidSnapshot,
+									InvalidSnapshot, statement->read, true, 0);
+	}
+	PG_FINALLY();
+	{
+		statement->running--;
+	}
+	PG_END_TRY();
 	SetUserIdAndSecContext(user, security_context);
 	AtEOXact_GUC(false, nest_level);
 	if (code < 0)

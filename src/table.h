@@ -107,6 +107,7 @@ typedef struct OmniStatement
 	int			nargs;
 	Oid			argtypes[18];
 	SPIPlanPtr	plan;			/* for planned_for, or NULL */
+	int			running;		/* how often it is being executed */
 	char		planned_for[OMNI_MAX_QUALIFIED];
 } OmniStatement;
 
