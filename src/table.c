@@ -21,6 +21,7 @@
 #include "access/genam.h"
 #include "access/htup_details.h"
 #include "access/table.h"
+#include "catalog/dependency.h"
 #include "catalog/indexing.h"
 #include "catalog/pg_class.h"
 #include "catalog/pg_extension.h"
@@ -66,6 +67,7 @@ static OmniTable *last_table;
 
 static bool look_at_extension(Oid *schema, char *version);
 static bool look_at_table(OmniTable *table);
+static bool lock_table(OmniTable *table);
 static void check_table(OmniTable *table);
 static const char *find_difference(const OmniTable *table, TupleDesc desc);
 static const char *find_nullable(const OmniTable *table, TupleDesc desc);
@@ -161,8 +163,20 @@ look_at_table(OmniTable *table)
 bool
 omni_tables_lock(void)
 {
-	return ConditionalLockRelationOid(omni_job_table.oid, RowExclusiveLock) &&
-		ConditionalLockRelationOid(omni_event_table.oid, RowExclusiveLock);
+	return lock_table(&omni_job_table) && lock_table(&omni_event_table);
+}
+
+/*
+ * Locks a table and the sequence of its numbers: a session that drops the extension may
+ * have locked the sequence, and wait for the table.
+ */
+static bool
+lock_table(OmniTable *table)
+{
+	if (!ConditionalLockRelationOid(table->oid, RowExclusiveLock))
+		return false;
+	check_table(table);
+	return !OidIsValid(table->sequence) || ConditionalLockRelationOid(table->sequence, RowExclusiveLock);
 }
 
 /* Changes a setting until the end of the statement. */
@@ -253,6 +267,7 @@ check_table(OmniTable *table)
 	Relation	relation;
 	const char *difference;
 	const char *nullable;
+	List	   *sequences;
 
 	if (table->checked)
 		return;
@@ -263,6 +278,8 @@ check_table(OmniTable *table)
 	relation = table_open(table->oid, AccessShareLock);
 	difference = find_difference(table, RelationGetDescr(relation));
 	nullable = find_nullable(table, RelationGetDescr(relation));
+	sequences = getOwnedSequences(table->oid);
+	table->sequence = sequences != NIL ? linitial_oid(sequences) : InvalidOid;
 	table->checked = difference == NULL;
 	table_close(relation, AccessShareLock);
 	if ((difference != NULL || nullable != NULL) && !table->complained && omni_in_worker)

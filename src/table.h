@@ -29,6 +29,7 @@ typedef struct OmniTable
 	const char *name;
 	const OmniColumn *columns;
 	int			ncolumns;
+	Oid			sequence;		/* of its numbers, once it is checked */
 	Oid			oid;			/* the following are set by omni_tables_find() */
 	Oid			owner;
 	char		qualified[OMNI_MAX_QUALIFIED];
