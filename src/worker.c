@@ -52,6 +52,7 @@
 /* All in ms */
 #define LOOK_ROUND			1000	/* between looks whether others want the
 									 * database */
+#define LOOK_AGAIN			200 /* the same, when somebody may */
 
 /* Finished jobs are deleted so many at a time, so many ms apart, and again later */
 #define PRUNE_LIMIT			200
@@ -63,7 +64,7 @@
 bool		omni_in_worker = false;
 
 static int64 busy_at = 0;		/* when there was something to do, or long ago */
-static int64 looked_round_at = 0;	/* for who else wants the database */
+static int64 look_round_at = 0; /* next time, for who else wants the database */
 static int64 prune_at = 0;		/* next time */
 static int64 pruned_to = 0;		/* the job up to which all was looked at */
 static bool prune_more = false; /* there are old ones above that */
@@ -232,6 +233,7 @@ turn(void)
 {
 	long		delay;
 	int64		now;
+	bool		again;
 
 	CHECK_FOR_INTERRUPTS();
 	if (ConfigReloadPending)
@@ -261,14 +263,15 @@ turn(void)
 		delay = Min(idle_left, delay);
 	}
 	now = omni_clock();
-	if (now - looked_round_at >= OMNI_MS(LOOK_ROUND))
+	if (look_round_at <= now)
 	{
-		looked_round_at = now;
-		if (!is_waited_for() && (omni_worker_is_unwanted() || !is_extension_same()) &&
-			omni_worker_leave_if_idle())
+		bool		unwanted = omni_worker_is_unwanted(&again);
+
+		look_round_at = now + OMNI_MS(again ? LOOK_AGAIN : LOOK_ROUND);
+		if (!is_waited_for() && (unwanted || !is_extension_same()) && omni_worker_leave_if_idle())
 			return false;
 	}
-	omni_http_wait(delay, wait_event);
+	omni_http_wait(Min(delay, omni_clock_until(look_round_at)), wait_event);
 	return true;
 }
 

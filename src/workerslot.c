@@ -121,7 +121,7 @@ static OmniHandOver start_in_slot(Oid database, int owner, const StartInfo *info
 static OmniHandOver start_successor(void);
 static void tell_of_successor(OmniHandOver result);
 static bool start_has_failed(const Slot *slot);
-static bool is_database_locked(void);
+static bool lock_on_database(VirtualTransactionId *holder);
 static void leave_slot(int code, Datum arg);
 
 /* Attaches shared memory, which may raise an error. */
@@ -454,25 +454,43 @@ omni_worker_keep(void)
 
 /*
  * Whether somebody waits for us to leave: a worker of another version of the
- * library, or who wants to drop, rename or copy our database.
+ * library, or who wants to drop, rename or copy our database.  Sets *again if that is
+ * not certain, and is to be asked again soon.
+ *
+ * Everybody may try to drop a database: it is locked before it is looked at who owns it.
+ * What we have sent is sent once more by the next worker, so only a lock counts that
+ * one transaction holds for a while, not one that is waited for or has come anew.
  */
 bool
-omni_worker_is_unwanted(void)
+omni_worker_is_unwanted(bool *again)
 {
-	return LockHasWaiters(&worker_lock, ExclusiveLock, true) || is_database_locked();
+	static VirtualTransactionId last = {0};
+	VirtualTransactionId holder = {0};
+	bool		locked = lock_on_database(&holder);
+	bool		same = locked && VirtualTransactionIdEquals(holder, last);
+
+	last = holder;
+	*again = locked && !same;
+	return same || LockHasWaiters(&worker_lock, ExclusiveLock, true);
 }
 
-/* Who wants to drop, rename or copy our database keeps new sessions out of it by a lock. */
+/*
+ * Who wants to drop, rename or copy our database keeps new sessions out of it by a lock.
+ * Whether one is held; then *holder is the first who does.
+ */
 static bool
-is_database_locked(void)
+lock_on_database(VirtualTransactionId *holder)
 {
 	LOCKTAG		database;
+	VirtualTransactionId *holders;
+	int			count;
 
 	SET_LOCKTAG_OBJECT(database, InvalidOid, DatabaseRelationId, MyDatabaseId, 0);
-	if (LockAcquire(&database, RowExclusiveLock, true, true) == LOCKACQUIRE_NOT_AVAIL)
-		return true;
-	(void) LockRelease(&database, RowExclusiveLock, true);
-	return false;
+	holders = GetLockConflicts(&database, RowExclusiveLock, &count);
+	if (count > 0)
+		*holder = holders[0];
+	pfree(holders);
+	return count > 0;
 }
 
 /*
@@ -513,11 +531,12 @@ leave_slot(int code, Datum arg)
 {
 	Slot	   *slot;
 	bool		locked;
+	VirtualTransactionId holder;
 	OmniHandOver	result = HANDED_OVER;
 
 	/* what ShutdownPostgres() is about to do, so that the lock goes first */
 	AbortOutOfAnyTransaction();
-	locked = is_database_locked();
+	locked = lock_on_database(&holder);
 	LockReleaseAll(USER_LOCKMETHOD, true);
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);

@@ -49,7 +49,7 @@ extern void omni_worker_turn_back(void);
 extern void omni_worker_attach(bool (*has_work) (void));
 extern void omni_worker_hold(void);
 extern void omni_worker_keep(void);
-extern bool omni_worker_is_unwanted(void);
+extern bool omni_worker_is_unwanted(bool *again);
 extern bool omni_worker_leave_if_idle(void);
 extern bool omni_worker_take_flag(void);
 extern dsm_handle omni_worker_next_call(void);
