@@ -112,6 +112,13 @@ static OmniStatement send_job = {
 	.argtypes = {INT8OID, INT4OID, TIMESTAMPTZOID}
 };
 
+static OmniStatement delay_job = {
+	.table = &omni_job_table,
+	.text = "UPDATE %s SET run_at = $2 WHERE id = $1 AND " IS_PENDING,
+	.nargs = 2,
+	.argtypes = {INT8OID, TIMESTAMPTZOID}
+};
+
 /* whether a row that was left alone is unfinished, and so was locked */
 static OmniStatement look_for_job = {
 	.table = &omni_job_table,
@@ -184,6 +191,15 @@ omni_job_delay(OmniJob *job, int64 wait)
 		omni_job_defer(job->id, run_at);
 	omni_event_add(job, &requested);
 	omni_event_add(job, &limited);
+}
+
+/* Lets a pending job wait. */
+void
+omni_job_defer(int64 id, TimestampTz run_at)
+{
+	Datum		values[2] = {Int64GetDatum(id), TimestampTzGetDatum(run_at)};
+
+	(void) omni_run(&delay_job, values, NULL);
 }
 
 /* Writes down a job that is not sent at all; its row is locked, unless there is none. */

@@ -52,13 +52,6 @@
 /* The order of the index on the queue */
 #define LANE				"requested_by_oid, server::text COLLATE \"C\", model_id"
 
-static OmniStatement delay_job = {
-	.table = &omni_job_table,
-	.text = "UPDATE %s SET run_at = $2 WHERE id = $1 AND " IS_PENDING,
-	.nargs = 2,
-	.argtypes = {INT8OID, TIMESTAMPTZOID}
-};
-
 /* what no worker has in hand ($2) but one has left there, or what is a copy of it */
 #define LEFT_BEHIND \
 	IN_HAND " AND (status <> 'running' OR database <> $1) AND id <> ALL ($2)"
@@ -391,15 +384,6 @@ decode_all(int *count)
 	for (int i = 0; i < *count; i++)
 		omni_job_decode(i, &states[i]);
 	return states;
-}
-
-/* Lets a pending job wait. */
-void
-omni_job_defer(int64 id, TimestampTz run_at)
-{
-	Datum		values[2] = {Int64GetDatum(id), TimestampTzGetDatum(run_at)};
-
-	(void) omni_run(&delay_job, values, NULL);
 }
 
 /*

@@ -62,6 +62,9 @@ OmniTable	omni_event_table = {
 	.name = "omni_refresh_event",.columns = event_columns,.ncolumns = lengthof(event_columns)
 };
 
+/* In the background worker settings and search_path are ours. */
+bool		omni_in_worker = false;
+
 /* The table whose statement ran last, for messages */
 static OmniTable *last_table;
 

@@ -60,9 +60,6 @@
 #define PRUNE_ROUND			(60 * 60 * 1000)
 #define PRUNE_ROUND_MIN		1000
 
-/* In this process settings and search_path are ours. */
-bool		omni_in_worker = false;
-
 static int64 busy_at = 0;		/* when there was something to do, or long ago */
 static int64 look_round_at = 0; /* next time, for who else wants the database */
 static int64 prune_at = 0;		/* next time */
