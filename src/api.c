@@ -83,8 +83,8 @@ typedef struct Spelling
 	char		mark;			/* what each begins with */
 
 	/*
-	 * Reads a character that may be spelled so, in lower case: writes it to *out
-	 * and returns how many bytes of the text it takes, 0 if it is none.
+	 * Reads a character that may be spelled so, in lower case: writes it to
+	 * *out and returns how many bytes of the text it takes, 0 if it is none.
 	 */
 	int			(*read) (const char *text, char *out);
 } Spelling;
@@ -1098,11 +1098,15 @@ percent_character(const char *text, char *out)
 {
 	uint32		code;
 
-	if (!isxdigit((unsigned char) text[1]) || !isxdigit((unsigned char) text[2]))
-		return 0;
-	(void) read_number((char[]) {text[1], text[2], '\0'}, 16, &code);
-	*out = ascii_character(code);
-	return 3;
+	if (isxdigit((unsigned char) text[1]) && isxdigit((unsigned char) text[2]))
+	{
+		char		digits[] = {text[1], text[2], '\0'};
+
+		(void) read_number(digits, 16, &code);
+		*out = ascii_character(code);
+		return 3;
+	}
+	return 0;
 }
 
 /* "&amp;", "&#111;", "&#x6f;": as in HTML */

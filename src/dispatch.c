@@ -604,7 +604,7 @@ take(const OmniJob *job, const OmniWorkKind *kind)
 	OmniWork   *work = omni_work_begin(kind);
 	MemoryContext context = MemoryContextSwitchTo(work->context);
 	TimestampTz end = kind == &omni_poll_kind ? job->sent_at + omni_track_timeout * USECS_PER_SEC :
-		job->renewed_at + omni_retry_for * USECS_PER_SEC;
+	job->renewed_at + omni_retry_for * USECS_PER_SEC;
 
 	work->job = *job;
 	if (job->request.schemas != NULL)

@@ -448,7 +448,8 @@ omni_job_decode(int row, OmniJobState *state)
 		request->reset_at = DatumGetTimestampTz(value);
 	request->server = *DatumGetName(VALUE(server, NAMEOID));
 	job->origin = strcmp(TextDatumGetCString(VALUE(origin, TEXTOID)), OMNI_ORIGIN_CALL) == 0 ?
-		OMNI_ORIGIN_CALL : OMNI_ORIGIN_ON_COMMIT;	/* or any other of a queued job */
+		OMNI_ORIGIN_CALL : OMNI_ORIGIN_ON_COMMIT;	/* or any other of a
+													 * queued job */
 	request->requested_by = *DatumGetName(VALUE(requested_by, NAMEOID));
 	request->role = DatumGetObjectId(VALUE(requested_by_oid, OIDOID));
 	request->requested_at = to_finite(DatumGetTimestampTz(VALUE(requested_at, TIMESTAMPTZOID)));

@@ -63,8 +63,8 @@ typedef struct OmniHead
 typedef struct OmniHeld
 {
 	List	   *servers;		/* names of those with enough in flight */
-	List	   *roles;			/* "role server", with the role's OID: of those
-								 * whose rate limit is reached */
+	List	   *roles;			/* "role server", with the role's OID: of
+								 * those whose rate limit is reached */
 } OmniHeld;
 
 /* A job as it stands in its table, for those who do something about it */

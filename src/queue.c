@@ -304,7 +304,8 @@ static OmniStatement select_jobs = {
 /* Jobs that one request can satisfy */
 typedef struct MergeSet
 {
-	const int64 *ids;			/* in order: the first one is to carry the others */
+	const int64 *ids;			/* in order: the first one is to carry the
+								 * others */
 	int			count;
 	bool		whole;			/* it refreshes the whole model */
 	OmniPlace	place;

@@ -10,8 +10,10 @@
 #include "retry.h"
 
 /* All in ms */
-#define BACKOFF_FIRST		1000	/* at most, before the second attempt; doubled each time */
-#define RETRY_AFTER_MAX		(60 * 60 * 1000)	/* no longer wait is granted to Omni */
+#define BACKOFF_FIRST		1000	/* at most, before the second attempt;
+									 * doubled each time */
+#define RETRY_AFTER_MAX		(60 * 60 * 1000)	/* no longer wait is granted
+												 * to Omni */
 #define POLL_LONGEST		30000	/* polls are not further apart */
 
 /*

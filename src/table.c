@@ -207,7 +207,11 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 	if (!omni_in_worker)
 	{
 		set_locally("search_path", "pg_catalog, pg_temp");
-		/* or the triggers that keep replicated rows out would take ours for such */
+
+		/*
+		 * or the triggers that keep replicated rows out would take ours for
+		 * such
+		 */
 		set_locally("session_replication_role", "origin");
 	}
 
@@ -227,8 +231,8 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 		SPI_keepplan(plan);
 
 		/*
-		 * What a trigger has renamed the table in the middle of is still being executed:
-		 * rather lose some memory.
+		 * What a trigger has renamed the table in the middle of is still
+		 * being executed: rather lose some memory.
 		 */
 		if (statement->plan != NULL && statement->running == 0)
 			SPI_freeplan(statement->plan);

@@ -43,7 +43,7 @@ omni_wake_on_commit(void)
 static void
 at_transaction_end(XactEvent event, void *arg)
 {
-	OmniHandOver	result;
+	OmniHandOver result;
 
 	if (!has_queued)
 		return;

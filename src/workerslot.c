@@ -146,7 +146,7 @@ OmniHandOver
 omni_worker_hand_over(OmniWaiter *waiter)
 {
 	StartInfo	info = {.layout = SHARED_NAME,.call = waiter->call};
-	OmniHandOver	result = HANDED_OVER;
+	OmniHandOver result = HANDED_OVER;
 	Slot	   *slot;
 	pid_t		pid;
 
@@ -263,7 +263,7 @@ see_to_worker(Oid database, bool flag, bool leave_at_once, BackgroundWorkerHandl
 	StartInfo	info = {
 		.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = leave_at_once
 	};
-	OmniHandOver	result = HANDED_OVER;
+	OmniHandOver result = HANDED_OVER;
 	Slot	   *slot;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
@@ -295,7 +295,7 @@ omni_worker_launch(Oid database, BackgroundWorkerHandle **handle)
 bool
 omni_worker_wake(OmniError *error)
 {
-	OmniHandOver	result;
+	OmniHandOver result;
 
 	attach_shared();
 	result = see_to_worker(MyDatabaseId, true, false, NULL);
@@ -503,7 +503,7 @@ omni_worker_leave_if_idle(void)
 	bool		relieved = LockHasWaiters(&worker_lock, ExclusiveLock, true);
 	Slot	   *slot;
 	bool		idle;
-	OmniHandOver	result = HANDED_OVER;
+	OmniHandOver result = HANDED_OVER;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(MyDatabaseId);
@@ -532,7 +532,7 @@ leave_slot(int code, Datum arg)
 	Slot	   *slot;
 	bool		locked;
 	VirtualTransactionId holder;
-	OmniHandOver	result = HANDED_OVER;
+	OmniHandOver result = HANDED_OVER;
 
 	/* what ShutdownPostgres() is about to do, so that the lock goes first */
 	AbortOutOfAnyTransaction();
