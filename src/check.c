@@ -16,12 +16,12 @@
 #include "utils/timestamp.h"
 #include "utils/tuplestore.h"
 
+#include "call.h"
 #include "compat.h"
 #include "job.h"
 #include "omni_refresh.h"
 #include "option.h"
-#include "refresh.h"
-#include "call.h"
+#include "request.h"
 #include "setting.h"
 
 /* A certificate that is valid for less than so many days is worth a remark */

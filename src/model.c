@@ -17,10 +17,10 @@
 #include "utils/timestamp.h"
 #include "utils/tuplestore.h"
 
+#include "call.h"
 #include "clock.h"
 #include "compat.h"
-#include "refresh.h"
-#include "call.h"
+#include "request.h"
 #include "setting.h"
 
 /* What the rate limit may keep a page waiting, on top of call_timeout, in ms */

@@ -11,22 +11,14 @@
 #include "postgres.h"
 
 #include "access/xact.h"
-#include "access/xlog.h"
 #include "catalog/pg_type.h"
-#include "commands/trigger.h"
-#include "executor/spi.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
 #include "utils/timestamp.h"
 
-#include "compat.h"
-#include "job.h"
-#include "omni_refresh.h"
-#include "option.h"
-#include "refresh.h"
 #include "call.h"
-#include "wakeup.h"
-#include "workerslot.h"
+#include "job.h"
+#include "request.h"
 #include "setting.h"
 
 /* Bytes of a list's names that are looked at, since duplicates do not count */
@@ -45,7 +37,6 @@ static Datum call(OmniJob *job);
 static void read_refresh(FunctionCallInfo fcinfo, OmniJob *job);
 static void read_reset(FunctionCallInfo fcinfo, OmniJob *job);
 static void read_model(FunctionCallInfo fcinfo, OmniJob *job);
-static Datum disabled(const OmniJob *job);
 static void call_worker(OmniJob *job, OmniError *error);
 static ArrayType *check_list(FunctionCallInfo fcinfo, int argno, const char *name);
 static void check_name(const ListedName *element, const char *name);
@@ -55,8 +46,6 @@ PG_FUNCTION_INFO_V1(omni_refresh);
 PG_FUNCTION_INFO_V1(omni_refresh_on_commit);
 PG_FUNCTION_INFO_V1(omni_refresh_cache);
 PG_FUNCTION_INFO_V1(omni_refresh_cache_on_commit);
-PG_FUNCTION_INFO_V1(omni_refresh_wake);
-PG_FUNCTION_INFO_V1(omni_refresh_keep_out);
 
 /*
  * Asks for a refresh now, waits for Omni's answer and returns the job's row.
@@ -113,7 +102,7 @@ call(OmniJob *job)
 	OmniError	error = {0};
 
 	if (!omni_enabled)
-		return disabled(job);
+		return omni_job_form_disabled(job);
 	if (TransactionIdIsValid(GetTopTransactionIdIfAny()))
 		ereport(WARNING,
 				(errmsg("this transaction has made changes that Omni cannot see yet"),
@@ -128,82 +117,8 @@ call(OmniJob *job)
 	if (job->id == 0)
 		return omni_job_form(job, "failed", omni_error_text(&error));
 
-	if (!omni_tables_find())
-		elog(ERROR, "extension \"%s\" was dropped meanwhile", OMNI_EXTENSION);
+	omni_tables_require();
 	return omni_job_read(job->id);
-}
-
-/*
- * Puts a job into the queue, as a part of this transaction, and returns its row.
- */
-Datum
-omni_queue_job(OmniJob *job)
-{
-	OmniError	error = {0};
-	Datum		row;
-
-	if (!omni_enabled)
-		return disabled(job);
-	if (!omni_may_request(job, &error))
-	{
-		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
-		return omni_job_form(job, "failed", omni_error_text(&error));
-	}
-
-	row = omni_job_queue(job);
-	omni_wake_on_commit();
-	return row;
-}
-
-/*
- * Sees to it that what is unfinished goes on.  Returns whether there is any.
- */
-Datum
-omni_refresh_wake(PG_FUNCTION_ARGS)
-{
-	OmniError	error;
-	bool		any;
-
-	if (omni_in_recovery(&error))
-		omni_error_report(&error, ERROR);
-	if (!omni_tables_find())
-		elog(ERROR, "extension \"%s\" does not exist", OMNI_EXTENSION);
-	any = omni_job_any_unfinished();
-	if (any && !omni_worker_wake(&error))
-		omni_error_report(&error, ERROR);
-	PG_RETURN_BOOL(any);
-}
-
-/*
- * BEFORE ROW trigger: skip the INSERT, UPDATE or DELETE.  The extension's tables have
- * it enabled for replicas only, so that it fires for what logical replication applies.
- */
-Datum
-omni_refresh_keep_out(PG_FUNCTION_ARGS)
-{
-	if (!CALLED_AS_TRIGGER(fcinfo))
-		ereport(ERROR,
-				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("omni_refresh_keep_out() must be called as a trigger")));
-	PG_RETURN_POINTER(NULL);
-}
-
-/*
- * Begins a job of the current user, at the server of the setting.
- */
-void
-omni_job_init(OmniJob *job, const char *origin)
-{
-	OmniRequest *request = &job->request;
-
-	memset(job, 0, sizeof(*job));
-	job->origin = origin;
-	namestrcpy(&request->server, omni_server);
-	request->role = GetUserId();
-	namestrcpy(&request->requested_by, GetUserNameFromId(request->role, false));
-	request->requested_at = GetCurrentTimestamp();
-	if (!omni_tables_find())
-		elog(ERROR, "extension \"%s\" does not exist", OMNI_EXTENSION);
 }
 
 /* Checks the first argument. */
@@ -287,37 +202,6 @@ read_refresh(FunctionCallInfo fcinfo, OmniJob *job)
 				 errdetail("The path and the query of its URL would have %zu bytes, and may have %d.",
 						   omni_api_path_length(&job->request), OMNI_MAX_PATH),
 				 errhint(TOO_LONG_HINT)));
-}
-
-/* The row of a job that is not even queued because omni_refresh.enabled is off. */
-static Datum
-disabled(const OmniJob *job)
-{
-	ereport(NOTICE,
-			(errmsg("the request was canceled because \"omni_refresh.enabled\" is off")));
-	return omni_job_form(job, "canceled", NULL);
-}
-
-/* Whether this user may make requests to the server, as far as one sees from here. */
-bool
-omni_may_request(const OmniJob *job, OmniError *error)
-{
-	OmniTarget	target;
-
-	return !omni_in_recovery(error) &&
-		omni_target_find(NameStr(job->request.server), job->request.role, &target, error);
-}
-
-/* A standby has no worker, which writes. */
-bool
-omni_in_recovery(OmniError *error)
-{
-	if (!RecoveryInProgress())
-		return false;
-	omni_error_set(error, ERRCODE_READ_ONLY_SQL_TRANSACTION,
-				   "cannot send requests to Omni during recovery");
-	omni_error_hint(error, "Call the function on the primary.");
-	return true;
 }
 
 /*

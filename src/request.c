@@ -1,0 +1,156 @@
+/*-------------------------------------------------------------------------
+ *
+ * request.c
+ *		What the SQL-callable functions share: make a job, queue it, and find one by its id.
+ *
+ * The files of the SQL-callable functions use this one, and none of them uses another.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xlog.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "utils/acl.h"
+#include "utils/builtins.h"
+#include "utils/timestamp.h"
+
+#include "job.h"
+#include "omni_refresh.h"
+#include "option.h"
+#include "request.h"
+#include "setting.h"
+#include "wakeup.h"
+
+static bool is_own(const OmniRequest *request);
+
+/*
+ * Begins a job of the current user, at the server of the setting.
+ */
+void
+omni_job_init(OmniJob *job, const char *origin)
+{
+	OmniRequest *request = &job->request;
+
+	memset(job, 0, sizeof(*job));
+	job->origin = origin;
+	namestrcpy(&request->server, omni_server);
+	request->role = GetUserId();
+	namestrcpy(&request->requested_by, GetUserNameFromId(request->role, false));
+	request->requested_at = GetCurrentTimestamp();
+	omni_tables_require();
+}
+
+/*
+ * Find the extension's tables, or raise an error.
+ */
+void
+omni_tables_require(void)
+{
+	if (!omni_tables_find())
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("extension \"%s\" does not exist", OMNI_EXTENSION)));
+}
+
+/* Whether this user may make requests to the server, as far as one sees from here. */
+bool
+omni_may_request(const OmniJob *job, OmniError *error)
+{
+	OmniTarget	target;
+
+	return !omni_in_recovery(error) &&
+		omni_target_find(NameStr(job->request.server), job->request.role, &target, error);
+}
+
+/* A standby has no worker, which writes. */
+bool
+omni_in_recovery(OmniError *error)
+{
+	if (!RecoveryInProgress())
+		return false;
+	omni_error_set(error, ERRCODE_READ_ONLY_SQL_TRANSACTION,
+				   "cannot send requests to Omni during recovery");
+	omni_error_hint(error, "Call the function on the primary.");
+	return true;
+}
+
+/*
+ * Puts a job into the queue, as a part of this transaction, and returns its row.
+ */
+Datum
+omni_queue_job(OmniJob *job)
+{
+	OmniError	error = {0};
+	Datum		row;
+
+	if (!omni_enabled)
+		return omni_job_form_disabled(job);
+	if (!omni_may_request(job, &error))
+	{
+		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
+		return omni_job_form(job, "failed", omni_error_text(&error));
+	}
+
+	row = omni_job_queue(job);
+	omni_wake_on_commit();
+	return row;
+}
+
+/* The row of a job that is not even queued because omni_refresh.enabled is off. */
+Datum
+omni_job_form_disabled(const OmniJob *job)
+{
+	ereport(NOTICE,
+			(errmsg("the request was canceled because \"omni_refresh.enabled\" is off")));
+	return omni_job_form(job, "canceled", NULL);
+}
+
+/* The first argument, the number of a job */
+int64
+omni_job_argument(FunctionCallInfo fcinfo)
+{
+	if (PG_ARGISNULL(0))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("id must not be null"),
+				 errhint("Give the id of a job in omni_refresh_job.")));
+	return PG_GETARG_INT64(0);
+}
+
+/* Looks at a job, and at the one that carries it out.  Raises an error if there is none. */
+void
+omni_job_find(int64 id, OmniJobState *own, OmniJobState *carrier)
+{
+	OmniJobState next;
+	bool		found;
+
+	omni_tables_require();
+	SPI_connect();
+	found = omni_job_look(id, own);
+	*carrier = *own;
+	while (found && carrier->merged_into != 0 && omni_job_look(carrier->merged_into, &next))
+		*carrier = next;
+	SPI_finish();
+	if (!found)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("job " INT64_FORMAT " does not exist", id)));
+	if (!is_own(&own->job.request))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied for job " INT64_FORMAT, id),
+				 errhint("It is for those who have the privileges of the role that requested it, or of the owner of the table.")));
+}
+
+/* Whether the current user has what the requester has, or what the table's owner has. */
+static bool
+is_own(const OmniRequest *request)
+{
+	char	   *rolename = GetUserNameFromId(request->role, true);
+
+	return has_privs_of_role(GetUserId(), omni_job_owner()) ||
+		(rolename != NULL && strcmp(rolename, NameStr(request->requested_by)) == 0 &&
+		 has_privs_of_role(GetUserId(), request->role));
+}

@@ -1,0 +1,28 @@
+/*-------------------------------------------------------------------------
+ *
+ * trigger.c
+ *		omni_refresh_keep_out(): the trigger that keeps logical replication out of the
+ *		extension's tables.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "commands/trigger.h"
+#include "fmgr.h"
+
+PG_FUNCTION_INFO_V1(omni_refresh_keep_out);
+
+/*
+ * BEFORE ROW trigger: skip the INSERT, UPDATE or DELETE.  The extension's tables have
+ * it enabled for replicas only, so that it fires for what logical replication applies.
+ */
+Datum
+omni_refresh_keep_out(PG_FUNCTION_ARGS)
+{
+	if (!CALLED_AS_TRIGGER(fcinfo))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("omni_refresh_keep_out() must be called as a trigger")));
+	PG_RETURN_POINTER(NULL);
+}

@@ -1,0 +1,149 @@
+/*-------------------------------------------------------------------------
+ *
+ * wait.c
+ *		omni_refresh_wait(): wait until a job has ended.
+ *
+ * The function polls the table of jobs.  Between two looks it sees to it that a worker
+ * is there, and reports each change of the status.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xlog.h"
+#include "miscadmin.h"
+#include "storage/latch.h"
+#include "utils/builtins.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+#include "utils/wait_event.h"
+
+#include "clock.h"
+#include "compat.h"
+#include "job.h"
+#include "request.h"
+#include "workerslot.h"
+
+/* How often to read the row of the job, in ms: the delay doubles from the first to the last */
+#define LOOK_FIRST			10
+#define LOOK_LAST			500
+
+/* How often to make sure that there is a worker, in ms */
+#define WAKE_ROUND			5000
+
+/* How often to report that a job has not ended yet, in ms */
+#define REPORT_ROUND		30000
+
+static bool has_ended(const OmniJobState *state);
+static int64 timeout_argument(FunctionCallInfo fcinfo);
+static void wait_for_latch(long timeout);
+
+PG_FUNCTION_INFO_V1(omni_refresh_wait);
+
+/*
+ * Waits until a job, or the one that carries it out, has come to its end, and
+ * returns its row; after the timeout with a WARNING, as it is then.
+ */
+Datum
+omni_refresh_wait(PG_FUNCTION_ARGS)
+{
+	int64		id = omni_job_argument(fcinfo);
+	int64		began = omni_clock();
+	int64		until = began + timeout_argument(fcinfo);
+	int64		woken = 0;
+	int64		reported = began;
+	bool		complained = false;
+	char		last[sizeof(((OmniJobState *) NULL)->status)] = "";
+	long		delay = LOOK_FIRST;
+	MemoryContext looks = AllocSetContextCreate(CurrentMemoryContext, "omni_refresh wait",
+												ALLOCSET_SMALL_SIZES);
+	OmniJobState own;
+	OmniJobState state;
+	OmniError	error;
+
+	for (;;)
+	{
+		int64		now = omni_clock();
+		MemoryContext context = MemoryContextSwitchTo(looks);
+
+		omni_job_find(id, &own, &state);
+		MemoryContextSwitchTo(context);
+		MemoryContextReset(looks);
+		if (has_ended(&state))
+			break;
+		if (state.uncommitted)
+			ereport(ERROR,
+					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+					 errmsg("job " INT64_FORMAT " was requested by this transaction, which is not committed", id),
+					 errdetail("It is sent after the commit."),
+					 errhint("Commit first.")));
+		if (now >= until)
+		{
+			ereport(WARNING,
+					(errmsg("job " INT64_FORMAT " did not come to its end in time: it is %s", state.job.id, state.status),
+					 errhint("omni_refresh_event tells what it has come to so far.")));
+			break;
+		}
+
+		if ((woken == 0 || now - woken >= OMNI_MS(WAKE_ROUND)) && !RecoveryInProgress())
+		{
+			if (!omni_worker_wake(&error) && !complained)
+			{
+				omni_error_report(&error, WARNING);
+				complained = true;
+			}
+			woken = now;
+		}
+		if ((last[0] != '\0' && strcmp(last, state.status) != 0) ||
+			now - reported >= OMNI_MS(REPORT_ROUND))
+		{
+			ereport(NOTICE,
+					(errmsg("job " INT64_FORMAT " is %s", state.job.id, state.status)));
+			reported = now;
+		}
+		strcpy(last, state.status);
+
+		wait_for_latch(Max(Min(delay, (until - now) / 1000), 1));
+		delay = Min(2 * delay, LOOK_LAST);
+	}
+	PG_RETURN_DATUM(omni_job_read(state.job.id));
+}
+
+/* The second argument, how long to wait, in microseconds */
+static int64
+timeout_argument(FunctionCallInfo fcinfo)
+{
+	Interval   *timeout = PG_ARGISNULL(1) ? NULL : PG_GETARG_INTERVAL_P(1);
+	double		microseconds;
+
+	if (timeout == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("timeout must not be null")));
+	microseconds = timeout->time + (double) USECS_PER_DAY *
+		(timeout->day + (double) DAYS_PER_MONTH * timeout->month);
+	if (microseconds < 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("timeout must not be negative")));
+	return (int64) Min(microseconds, (double) USECS_PER_DAY * 365 * 100);
+}
+
+static bool
+has_ended(const OmniJobState *state)
+{
+	return strcmp(state->status, "pending") != 0 && strcmp(state->status, "sending") != 0 &&
+		strcmp(state->status, "running") != 0;
+}
+
+static void
+wait_for_latch(long timeout)
+{
+	static uint32 wait_event = 0;
+
+	if (wait_event == 0)
+		wait_event = WaitEventExtensionNew("OmniRefreshWait");
+	(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, timeout, wait_event);
+	ResetLatch(MyLatch);
+	CHECK_FOR_INTERRUPTS();
+}
