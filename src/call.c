@@ -33,16 +33,13 @@
 #define START_PATIENCE		5000
 #define START_RETRY			20
 
-/* How long to wait for a start that nobody watches, in ms; workerslot.c says the same */
-#define UNWATCHED_START		5000
-
 static dsm_segment *kept_segment = NULL;	/* of this backend's calls */
 static dsm_segment *starter_call = NULL;	/* in a worker that is starting */
 static emit_log_hook_type next_emit_log_hook = NULL;
 
 static Size reserve(Size *size, Size room);
 static void wait_for_latch(long timeout);
-static void forsake_call(dsm_segment *segment, Datum arg);
+static void abandon_call(dsm_segment *segment, Datum arg);
 static void keep_reason(ErrorData *data);
 static void lose_call(dsm_segment *segment, Datum arg);
 
@@ -62,7 +59,6 @@ omni_call_create(const OmniRequest *request, const char *lookup, dsm_segment **s
 	Size		answer_at = reserve(&size, lookup != NULL ? OMNI_MAX_ANSWER : 0);
 	OmniCall   *call;
 
-	omni_worker_prepare();
 	if (kept_segment != NULL && dsm_segment_map_length(kept_segment) < size)
 		dsm_detach(kept_segment);
 	if (kept_segment != NULL)
@@ -70,7 +66,7 @@ omni_call_create(const OmniRequest *request, const char *lookup, dsm_segment **s
 	else
 	{
 		kept_segment = dsm_create(Max(size, SEGMENT_SIZE), 0);
-		on_dsm_detach(kept_segment, forsake_call, (Datum) 0);
+		on_dsm_detach(kept_segment, abandon_call, (Datum) 0);
 	}
 	*segment = kept_segment;
 	call = dsm_segment_address(*segment);
@@ -155,7 +151,7 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 			if (result == HANDED_OVER)
 				wait_for_latch(-1);
 			else if (result == HANDED_OVER_UNWATCHED)
-				wait_for_latch(UNWATCHED_START);
+				wait_for_latch(OMNI_UNWATCHED_START);
 			else if (result == RING_FULL)
 				omni_worker_wait_for_room();
 			else if (result == NO_WORKER &&
@@ -206,7 +202,7 @@ wait_for_latch(long timeout)
  * tells the worker that nobody waits any more, and leaves no start unwatched.
  */
 static void
-forsake_call(dsm_segment *segment, Datum arg)
+abandon_call(dsm_segment *segment, Datum arg)
 {
 	OmniCall   *call = dsm_segment_address(segment);
 
@@ -215,7 +211,7 @@ forsake_call(dsm_segment *segment, Datum arg)
 		return;
 
 	pg_atomic_write_u32(&call->forsaken, 1);
-	omni_worker_forsake();
+	omni_worker_abandon_call();
 }
 
 /*

@@ -27,7 +27,7 @@ omni_wake_on_commit(void)
 {
 	static bool registered = false;
 
-	omni_worker_prepare();
+	omni_workerslots_attach();	/* an error after the commit would be a PANIC */
 	if (!registered)
 		RegisterXactCallback(at_transaction_end, NULL);
 	registered = true;

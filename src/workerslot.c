@@ -48,9 +48,6 @@
 #define MAX_DATABASES		96
 #define RING_SIZE			16
 
-/* How long an unwatched start may take before it is taken for failed, in ms */
-#define UNWATCHED_START		5000
-
 /* How many workers may die under one call before it gives up */
 #define MAX_STARTS			3
 
@@ -108,7 +105,6 @@ static Shared *shared = NULL;
 static LOCKTAG worker_lock;		/* held by the worker of the database */
 static bool (*has_work) (void) = NULL;	/* the worker, for the next one */
 
-static void attach_shared(void);
 static void init_shared(OMNI_SHARED_INIT_ARGS);
 static Slot *find_slot(Oid database);
 static Slot *make_slot(Oid database, SlotState state, int owner);
@@ -123,13 +119,6 @@ static void tell_of_successor(OmniHandOver result);
 static bool start_has_failed(const Slot *slot);
 static bool lock_on_database(VirtualTransactionId *holder);
 static void leave_slot(int code, Datum arg);
-
-/* Attaches shared memory, which may raise an error. */
-void
-omni_worker_prepare(void)
-{
-	attach_shared();
-}
 
 /* Sees to it that this database has a worker; with flag, that it looks at the queue. */
 OmniHandOver
@@ -150,6 +139,7 @@ omni_worker_hand_over(OmniWaiter *waiter)
 	Slot	   *slot;
 	pid_t		pid;
 
+	omni_workerslots_attach();
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(MyDatabaseId);
 
@@ -238,9 +228,12 @@ omni_worker_wait_for_room(void)
  * no start unwatched.
  */
 void
-omni_worker_forsake(void)
+omni_worker_abandon_call(void)
 {
 	Slot	   *slot;
+
+	if (shared == NULL)			/* could not be attached, so nothing was handed over */
+		return;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(MyDatabaseId);
@@ -287,7 +280,7 @@ see_to_worker(Oid database, bool flag, bool leave_at_once, BackgroundWorkerHandl
 bool
 omni_worker_launch(Oid database, BackgroundWorkerHandle **handle)
 {
-	attach_shared();
+	omni_workerslots_attach();
 	return see_to_worker(database, false, true, handle) == HANDED_OVER;
 }
 
@@ -297,7 +290,7 @@ omni_worker_wake(OmniError *error)
 {
 	OmniHandOver result;
 
-	attach_shared();
+	omni_workerslots_attach();
 	result = see_to_worker(MyDatabaseId, true, false, NULL);
 	if (result != HANDED_OVER)
 		omni_worker_explain(result, NULL, error);
@@ -325,7 +318,7 @@ static bool
 start_has_failed(const Slot *slot)
 {
 	return slot->state == SLOT_STARTING && slot->owner == NOBODY &&
-		omni_clock() - slot->made_at >= OMNI_MS(UNWATCHED_START);
+		omni_clock() - slot->made_at >= OMNI_MS(OMNI_UNWATCHED_START);
 }
 
 /*
@@ -380,7 +373,7 @@ omni_worker_turn_back(void)
 {
 	Slot	   *slot;
 
-	attach_shared();
+	omni_workerslots_attach();
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(MyDatabaseId);
 	if (slot != NULL && slot->state == SLOT_STARTING && slot->owner == NOBODY)
@@ -405,7 +398,7 @@ omni_worker_attach(bool (*has_work_for_next) (void))
 	Slot	   *slot;
 
 	has_work = has_work_for_next;
-	attach_shared();
+	omni_workerslots_attach();
 	SET_LOCKTAG_ADVISORY(worker_lock, MyDatabaseId, 0x6f6d6e69, 0x72667368, 0x4f52);	/* "omnirfsh" */
 	(void) LockAcquire(&worker_lock, ExclusiveLock, true, false);
 	before_shmem_exit(leave_slot, (Datum) 0);
@@ -617,8 +610,13 @@ omni_worker_next_call(void)
 	return handle;
 }
 
-static void
-attach_shared(void)
+/*
+ * Attach the shared memory of the slots.  Raises an error if that fails.  The functions
+ * of this file that may raise one attach it themselves; a caller of those that must not
+ * does it in advance.
+ */
+void
+omni_workerslots_attach(void)
 {
 	if (shared != NULL)
 		return;

@@ -13,6 +13,12 @@
 
 #include "error.h"
 
+/*
+ * How long to wait for a worker whose start nobody watches before the start counts as
+ * failed, in ms
+ */
+#define OMNI_UNWATCHED_START	5000
+
 /* What became of an attempt to have a worker */
 typedef enum OmniHandOver
 {
@@ -35,11 +41,11 @@ typedef struct OmniWaiter
 
 /* in backends */
 extern OmniHandOver omni_worker_hand_over(OmniWaiter *waiter);
-extern void omni_worker_prepare(void);
+extern void omni_workerslots_attach(void);
 extern OmniHandOver omni_worker_ensure(bool flag);
 extern void omni_worker_explain(OmniHandOver result, const OmniError *start_error, OmniError *error);
 extern void omni_worker_wait_for_room(void);
-extern void omni_worker_forsake(void);
+extern void omni_worker_abandon_call(void);
 extern bool omni_worker_wake(OmniError *error);
 extern bool omni_worker_launch(Oid database, BackgroundWorkerHandle **handle);
 
