@@ -26,10 +26,10 @@
 #include "setting.h"
 #include "workerslot.h"
 
-/* Enough for a call but for one with long lists, in bytes */
+/* In bytes; enough for any call without long lists */
 #define SEGMENT_SIZE		8192
 
-/* How long to try to get a background worker of the server's, in ms */
+/* How long, and how often, to try to start a worker while none is available, in ms */
 #define START_PATIENCE		5000
 #define START_RETRY			20
 
@@ -44,17 +44,19 @@ static void keep_reason(ErrorData *data);
 static void lose_call(dsm_segment *segment, Datum arg);
 
 /*
- * Makes a segment for a call: a job, or a look-up unless that is NULL.  It belongs
- * to the current resource owner until omni_call_end(); when it goes before that, the
- * worker learns that the caller has left.  To make one is a tenth of a call's time,
- * so a session keeps its segment.
+ * Create a segment for a call: for a look-up, or for a job if lookup is NULL.  The segment
+ * belongs to the current resource owner until omni_call_end(); if it is detached before
+ * that, the call is abandoned.  A session keeps its segment for the next call, since to
+ * create one takes a tenth of a call's time.
  */
 OmniCall *
 omni_call_create(const OmniRequest *request, const char *lookup, dsm_segment **segment)
 {
 	Size		size = MAXALIGN(sizeof(OmniCall));
-	Size		schemas_at = reserve(&size, request->schemas != NULL ? VARSIZE(request->schemas) : 0);
-	Size		tables_at = reserve(&size, request->tables != NULL ? VARSIZE(request->tables) : 0);
+	Size		schemas_size = request->schemas != NULL ? VARSIZE(request->schemas) : 0;
+	Size		tables_size = request->tables != NULL ? VARSIZE(request->tables) : 0;
+	Size		schemas_at = reserve(&size, schemas_size);
+	Size		tables_at = reserve(&size, tables_size);
 	Size		lookup_at = reserve(&size, lookup != NULL ? strlen(lookup) + 1 : 0);
 	Size		answer_at = reserve(&size, lookup != NULL ? OMNI_MAX_ANSWER : 0);
 	OmniCall   *call;
@@ -82,15 +84,15 @@ omni_call_create(const OmniRequest *request, const char *lookup, dsm_segment **s
 	call->lookup = lookup_at;
 	call->answer = answer_at;
 	if (request->schemas != NULL)
-		memcpy((char *) call + schemas_at, request->schemas, VARSIZE(request->schemas));
+		memcpy((char *) call + schemas_at, request->schemas, schemas_size);
 	if (request->tables != NULL)
-		memcpy((char *) call + tables_at, request->tables, VARSIZE(request->tables));
+		memcpy((char *) call + tables_at, request->tables, tables_size);
 	if (lookup != NULL)
 		strcpy((char *) call + lookup_at, lookup);
 	return call;
 }
 
-/* Adds room to the size of a segment; returns its offset, or 0 for none. */
+/* Add room to the size of a segment.  Returns its offset, or 0 if room is 0. */
 static Size
 reserve(Size *size, Size room)
 {
@@ -100,7 +102,7 @@ reserve(Size *size, Size room)
 	return offset;
 }
 
-/* Ends a call, whose results are no longer needed. */
+/* End a call whose results are no longer needed. */
 void
 omni_call_end(dsm_segment *segment)
 {
@@ -114,13 +116,13 @@ omni_call_end(dsm_segment *segment)
 }
 
 /*
- * Hands a call over to the worker, which is started if need be, and waits for
- * its results.  Returns false, and says why in *error, if there is no worker to be
- * had; errors of the call itself are among its results.  Can be interrupted.
+ * Hand a call over to the worker, starting one if necessary, and wait for the results.
+ * Returns false and sets *error if no worker is available; errors of the call itself are
+ * among its results.  Can be interrupted.
  *
- * If the worker ends meanwhile, the call is handed over to the next one.  If there
- * is a job by then, which may have been sent, the next worker settles it, and that
- * is all it does about it.
+ * If the worker ends meanwhile, the call is handed over to the next worker.  If the call
+ * has a job by then, its request may have been sent, so the next worker does not send it
+ * again, but only settles the job.
  */
 bool
 omni_call_run(dsm_segment *segment, OmniError *error)
@@ -170,18 +172,18 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 	}
 }
 
-/* Says that a job was left behind by its worker. */
+/* Set *error to say that the worker ended before the job of a call did. */
 void
 omni_call_lost(const OmniCall *call, OmniError *error)
 {
 	omni_error_set(error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
 				   "the background worker ended before job " INT64_FORMAT " was finished",
 				   call->job_id);
-	omni_error_detail(error, "Whether Omni has got the request is not known if the job's status is now \"unknown\"; it was not sent if that is \"canceled\".");
+	omni_error_detail(error, "Whether Omni has received the request is not known if the job's status is now \"unknown\"; it was not sent if that is \"canceled\".");
 	omni_error_hint(error, "Look in Omni before you send it again.  The server's log says why the worker ended.");
 }
 
-/* -1 means no time limit.  Resets the latch. */
+/* Wait for this process's latch, for up to timeout ms (-1 means no limit), and reset it. */
 static void
 wait_for_latch(long timeout)
 {
@@ -198,8 +200,8 @@ wait_for_latch(long timeout)
 }
 
 /*
- * Runs in a backend when the segment of its call goes, also on ERROR and FATAL:
- * tells the worker that nobody waits any more, and leaves no start unwatched.
+ * on_dsm_detach callback of a backend, which runs on ERROR and FATAL, too: mark a call
+ * that is not done as abandoned, and wake the worker to see it.
  */
 static void
 abandon_call(dsm_segment *segment, Datum arg)
@@ -215,8 +217,8 @@ abandon_call(dsm_segment *segment, Datum arg)
 }
 
 /*
- * In a worker that is starting: lets the one who has started it for a call, if any, know
- * what errors it meets before omni_call_started().
+ * In a worker that is starting: until omni_call_started(), report errors in the segment of
+ * the call that the worker was started for, if any.
  */
 void
 omni_call_watch_start(dsm_handle call)
@@ -229,7 +231,7 @@ omni_call_watch_start(dsm_handle call)
 	emit_log_hook = keep_reason;
 }
 
-/* The worker has started. */
+/* The worker has started: stop reporting errors in the segment. */
 void
 omni_call_started(void)
 {
@@ -239,7 +241,7 @@ omni_call_started(void)
 	starter_call = NULL;
 }
 
-/* Called for each message that is logged. */
+/* emit_log_hook: keep an error of the start in the segment of the call. */
 static void
 keep_reason(ErrorData *data)
 {
@@ -256,9 +258,9 @@ keep_reason(ErrorData *data)
 }
 
 /*
- * The next call that some backend waits for, or NULL.  The segment lives until
- * it is detached; if that happens before omni_call_finish(), the caller learns
- * that its call was lost.
+ * Take the next call out of the ring and return its segment, or NULL.  The segment stays
+ * attached until it is detached explicitly; if that happens before omni_call_finish(), the
+ * caller learns that its call was lost.
  */
 dsm_segment *
 omni_call_next(void)
@@ -270,7 +272,7 @@ omni_call_next(void)
 		dsm_segment *segment;
 		OmniCall   *call;
 
-		if (dsm_find_mapping(handle) != NULL)	/* it is in hand already */
+		if (dsm_find_mapping(handle) != NULL)	/* taken already */
 			continue;
 		segment = dsm_attach(handle);
 		if (segment == NULL)	/* the caller has left */
@@ -285,8 +287,8 @@ omni_call_next(void)
 }
 
 /*
- * Tells the caller what became of its call, and lets go of the segment: the caller
- * may use it again at once.
+ * Reply to the caller of a call, and detach the segment, which the caller may use again
+ * at once.
  */
 void
 omni_call_finish(dsm_segment *segment, int64 job_id, const OmniError *error)
@@ -303,7 +305,7 @@ omni_call_finish(dsm_segment *segment, int64 job_id, const OmniError *error)
 	dsm_detach(segment);
 }
 
-/* Runs in the worker when it lets go of a call. */
+/* on_dsm_detach callback of the worker: mark a call that is not done as lost. */
 static void
 lose_call(dsm_segment *segment, Datum arg)
 {

@@ -17,7 +17,7 @@
 /* How a connection to Omni was made, as plain data */
 typedef struct OmniProbe
 {
-	bool		begun;			/* else the error says why not */
+	bool		begun;			/* if not, the error says why */
 	bool		answered;
 	OmniPhase	phase;			/* where it failed, if not answered */
 	int			http_status;
@@ -31,12 +31,12 @@ typedef struct OmniProbe
 	char		expires[64];
 } OmniProbe;
 
-/* How far the hand-over of a call has come */
+/* The state of a call between backend and worker */
 typedef enum OmniCallState
 {
-	OMNI_CALL_WAITING,			/* nobody has taken it yet */
+	OMNI_CALL_WAITING,			/* no worker has taken it yet */
 	OMNI_CALL_TAKEN,			/* the worker has it */
-	OMNI_CALL_DONE,				/* the results are in */
+	OMNI_CALL_DONE,				/* the results are written */
 	OMNI_CALL_LOST				/* the worker ended before that */
 } OmniCallState;
 
@@ -59,7 +59,7 @@ typedef struct OmniCall
 	Size		lookup;			/* offset of what to look up, as in
 								 * "models?name=x"; 0: it is a job */
 	Size		answer;			/* of a look-up: offset of room for the answer */
-	bool		probe;			/* of a look-up: tell how it was reached */
+	bool		probe;			/* of a look-up: describe the connection */
 
 	/* results */
 	int64		job_id;			/* 0 when there is no row */

@@ -1,8 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * check.c
- *		omni_refresh_check(): the doctor.  Goes the way that a request goes, and says
- *		of each step whether it is all right, and else what to do.
+ *		omni_refresh_check(): diagnose the configuration.  Take the steps of a request
+ *		one by one and report for each whether it succeeds, and if not, what to do.
  *
  *-------------------------------------------------------------------------
  */
@@ -24,10 +24,11 @@
 #include "request.h"
 #include "setting.h"
 
-/* A certificate that is valid for less than so many days is worth a remark */
+/* Report a certificate that expires in fewer days than this */
 #define DAYS_LEFT			14
 
-static void say(ReturnSetInfo *result, const char *name, bool ok, const char *format,...) pg_attribute_printf(4, 5);
+static void say(ReturnSetInfo *result, const char *name, bool ok,
+				const char *format,...) pg_attribute_printf(4, 5);
 static void say_error(ReturnSetInfo *result, const char *name, const OmniError *error);
 static bool check_access(ReturnSetInfo *result, const OmniJob *job);
 static void check_way(ReturnSetInfo *result, OmniJob *job);
@@ -53,7 +54,7 @@ omni_refresh_check(PG_FUNCTION_ARGS)
 	return (Datum) 0;
 }
 
-/* Adds a line to the result. */
+/* Add a row to the result. */
 static void
 say(ReturnSetInfo *result, const char *name, bool ok, const char *format,...)
 {
@@ -77,7 +78,7 @@ say_error(ReturnSetInfo *result, const char *name, const OmniError *error)
 		error->hint[0] != '\0' ? "  " : "", error->hint);
 }
 
-/* Server, USAGE and user mapping.  Returns whether a request may be made at all. */
+/* Check server, USAGE and user mapping.  Returns whether a request may be sent. */
 static bool
 check_access(ReturnSetInfo *result, const OmniJob *job)
 {
@@ -92,7 +93,8 @@ check_access(ReturnSetInfo *result, const OmniJob *job)
 		return false;
 	}
 	if (!omni_target_find(NameStr(job->request.server), job->request.role, &target, &error))
-		reached = target.base_url != NULL ? 2 : error.sqlstate == ERRCODE_INSUFFICIENT_PRIVILEGE ? 1 : 0;
+		reached = target.base_url != NULL ? 2 :
+			error.sqlstate == ERRCODE_INSUFFICIENT_PRIVILEGE ? 1 : 0;
 
 	if (reached > 0)
 		say(result, steps[0], true, "\"%s\"", NameStr(job->request.server));
@@ -105,12 +107,13 @@ check_access(ReturnSetInfo *result, const OmniJob *job)
 	return reached == lengthof(steps);
 }
 
-/* The worker, and from there the key, the connection and Omni's answer */
+/* Check the worker, and by a look-up of the worker's the key, the connection and the answer. */
 static void
 check_way(ReturnSetInfo *result, OmniJob *job)
 {
 	dsm_segment *segment;
-	OmniCall   *call = omni_call_create(&job->request, omni_api_models_lookup(NULL, NULL, NULL), &segment);
+	OmniCall   *call = omni_call_create(&job->request, omni_api_models_lookup(NULL, NULL, NULL),
+										&segment);
 	OmniError	error;
 
 	call->probe = true;
@@ -186,7 +189,7 @@ check_certificate(ReturnSetInfo *result, const OmniProbe *probed)
 			days >= DAYS_LEFT ? "" : ": have it renewed");
 }
 
-/* What is left to do, as far as this user may see it */
+/* Count the jobs that have not ended and are visible to this user. */
 static void
 check_jobs(ReturnSetInfo *result)
 {

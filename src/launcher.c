@@ -2,12 +2,12 @@
  *
  * launcher.c
  *		The launcher: with shared_preload_libraries, starts the worker once in each
- *		database after a start of the server or a promotion, so that what is queued
- *		there goes on by itself.
+ *		database after a start of the server or a promotion, so that queued jobs are
+ *		sent without a new request.
  *
- * A worker that finds nothing to do leaves at once.  The launcher then sleeps for
- * ever: after a crash of some backend the postmaster starts it again with all
- * others, which it would not do had it left.
+ * A worker that finds nothing to do exits at once.  The launcher then sleeps for ever
+ * instead of exiting: so the postmaster restarts it after the crash of a backend, which
+ * ends all workers.
  *
  *-------------------------------------------------------------------------
  */
@@ -33,10 +33,10 @@
 #include "omni_refresh.h"
 #include "workerslot.h"
 
-/* Before a launcher that has failed is started again, in s */
+/* How soon the postmaster restarts a launcher that has failed, in s */
 #define RESTART_AFTER		60
 
-/* How long a worker that has just been started is waited for, in ms */
+/* How long to wait for a worker that was just started, in ms */
 #define PATIENCE			1000
 
 PGDLLEXPORT void omni_refresh_launcher_main(Datum main_arg);
@@ -45,7 +45,7 @@ static List *list_databases(void);
 static void launch(Oid database);
 static void wait_for_latch(long timeout);
 
-/* Called when the library is preloaded. */
+/* Register the launcher.  Called while the library is preloaded. */
 void
 omni_launcher_register(void)
 {
@@ -80,7 +80,7 @@ omni_refresh_launcher_main(Datum main_arg)
 		wait_for_latch(-1);
 }
 
-/* The databases that one can connect to and that are not meant to be copied. */
+/* List the databases that accept connections and are not templates. */
 static List *
 list_databases(void)
 {
@@ -113,9 +113,9 @@ list_databases(void)
 }
 
 /*
- * Starts the worker of a database and gives it a moment to find out whether it has
- * anything to do, so that no more than a few of max_worker_processes are in use
- * at a time.  While there is none to be had, it waits.
+ * Start the worker of a database, waiting while no background worker is available.  Then
+ * give the worker a moment to find out whether it has anything to do, so that no more than
+ * a few of max_worker_processes are in use at a time.
  */
 static void
 launch(Oid database)
@@ -133,7 +133,7 @@ launch(Oid database)
 		wait_for_latch(PATIENCE);
 }
 
-/* Waits until something happens, or so many ms have passed; -1 means no limit. */
+/* Wait for this process's latch, for up to timeout ms (-1 means no limit), and reset it. */
 static void
 wait_for_latch(long timeout)
 {

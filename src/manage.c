@@ -22,7 +22,7 @@ PG_FUNCTION_INFO_V1(omni_refresh_retry);
 PG_FUNCTION_INFO_V1(omni_refresh_wake);
 
 /*
- * Cancels a job that is pending, if it still is, which it returns.
+ * Cancel a job if it is pending.  Returns whether it was.
  */
 Datum
 omni_refresh_cancel(PG_FUNCTION_ARGS)
@@ -37,13 +37,13 @@ omni_refresh_cancel(PG_FUNCTION_ARGS)
 	canceled = omni_job_cancel(&own.job, GetUserNameFromId(GetUserId(), false));
 	SPI_finish();
 	if (canceled)
-		omni_wake_on_commit();	/* for those that were merged into it */
+		omni_wake_on_commit();	/* it goes on with jobs that were merged into this one */
 	PG_RETURN_BOOL(canceled);
 }
 
 /*
- * Queues what a job asked for once more, on behalf of the current user, and
- * returns the new job's row.
+ * Queue the request of a job again, on behalf of the current user, and return the new
+ * job's row.
  */
 Datum
 omni_refresh_retry(PG_FUNCTION_ARGS)
@@ -73,7 +73,7 @@ omni_refresh_retry(PG_FUNCTION_ARGS)
 }
 
 /*
- * Sees to it that what is unfinished goes on.  Returns whether there is any.
+ * Start or wake the worker if any job has not ended.  Returns whether there is one.
  */
 Datum
 omni_refresh_wake(PG_FUNCTION_ARGS)

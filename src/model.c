@@ -1,10 +1,10 @@
 /*-------------------------------------------------------------------------
  *
  * model.c
- *		omni_refresh_models(): the models that Omni has.
+ *		omni_refresh_models(): list the models of the Omni instance.
  *
- * Each page is a call to the worker, whose answer comes back as it is and is read
- * here.  No more than one page is in memory at a time.
+ * Each page is a call to the worker, which returns Omni's answer unparsed.  Parse it in
+ * this session, with no more than one page in memory at a time.
  *
  *-------------------------------------------------------------------------
  */
@@ -23,19 +23,19 @@
 #include "request.h"
 #include "setting.h"
 
-/* What the rate limit may keep a page waiting, on top of call_timeout, in ms */
+/* How long the rate limit may delay a page, in addition to call_timeout, in ms */
 #define RATE_PATIENCE		70000
 
-/* Bytes of a URL that the name, the kind and the cursor may take, each, so that it is taken */
+/* Limit in bytes for each of name, kind and cursor in a URL, so that all three fit */
 #define MAX_PARAMETER		((OMNI_MAX_PATH - 200) / 3)
 
-/* A circle of cursors */
-typedef struct Circle
+/* To detect a cycle of cursors */
+typedef struct Cycle
 {
-	char	   *cursor;			/* one that was there before, or NULL */
+	char	   *cursor;			/* an earlier cursor to compare with, or NULL */
 	int			steps;			/* taken since then */
-	int			limit;			/* then another one is kept instead */
-} Circle;
+	int			limit;			/* after so many, keep a later cursor instead */
+} Cycle;
 
 /* The columns of the result */
 enum
@@ -51,7 +51,7 @@ enum
 };
 
 static char *text_argument(FunctionCallInfo fcinfo, int argno, const char *name);
-static bool closes(Circle *circle, const char *cursor);
+static bool closes_cycle(Cycle *cycle, const char *cursor);
 static Jsonb *ask(const char *name, const char *kind, const char *cursor);
 static char *put_page(ReturnSetInfo *result, Jsonb *page);
 static void put_model(ReturnSetInfo *result, JsonbContainer *model);
@@ -62,7 +62,7 @@ pg_noreturn static void malformed(const char *what);
 PG_FUNCTION_INFO_V1(omni_refresh_models);
 
 /*
- * The models, of a name and of a kind, unless these are NULL.
+ * Return the models; with a name or a kind, only those that have it.
  */
 Datum
 omni_refresh_models(PG_FUNCTION_ARGS)
@@ -71,7 +71,7 @@ omni_refresh_models(PG_FUNCTION_ARGS)
 	char	   *name = text_argument(fcinfo, 0, "name");
 	char	   *kind = text_argument(fcinfo, 1, "kind");
 	char	   *cursor = NULL;
-	Circle		circle = {.limit = 1};
+	Cycle		cycle = {.limit = 1};
 	MemoryContext page_context = AllocSetContextCreate(CurrentMemoryContext, "omni_refresh page",
 													   ALLOCSET_DEFAULT_SIZES);
 
@@ -86,20 +86,21 @@ omni_refresh_models(PG_FUNCTION_ARGS)
 			pfree(cursor);
 		cursor = next != NULL ? pstrdup(next) : NULL;
 		MemoryContextReset(page_context);
-		if (cursor != NULL && closes(&circle, cursor))
-			malformed("The pages of models go round in a circle.");
+		if (cursor != NULL && closes_cycle(&cycle, cursor))
+			malformed("The cursors of the pages form a cycle.");
 		CHECK_FOR_INTERRUPTS();
 	} while (cursor != NULL);
 	return (Datum) 0;
 }
 
-/* An argument, or NULL.  Raises an error if a URL could not hold two like it and a cursor. */
+/* Return a text argument, or NULL.  Raises an error if it is too long for a URL. */
 static char *
 text_argument(FunctionCallInfo fcinfo, int argno, const char *name)
 {
 	char	   *value = PG_ARGISNULL(argno) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(argno));
 
-	if (value != NULL && (strlen(value) > MAX_PARAMETER || omni_api_encoded_length(value) > MAX_PARAMETER))
+	if (value != NULL &&
+		(strlen(value) > MAX_PARAMETER || omni_api_encoded_length(value) > MAX_PARAMETER))
 		ereport(ERROR,
 				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 				 errmsg("%s is too long", name),
@@ -108,27 +109,27 @@ text_argument(FunctionCallInfo fcinfo, int argno, const char *name)
 }
 
 /*
- * Whether a cursor was there before.  Of those that were, only one is kept, and each
- * for twice as many steps as the one before: so a circle is found late, but it is
- * found, whatever its length and the way into it.
+ * Whether a cursor was seen before.  This is Brent's algorithm: it keeps one earlier
+ * cursor only, each for twice as many steps as the one before.  It finds a cycle late, but
+ * finds any, however long the cycle and the path into it are.
  */
 static bool
-closes(Circle *circle, const char *cursor)
+closes_cycle(Cycle *cycle, const char *cursor)
 {
-	if (circle->cursor != NULL && strcmp(cursor, circle->cursor) == 0)
+	if (cycle->cursor != NULL && strcmp(cursor, cycle->cursor) == 0)
 		return true;
-	if (++circle->steps == circle->limit)
+	if (++cycle->steps == cycle->limit)
 	{
-		if (circle->cursor != NULL)
-			pfree(circle->cursor);
-		circle->cursor = pstrdup(cursor);
-		circle->steps = 0;
-		circle->limit *= 2;
+		if (cycle->cursor != NULL)
+			pfree(cycle->cursor);
+		cycle->cursor = pstrdup(cursor);
+		cycle->steps = 0;
+		cycle->limit *= 2;
 	}
 	return false;
 }
 
-/* Asks for a page.  Raises an error if there is none. */
+/* Request a page and return it.  Raises an error if that fails. */
 static Jsonb *
 ask(const char *name, const char *kind, const char *cursor)
 {
@@ -159,8 +160,8 @@ ask(const char *name, const char *kind, const char *cursor)
 }
 
 /*
- * Adds the models of a page to the result.  Returns the next page's cursor, or NULL,
- * also if the page says that it is the last one and has a cursor.
+ * Add the models of a page to the result.  Returns the next page's cursor, or NULL if
+ * the page says that it is the last one, even if it has a cursor.
  */
 static char *
 put_page(ReturnSetInfo *result, Jsonb *page)
@@ -168,11 +169,11 @@ put_page(ReturnSetInfo *result, Jsonb *page)
 	JsonbValue	value;
 	JsonbContainer *info = container(&page->root, "pageInfo", &value);
 	JsonbContainer *records = container(&page->root, "records", &value);
-	bool		says;			/* whether there is a next page */
+	bool		says;			/* the page has a flag for a next page */
 	char	   *next;
 
 	if (info == NULL || records == NULL || !JsonContainerIsArray(records))
-		malformed("The answer is JSON, but not of the shape that a page of models has.");
+		malformed("The answer is JSON, but its structure is not that of a page of models.");
 	for (uint32 i = 0; i < JsonContainerSize(records); i++)
 	{
 		JsonbValue *model = getIthJsonbValueFromContainer(records, i);
@@ -186,14 +187,15 @@ put_page(ReturnSetInfo *result, Jsonb *page)
 		getKeyJsonValueFromContainer(info, "hasNextPage", strlen("hasNextPage"), &value) != NULL &&
 		value.type == jbvBool;
 	next = omni_api_member(info, "nextCursor");
-	if (next != NULL && (strlen(next) > MAX_PARAMETER || omni_api_encoded_length(next) > MAX_PARAMETER))
-		malformed("A page of models names the next by more than a URL can hold.");
+	if (next != NULL &&
+		(strlen(next) > MAX_PARAMETER || omni_api_encoded_length(next) > MAX_PARAMETER))
+		malformed("The cursor for the next page is too long for a URL.");
 	if (says && value.val.boolean && next == NULL)
-		malformed("A page of models is not the last one, and does not name the next.");
+		malformed("The page is not the last one, but has no cursor for the next page.");
 	return says && !value.val.boolean ? NULL : next;
 }
 
-/* Adds a model to the result, unless it was deleted in Omni. */
+/* Add a model to the result, unless it was deleted in Omni. */
 static void
 put_model(ReturnSetInfo *result, JsonbContainer *model)
 {
@@ -226,7 +228,7 @@ put_model(ReturnSetInfo *result, JsonbContainer *model)
 	if ((text = omni_api_member(model, "updatedAt")) != NULL)
 	{
 		if (!omni_api_time(text, &values[UPDATED_AT]))
-			malformed("The time at which a model was updated is none.");
+			malformed("The update time of a model is not a valid timestamp.");
 		isnull[UPDATED_AT] = false;
 	}
 	if (isnull[ID])
@@ -241,10 +243,10 @@ set_uuid(JsonbContainer *model, const char *name, Datum *value, bool *isnull)
 
 	*isnull = text == NULL;
 	if (text != NULL && !omni_api_uuid(text, value))
-		malformed("An id of a model in the answer is no uuid.");
+		malformed("An id of a model in the answer is not a valid UUID.");
 }
 
-/* An object or array in a JSON object, and as a value; NULL when there is none. */
+/* Return the object or array that is a member of a JSON object, or NULL; set *value to it. */
 static JsonbContainer *
 container(JsonbContainer *object, const char *name, JsonbValue *value)
 {

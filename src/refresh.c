@@ -1,10 +1,10 @@
 /*-------------------------------------------------------------------------
  *
  * refresh.c
- *		The SQL-callable functions: arguments in, rows out.
+ *		The SQL-callable functions that request a refresh or the reset of a cache.
  *
- * All that can be known to be wrong is said here, in the caller's own view,
- * before anything is sent or written.
+ * They check all arguments in the session of the requester, before anything is sent to
+ * Omni or written to a table, so that an error names what the requester wrote.
  *
  *-------------------------------------------------------------------------
  */
@@ -21,7 +21,7 @@
 #include "request.h"
 #include "setting.h"
 
-/* Bytes of a list's names that are looked at, since duplicates do not count */
+/* Limit in bytes for a list with its duplicates, which are removed before the URL is measured */
 #define MAX_NAMES			1000000
 
 #define TOO_LONG_HINT		"For a soft refresh of the whole model, leave out schemas and tables and set hard to false."
@@ -48,7 +48,7 @@ PG_FUNCTION_INFO_V1(omni_refresh_cache);
 PG_FUNCTION_INFO_V1(omni_refresh_cache_on_commit);
 
 /*
- * Asks for a refresh now, waits for Omni's answer and returns the job's row.
+ * Request a refresh now, wait for Omni's answer and return the job's row.
  */
 Datum
 omni_refresh(PG_FUNCTION_ARGS)
@@ -61,7 +61,7 @@ omni_refresh(PG_FUNCTION_ARGS)
 }
 
 /*
- * Asks for a refresh once this transaction has committed, and returns the job's
+ * Queue a refresh, to be sent once this transaction has committed, and return the job's
  * row, which is part of the transaction.
  */
 Datum
@@ -74,7 +74,7 @@ omni_refresh_on_commit(PG_FUNCTION_ARGS)
 	PG_RETURN_DATUM(omni_queue_job(&job));
 }
 
-/* The same two for the reset of a cache policy */
+/* Request the reset of a cache policy now, as omni_refresh() does a refresh. */
 Datum
 omni_refresh_cache(PG_FUNCTION_ARGS)
 {
@@ -85,6 +85,7 @@ omni_refresh_cache(PG_FUNCTION_ARGS)
 	PG_RETURN_DATUM(call(&job));
 }
 
+/* Queue the reset of a cache policy, as omni_refresh_on_commit() does a refresh. */
 Datum
 omni_refresh_cache_on_commit(PG_FUNCTION_ARGS)
 {
@@ -95,7 +96,7 @@ omni_refresh_cache_on_commit(PG_FUNCTION_ARGS)
 	PG_RETURN_DATUM(omni_queue_job(&job));
 }
 
-/* Has the worker carry out a job, and returns its row. */
+/* Hand a job over to the worker, wait for its end and return its row. */
 static Datum
 call(OmniJob *job)
 {
@@ -121,7 +122,7 @@ call(OmniJob *job)
 	return omni_job_read(job->id);
 }
 
-/* Checks the first argument. */
+/* Check and store the first argument, the model. */
 static void
 read_model(FunctionCallInfo fcinfo, OmniJob *job)
 {
@@ -133,7 +134,7 @@ read_model(FunctionCallInfo fcinfo, OmniJob *job)
 	job->request.model = *PG_GETARG_UUID_P(0);
 }
 
-/* Checks the three arguments of those that ask for the reset of a cache policy. */
+/* Check and store the three arguments of a function that resets a cache policy. */
 static void
 read_reset(FunctionCallInfo fcinfo, OmniJob *job)
 {
@@ -171,7 +172,7 @@ read_reset(FunctionCallInfo fcinfo, OmniJob *job)
 	}
 }
 
-/* Checks the five arguments of those that ask for a refresh. */
+/* Check and store the five arguments of a function that requests a refresh. */
 static void
 read_refresh(FunctionCallInfo fcinfo, OmniJob *job)
 {
@@ -205,8 +206,8 @@ read_refresh(FunctionCallInfo fcinfo, OmniJob *job)
 }
 
 /*
- * Has the worker carry out a job.  Sets job->id if it was written down, and *error
- * if it failed.
+ * Hand a job over to the worker and wait for its end.  Sets job->id if the worker has
+ * inserted a row, and *error if the job failed.
  */
 static void
 call_worker(OmniJob *job, OmniError *error)
@@ -221,8 +222,8 @@ call_worker(OmniJob *job, OmniError *error)
 }
 
 /*
- * Checks a list of names, which go to Omni as they are, separated by commas.
- * Returns it without its duplicates, or NULL if the argument is.
+ * Check a list of names, which are sent to Omni unchanged, separated by commas.
+ * Returns the list without duplicates, or NULL if the argument is null.
  */
 static ArrayType *
 check_list(FunctionCallInfo fcinfo, int argno, const char *name)
@@ -270,7 +271,7 @@ check_list(FunctionCallInfo fcinfo, int argno, const char *name)
 		check_name(&names[i], name);
 	}
 
-	/* equal names side by side, the first of them first; then back in order */
+	/* sort to find duplicates; keep the first of each name, in the order of the list */
 	qsort(names, count, sizeof(ListedName), compare_names);
 	for (int i = 1; i < count; i++)
 	{
@@ -285,7 +286,7 @@ check_list(FunctionCallInfo fcinfo, int argno, const char *name)
 	return construct_array(elements, kept, TEXTOID, -1, false, TYPALIGN_INT);
 }
 
-/* Raises an error if Omni could not take a name for what it is. */
+/* Raise an error if Omni could not read a name in a list correctly. */
 static void
 check_name(const ListedName *element, const char *name)
 {

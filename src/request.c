@@ -26,7 +26,7 @@
 static bool is_own(const OmniRequest *request);
 
 /*
- * Begins a job of the current user, at the server of the setting.
+ * Initialize a job of the current user for the server that omni_refresh.server names.
  */
 void
 omni_job_init(OmniJob *job, const char *origin)
@@ -54,7 +54,10 @@ omni_tables_require(void)
 				 errmsg("extension \"%s\" does not exist", OMNI_EXTENSION)));
 }
 
-/* Whether this user may make requests to the server, as far as one sees from here. */
+/*
+ * Whether the requester may send requests to the job's server.  Sets *error if not.  The
+ * worker checks again, with its own view of the catalogs.
+ */
 bool
 omni_may_request(const OmniJob *job, OmniError *error)
 {
@@ -64,7 +67,7 @@ omni_may_request(const OmniJob *job, OmniError *error)
 		omni_target_find(NameStr(job->request.server), job->request.role, &target, error);
 }
 
-/* A standby has no worker, which writes. */
+/* Set *error and return true on a standby, where no worker runs, since a worker writes. */
 bool
 omni_in_recovery(OmniError *error)
 {
@@ -77,7 +80,7 @@ omni_in_recovery(OmniError *error)
 }
 
 /*
- * Puts a job into the queue, as a part of this transaction, and returns its row.
+ * Insert a queued job as a part of this transaction and return its row.
  */
 Datum
 omni_queue_job(OmniJob *job)
@@ -98,7 +101,7 @@ omni_queue_job(OmniJob *job)
 	return row;
 }
 
-/* The row of a job that is not even queued because omni_refresh.enabled is off. */
+/* Form the row of a job that is not inserted because omni_refresh.enabled is off. */
 Datum
 omni_job_form_disabled(const OmniJob *job)
 {
@@ -107,7 +110,7 @@ omni_job_form_disabled(const OmniJob *job)
 	return omni_job_form(job, "canceled", NULL);
 }
 
-/* The first argument, the number of a job */
+/* Return the first argument, the id of a job, which must not be null. */
 int64
 omni_job_argument(FunctionCallInfo fcinfo)
 {
@@ -119,7 +122,10 @@ omni_job_argument(FunctionCallInfo fcinfo)
 	return PG_GETARG_INT64(0);
 }
 
-/* Looks at a job, and at the one that carries it out.  Raises an error if there is none. */
+/*
+ * Read the job with an id, and its carrier: the job itself unless it was merged.  Raises
+ * an error if the job does not exist or the current user may not manage it.
+ */
 void
 omni_job_find(int64 id, OmniJobState *own, OmniJobState *carrier)
 {
@@ -144,7 +150,10 @@ omni_job_find(int64 id, OmniJobState *own, OmniJobState *carrier)
 				 errhint("It is for those who have the privileges of the role that requested it, or of the owner of the table.")));
 }
 
-/* Whether the current user has what the requester has, or what the table's owner has. */
+/*
+ * Whether the current user has the privileges of the requester or of the table's owner.
+ * Compare the name, too: the OID of a dropped role may be in use again.
+ */
 static bool
 is_own(const OmniRequest *request)
 {

@@ -14,8 +14,8 @@
 PG_FUNCTION_INFO_V1(omni_refresh_keep_out);
 
 /*
- * BEFORE ROW trigger: skip the INSERT, UPDATE or DELETE.  The extension's tables have
- * it enabled for replicas only, so that it fires for what logical replication applies.
+ * BEFORE ROW trigger: skip the INSERT, UPDATE or DELETE.  On the extension's tables it is
+ * enabled as a replica trigger, so that it fires for changes by logical replication only.
  */
 Datum
 omni_refresh_keep_out(PG_FUNCTION_ARGS)

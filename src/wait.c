@@ -41,8 +41,8 @@ static void wait_for_latch(long timeout);
 PG_FUNCTION_INFO_V1(omni_refresh_wait);
 
 /*
- * Waits until a job, or the one that carries it out, has come to its end, and
- * returns its row; after the timeout with a WARNING, as it is then.
+ * Wait until a job, or its carrier, has ended, and return the row.  After the timeout,
+ * raise a WARNING and return the row as it is then.
  */
 Datum
 omni_refresh_wait(PG_FUNCTION_ARGS)
@@ -80,8 +80,9 @@ omni_refresh_wait(PG_FUNCTION_ARGS)
 		if (now >= until)
 		{
 			ereport(WARNING,
-					(errmsg("job " INT64_FORMAT " did not come to its end in time: it is %s", state.job.id, state.status),
-					 errhint("omni_refresh_event tells what it has come to so far.")));
+					(errmsg("timed out waiting for job " INT64_FORMAT, state.job.id),
+					 errdetail("The job is %s.", state.status),
+					 errhint("See its events in table \"omni_refresh_event\".")));
 			break;
 		}
 
@@ -109,7 +110,7 @@ omni_refresh_wait(PG_FUNCTION_ARGS)
 	PG_RETURN_DATUM(omni_job_read(state.job.id));
 }
 
-/* The second argument, how long to wait, in microseconds */
+/* Return the second argument, how long to wait, in microseconds. */
 static int64
 timeout_argument(FunctionCallInfo fcinfo)
 {

@@ -1,8 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * wakeup.c
- *		The commit hook: a transaction that has queued something wakes the worker once
- *		it has committed, or starts it.
+ *		The commit hook: a transaction that has queued a job wakes the worker, or starts
+ *		one, once it has committed.
  *
  *-------------------------------------------------------------------------
  */
@@ -14,13 +14,13 @@
 #include "wakeup.h"
 #include "workerslot.h"
 
-static bool has_queued = false; /* this transaction */
+static bool has_queued = false; /* a job, in this transaction */
 
 static void at_transaction_end(XactEvent event, void *arg);
 
 /*
- * To be called in a transaction that queues something: wakes the worker once it
- * has committed.
+ * Wake the worker once the current transaction has committed.  Call this after queueing a
+ * job.  Raises an error if shared memory cannot be attached.
  */
 void
 omni_wake_on_commit(void)
@@ -35,10 +35,10 @@ omni_wake_on_commit(void)
 }
 
 /*
- * Before the commit is the time to complain, after it the time to act, where an
- * error would bring the server down.  A savepoint that is rolled back may have
- * queued it all: then the worker looks in vain.  COMMIT PREPARED does not come by
- * here; what it commits waits for the next time that the worker looks.
+ * Make sure before the commit that a worker runs, when a WARNING still reaches the client;
+ * wake it after the commit, when an error would be a PANIC.  If all jobs were queued in a
+ * savepoint that was rolled back, the worker reads the queue in vain.  COMMIT PREPARED does
+ * not call this; its jobs wait until the worker reads the queue for another reason.
  */
 static void
 at_transaction_end(XactEvent event, void *arg)
@@ -57,7 +57,7 @@ at_transaction_end(XactEvent event, void *arg)
 			omni_worker_explain(result, NULL, &error);
 			ereport(WARNING,
 					(errcode(error.sqlstate),
-					 errmsg("the requests to Omni are queued, but nobody can send them now: %s",
+					 errmsg("could not start a background worker for queued requests: %s",
 							error.message),
 					 errdetail_internal("%s", error.detail),
 					 errhint("%s", error.hint)));

@@ -1,24 +1,24 @@
 /*-------------------------------------------------------------------------
  *
  * workerslot.c
- *		The background worker of each database: shared memory says whether there is one,
- *		and has a ring of the calls for it.
+ *		The background worker of each database: find it, start it, let it leave.  Shared
+ *		memory has a slot for each worker, with a ring of the calls for it.
  *
- * One lock covers all slots, and with it three decisions that must not cross:
+ * One lock covers all slots, and with it three decisions that must not race:
  * to put a call into a ring, to start a worker, and a worker's to leave.  A slot
  * exists while a worker is being started (then some backend watches over the
  * start: its starter) or is running; it ends with the worker, or with a start
- * that failed.  Whoever ends it sets the latches of the callers in its ring, and
- * they begin anew.  The lock is held for moments only, and nothing that raises
- * an error happens under it but for want of memory.
+ * that failed.  The process that frees a slot sets the latches of the callers in
+ * its ring, and they hand over their calls anew.  The lock is held briefly, and only an
+ * out-of-memory error can be raised under it.
  *
- * That there is one worker at most is not promised by the slot but by a lock of
- * the heavyweight kind (see omni_worker_attach()), since two versions of this library
- * may each have shared memory of their own.
+ * Not the slot but a heavyweight lock (see omni_worker_attach()) guarantees that a
+ * database has one worker at most, since two versions of this library may each have
+ * shared memory of their own.
  *
- * Nobody watches over a start that a commit has asked for: if nothing comes of it, the
- * slot stays as it is for a while, so that a worker that cannot start is not tried by
- * each commit; a call takes the slot over then.
+ * No process watches a start that a commit requested.  If that start fails, the slot stays
+ * occupied for OMNI_UNWATCHED_START, so that not each commit starts a worker that cannot
+ * run; then the next process that looks for the slot frees it.
  *
  *-------------------------------------------------------------------------
  */
@@ -41,14 +41,14 @@
 #include "omni_refresh.h"
 #include "workerslot.h"
 
-/* To be raised with each change of the structs below, or of OmniCall */
+/* Raise the number with each change of the structs below, or of OmniCall */
 #define SHARED_NAME			"omni_refresh layout 4"
 
-/* Together under 20 kB, which 16 and older have to spare */
+/* Keep the total under 20 kB, which PostgreSQL 16 and older have to spare */
 #define MAX_DATABASES		96
 #define RING_SIZE			16
 
-/* How many workers may die under one call before it gives up */
+/* How many workers a call starts before it gives up */
 #define MAX_STARTS			3
 
 typedef struct RingEntry
@@ -74,7 +74,7 @@ typedef struct Slot
 	int			owner;			/* PGPROC of the worker, or of its starter, or
 								 * NOBODY */
 	int64		made_at;		/* by omni_clock() */
-	uint64		generation;		/* never the same again */
+	uint64		generation;		/* never used twice */
 	int			first;			/* oldest entry of the ring */
 	int			count;			/* entries in use */
 	RingEntry	ring[RING_SIZE];
@@ -84,14 +84,14 @@ typedef struct Shared
 {
 	LWLock		lock;			/* protects all of this */
 	int			tranche;
-	uint64		generation;		/* the last one given */
+	uint64		generation;		/* of the newest slot */
 	ConditionVariable room;		/* some ring was full and no longer is */
 	Slot		slots[MAX_DATABASES];
 } Shared;
 
 StaticAssertDecl(sizeof(Shared) < 20 * 1024, "too much shared memory");
 
-/* What a worker is told by its starter, in bgw_extra */
+/* What the starter of a worker passes to it, in bgw_extra */
 typedef struct StartInfo
 {
 	char		layout[sizeof(SHARED_NAME)];	/* of the starter's library */
@@ -103,33 +103,36 @@ StaticAssertDecl(sizeof(StartInfo) <= BGW_EXTRALEN, "too much for bgw_extra");
 
 static Shared *shared = NULL;
 static LOCKTAG worker_lock;		/* held by the worker of the database */
-static bool (*has_work) (void) = NULL;	/* the worker, for the next one */
+static bool (*has_work) (void) = NULL;	/* see omni_worker_attach() */
 
 static void init_shared(OMNI_SHARED_INIT_ARGS);
 static Slot *find_slot(Oid database);
 static Slot *make_slot(Oid database, SlotState state, int owner);
 static void free_slot(Slot *slot);
 static bool start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handle);
-static OmniHandOver see_to_worker(Oid database, bool flag, bool leave_at_once,
+static OmniHandOver ensure_worker(Oid database, bool flag, bool leave_at_once,
 								  BackgroundWorkerHandle **handle);
 static OmniHandOver start_in_slot(Oid database, int owner, const StartInfo *info,
 								  BackgroundWorkerHandle **handle, Slot **slot);
 static OmniHandOver start_successor(void);
-static void tell_of_successor(OmniHandOver result);
+static void report_successor(OmniHandOver result);
 static bool start_has_failed(const Slot *slot);
 static bool lock_on_database(VirtualTransactionId *holder);
 static void leave_slot(int code, Datum arg);
 
-/* Sees to it that this database has a worker; with flag, that it looks at the queue. */
+/*
+ * Make sure that this database has a worker; with flag, that it reads the queue.  Raises
+ * no error.  The slots must be attached.
+ */
 OmniHandOver
 omni_worker_ensure(bool flag)
 {
-	return see_to_worker(MyDatabaseId, flag, false, NULL);
+	return ensure_worker(MyDatabaseId, flag, false, NULL);
 }
 
 /*
- * Sees to it that a call that nobody has taken yet is in the ring of a slot with
- * a worker, running or on its way.  May be called any number of times.
+ * Make sure that a call that no worker has taken yet is in the ring of a slot whose worker
+ * is running or starting.  May be called any number of times.
  */
 OmniHandOver
 omni_worker_hand_over(OmniWaiter *waiter)
@@ -180,7 +183,10 @@ omni_worker_hand_over(OmniWaiter *waiter)
 	return result;
 }
 
-/* Says why there is no worker; for a call, with what the one that it has started reported. */
+/*
+ * Set *error to say why there is no worker; for a call, with the error that the worker
+ * started for it reported.
+ */
 void
 omni_worker_explain(OmniHandOver result, const OmniError *start_error, OmniError *error)
 {
@@ -212,7 +218,7 @@ omni_worker_explain(OmniHandOver result, const OmniError *start_error, OmniError
 	}
 }
 
-/* Waits until some ring has had room. */
+/* Wait until a ring that was full has room. */
 void
 omni_worker_wait_for_room(void)
 {
@@ -224,8 +230,8 @@ omni_worker_wait_for_room(void)
 }
 
 /*
- * The caller of a call has left: wakes the worker, to whom the call says so, and leaves
- * no start unwatched.
+ * A call of this process was abandoned: wake the worker to see it; or, if this process
+ * was watching the start of one, free the slot.
  */
 void
 omni_worker_abandon_call(void)
@@ -245,13 +251,13 @@ omni_worker_abandon_call(void)
 }
 
 /*
- * Sees to it that a database has a worker, or one on its way, whose start nobody
- * watches.  With flag, it shall look at the queue.  Sets *handle, unless NULL, if
- * it was started.  With handle being NULL, raises no error: it is called when a
- * transaction has committed.
+ * Make sure that a database has a worker, running or starting; no process watches the
+ * start.  With flag, have the worker read the queue.  If handle is not NULL, sets *handle
+ * when a worker was started.  If it is NULL, raises no error, since it may be called after
+ * a commit.
  */
 static OmniHandOver
-see_to_worker(Oid database, bool flag, bool leave_at_once, BackgroundWorkerHandle **handle)
+ensure_worker(Oid database, bool flag, bool leave_at_once, BackgroundWorkerHandle **handle)
 {
 	StartInfo	info = {
 		.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = leave_at_once
@@ -274,30 +280,30 @@ see_to_worker(Oid database, bool flag, bool leave_at_once, BackgroundWorkerHandl
 }
 
 /*
- * Starts the worker of a database, for the launcher, unless it is there; then
- * *handle stays as it is.  Returns false if none is to be had at the moment.
+ * Start the worker of a database for the launcher.  If the database has one already,
+ * *handle stays unchanged.  Returns false if no worker is available at the moment.
  */
 bool
 omni_worker_launch(Oid database, BackgroundWorkerHandle **handle)
 {
 	omni_workerslots_attach();
-	return see_to_worker(database, false, true, handle) == HANDED_OVER;
+	return ensure_worker(database, false, true, handle) == HANDED_OVER;
 }
 
-/* Has the worker look at the queue.  Returns false, and says why, if there is none. */
+/* Have the worker read the queue.  Returns false and sets *error if there is no worker. */
 bool
 omni_worker_wake(OmniError *error)
 {
 	OmniHandOver result;
 
 	omni_workerslots_attach();
-	result = see_to_worker(MyDatabaseId, true, false, NULL);
+	result = ensure_worker(MyDatabaseId, true, false, NULL);
 	if (result != HANDED_OVER)
 		omni_worker_explain(result, NULL, error);
 	return result == HANDED_OVER;
 }
 
-/* Makes a slot and starts its worker.  Called with the lock held. */
+/* Make a slot and start its worker.  Called with the lock held. */
 static OmniHandOver
 start_in_slot(Oid database, int owner, const StartInfo *info, BackgroundWorkerHandle **handle,
 			  Slot **slot)
@@ -313,7 +319,7 @@ start_in_slot(Oid database, int owner, const StartInfo *info, BackgroundWorkerHa
 	return HANDED_OVER;
 }
 
-/* Called with the lock held. */
+/* Whether an unwatched start has taken too long.  Called with the lock held. */
 static bool
 start_has_failed(const Slot *slot)
 {
@@ -322,9 +328,9 @@ start_has_failed(const Slot *slot)
 }
 
 /*
- * Asks the postmaster for a worker.  Returns false if it has none to give.  With a
- * handle, our latch is set when it starts and when it ends; without one, nothing is
- * allocated and no error raised.
+ * Register a worker with the postmaster.  Returns false if none is available.  With a
+ * handle, the latch of this process is set when the worker starts and when it ends;
+ * without one, nothing is allocated and no error raised.
  */
 static bool
 start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handle)
@@ -347,7 +353,7 @@ start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handl
 }
 
 /*
- * The first thing that a worker does: checks that its library is its starter's.  Sets the
+ * Begin a worker: raise an error unless its library is the starter's.  Sets *call to the
  * call that it was started for, or DSM_HANDLE_INVALID.  Returns whether to leave at once
  * if there is nothing to do.
  */
@@ -367,7 +373,7 @@ omni_worker_begin(dsm_handle *call)
 	return info.leave_at_once;
 }
 
-/* Instead of omni_worker_attach(): who comes next may start another one. */
+/* Free the slot instead of omni_worker_attach(), so that another worker can be started. */
 void
 omni_worker_turn_back(void)
 {
@@ -382,15 +388,15 @@ omni_worker_turn_back(void)
 }
 
 /*
- * Makes this process the worker of its database.  Waits for up to lock_timeout
- * for another one to leave, then raises an error.  Needs a transaction.
+ * Make this process the worker of its database.  Waits for up to lock_timeout for
+ * another worker to leave, then raises an error.  Needs a transaction.
  *
  * The lock is held for the life of the process.  It is of the advisory kind,
  * which survives aborted transactions, with a fourth field that the SQL
  * functions for advisory locks cannot reach.
  *
- * *has_work says, when it leaves, whether there is anything for the next one; it
- * raises no errors.
+ * *has_work_for_next is called when this worker leaves: whether the next worker would
+ * have anything to do.  It must raise no error.
  */
 void
 omni_worker_attach(bool (*has_work_for_next) (void))
@@ -421,8 +427,8 @@ omni_worker_attach(bool (*has_work_for_next) (void))
 }
 
 /*
- * Holds the lock for this transaction, too: somebody's trigger may call
- * pg_advisory_unlock_all(), which releases what the session holds.
+ * Hold the lock for this transaction, too: a user's trigger may call
+ * pg_advisory_unlock_all(), which releases the locks of the session.
  */
 void
 omni_worker_hold(void)
@@ -431,9 +437,9 @@ omni_worker_hold(void)
 }
 
 /*
- * Before the end of the transaction, or after it if there was an error: makes sure that the
- * session holds the lock, and none of what a trigger may have locked.  If another worker
- * has got it in between, this one ends.
+ * Before the end of the transaction, or after it if there was an error: make sure that the
+ * session holds this lock, and no advisory lock that a trigger may have taken.  If another
+ * worker has acquired the lock in between, this one ends.
  */
 void
 omni_worker_keep(void)
@@ -446,13 +452,13 @@ omni_worker_keep(void)
 }
 
 /*
- * Whether somebody waits for us to leave: a worker of another version of the
- * library, or who wants to drop, rename or copy our database.  Sets *again if that is
- * not certain, and is to be asked again soon.
+ * Whether another process waits for this worker to leave: a worker of another version of
+ * the library, or a session that drops, renames or copies the database.  Sets *again if
+ * that is not certain, so that the caller asks again soon.
  *
- * Everybody may try to drop a database: it is locked before it is looked at who owns it.
- * What we have sent is sent once more by the next worker, so only a lock counts that
- * one transaction holds for a while, not one that is waited for or has come anew.
+ * Any role may run DROP DATABASE, which locks the database before it checks who owns it.
+ * As the next worker sends again what this one has sent, only a lock counts that one
+ * transaction holds for a while.
  */
 bool
 omni_worker_is_unwanted(bool *again)
@@ -468,8 +474,8 @@ omni_worker_is_unwanted(bool *again)
 }
 
 /*
- * Who wants to drop, rename or copy our database keeps new sessions out of it by a lock.
- * Whether one is held; then *holder is the first who does.
+ * Whether a session holds a lock on the database that keeps new sessions out, to drop,
+ * rename or copy it; sets *holder to the first such session's transaction.
  */
 static bool
 lock_on_database(VirtualTransactionId *holder)
@@ -487,8 +493,8 @@ lock_on_database(VirtualTransactionId *holder)
 }
 
 /*
- * Ends the worker's part, unless somebody has asked for something since.  If there is
- * work left, another worker is started to go on with it.
+ * Free the slot, unless a call or a wake-up has arrived.  If any work is left, start
+ * another worker for it.  Returns whether this worker must leave.
  */
 bool
 omni_worker_leave_if_idle(void)
@@ -511,13 +517,13 @@ omni_worker_leave_if_idle(void)
 		result = start_successor();
 	LWLockRelease(&shared->lock);
 
-	tell_of_successor(result);
+	report_successor(result);
 	return idle;
 }
 
 /*
- * Runs when the worker exits, however.  From 19 on, who wants to rename or copy the
- * database has workers ended: then, too, another one is to go on.
+ * before_shmem_exit callback: free the slot on every way out.  From 19 on, a session that
+ * renames or copies the database terminates its workers: start another one then.
  */
 static void
 leave_slot(int code, Datum arg)
@@ -527,7 +533,7 @@ leave_slot(int code, Datum arg)
 	VirtualTransactionId holder;
 	OmniHandOver result = HANDED_OVER;
 
-	/* what ShutdownPostgres() is about to do, so that the lock goes first */
+	/* as ShutdownPostgres() will do, so that the lock is released before the slot */
 	AbortOutOfAnyTransaction();
 	locked = lock_on_database(&holder);
 	LockReleaseAll(USER_LOCKMETHOD, true);
@@ -544,12 +550,12 @@ leave_slot(int code, Datum arg)
 	}
 	LWLockRelease(&shared->lock);
 
-	tell_of_successor(result);
+	report_successor(result);
 }
 
 /*
- * Starts the worker after us, which waits like any new session until those are done
- * who want the database.  Called with the lock held.
+ * Start the next worker, which waits like any new session while the database is locked.
+ * Called with the lock held.
  */
 static OmniHandOver
 start_successor(void)
@@ -561,16 +567,16 @@ start_successor(void)
 }
 
 static void
-tell_of_successor(OmniHandOver result)
+report_successor(OmniHandOver result)
 {
 	if (result != HANDED_OVER)
 		ereport(LOG,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
-				 errmsg("the requests to Omni are queued, but nobody can send them now"),
-				 errhint("Call omni_refresh_wake() when there is a background worker to spare.")));
+				 errmsg("could not start a background worker for queued requests"),
+				 errhint("Call omni_refresh_wake() when a background worker is available.")));
 }
 
-/* Whether something was queued since this was asked last. */
+/* Whether a job was queued since the last call of this function. */
 bool
 omni_worker_take_flag(void)
 {
@@ -586,7 +592,7 @@ omni_worker_take_flag(void)
 	return flag;
 }
 
-/* The segment of the next call in the ring, or DSM_HANDLE_INVALID. */
+/* Remove the oldest call from the ring.  Returns its segment, or DSM_HANDLE_INVALID. */
 dsm_handle
 omni_worker_next_call(void)
 {
@@ -636,8 +642,8 @@ init_shared(OMNI_SHARED_INIT_ARGS)
 }
 
 /*
- * The slot of a database, or NULL.  An unwatched start that has failed leaves one
- * that is freed here.  The next four are called with the lock held, as this is.
+ * Find the slot of a database.  Returns NULL if it has none.  Frees the slots of unwatched
+ * starts that have failed.  Called with the lock held, as the next two functions.
  */
 static Slot *
 find_slot(Oid database)
@@ -654,7 +660,7 @@ find_slot(Oid database)
 	return NULL;
 }
 
-/* Returns NULL when there is none left. */
+/* Make a slot for a database.  Returns NULL if all are in use. */
 static Slot *
 make_slot(Oid database, SlotState state, int owner)
 {
@@ -678,7 +684,7 @@ make_slot(Oid database, SlotState state, int owner)
 	return NULL;
 }
 
-/* Those who wait in the ring begin anew. */
+/* Free a slot.  The callers in its ring hand over their calls anew. */
 static void
 free_slot(Slot *slot)
 {

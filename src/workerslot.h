@@ -14,23 +14,22 @@
 #include "error.h"
 
 /*
- * How long to wait for a worker whose start nobody watches before the start counts as
- * failed, in ms
+ * How long an unwatched start of a worker may take before it counts as failed, in ms
  */
 #define OMNI_UNWATCHED_START	5000
 
-/* What became of an attempt to have a worker */
+/* The result of handing over a call, or of making sure that there is a worker */
 typedef enum OmniHandOver
 {
 	HANDED_OVER,
-	HANDED_OVER_UNWATCHED,		/* to a worker whose start nobody watches */
+	HANDED_OVER_UNWATCHED,		/* to a worker whose start no process watches */
 	RING_FULL,
 	NO_WORKER,					/* max_worker_processes are in use */
-	NO_SLOT,					/* there are slots for so many databases only */
+	NO_SLOT,					/* the slots of all databases are in use */
 	START_FAILED
 } OmniHandOver;
 
-/* What a backend knows of the call it waits for */
+/* A backend's state of waiting for a call */
 typedef struct OmniWaiter
 {
 	dsm_handle	call;			/* the segment of the call */
@@ -43,7 +42,8 @@ typedef struct OmniWaiter
 extern OmniHandOver omni_worker_hand_over(OmniWaiter *waiter);
 extern void omni_workerslots_attach(void);
 extern OmniHandOver omni_worker_ensure(bool flag);
-extern void omni_worker_explain(OmniHandOver result, const OmniError *start_error, OmniError *error);
+extern void omni_worker_explain(OmniHandOver result, const OmniError *start_error,
+								OmniError *error);
 extern void omni_worker_wait_for_room(void);
 extern void omni_worker_abandon_call(void);
 extern bool omni_worker_wake(OmniError *error);

@@ -183,7 +183,7 @@ $node->append_conf('postgresql.conf', "max_worker_processes = 1\n");	# which is 
 $node->restart;
 my ($out, $err);
 $node->psql('postgres', "\\set VERBOSITY verbose\nBEGIN; " . queue('a') . 'CREATE TABLE kept (); COMMIT;', stderr => \$err);
-like($err, qr/^(psql\S+ )?WARNING:  53400: the requests to Omni are queued, but nobody can send them now: no background worker is available\nDETAIL:  .*max_worker_processes.*\nHINT:  /,
+like($err, qr/^(psql\S+ )?WARNING:  53400: could not start a background worker for queued requests: no background worker is available\nDETAIL:  .*max_worker_processes.*\nHINT:  /,
 	'without room for a worker there is a warning');
 unlike($err, qr/ERROR/, '... and no more than that');
 is($node->safe_psql('postgres', q{SELECT status, to_regclass('kept') FROM omni_refresh_job WHERE status = 'pending'}),

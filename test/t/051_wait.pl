@@ -138,7 +138,7 @@ for my $timeout ('0', '0.2 s', '-1 month 30 days 200 ms')
 {
 	$call = OmniFault::call($node, wait_sql($id, $timeout) . ';');
 	is($call->{out}, "$id|running", "after a timeout the row is returned as it is: $timeout");
-	like($call->{err}, qr/WARNING:  01000: job $id .*running\nHINT: /, '... with a warning');
+	like($call->{err}, qr/WARNING:  01000: timed out waiting for job $id\nDETAIL:  The job is running\.\nHINT: /, '... with a warning');
 	cmp_ok($call->{seconds}, '>=', $timeout eq '0' ? 0 : 0.19, '... not sooner');
 	cmp_ok($call->{seconds}, '<', 2, '... nor much later');
 }
@@ -343,11 +343,11 @@ $standby->stop('fast');
 $node->append_conf('postgresql.conf', "max_worker_processes = 1\n");	# which is PostgreSQL's own
 $node->restart;
 $call = OmniFault::call($node, wait_sql(queue(), '300 ms') . ';');
-like($call->{err}, qr/\A.*WARNING:  53400: no background worker is available\n(?:.*\n)*.*WARNING:  01000: job \d+ did not come to its end in time: it is pending\n/,
+like($call->{err}, qr/\A.*WARNING:  53400: no background worker is available\n(?:.*\n)*.*WARNING:  01000: timed out waiting for job \d+\nDETAIL:  The job is pending\.\n/,
 	'who waits where no worker can be had is told, once');
 is(scalar(() = $call->{err} =~ /WARNING/g), 2, '... and what has become of the job');
 
 ok(index(slurp_file($node->logfile), $omni->key) < 0, 'the key is not in the log');
 $node->stop('fast');
-OmniLife::clean($node, 'the log is clean', qr/terminating background worker/, qr/connection to client lost/, qr/WARNING:  job \d+ did not come to its end in time/, qr/WARNING:  .*no background worker is available/);
+OmniLife::clean($node, 'the log is clean', qr/terminating background worker/, qr/connection to client lost/, qr/WARNING:  timed out waiting for job \d+/, qr/WARNING:  .*no background worker is available/);
 done_testing();

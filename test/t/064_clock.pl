@@ -267,7 +267,7 @@ sub check_busy
 	$omni->fault('answer', path => $followed->{job_id}, status => 200, body => '{"status": "COMPLETED"}');
 	completed_in_time('... until it is completed', time, $pause + $slack, $clock, $followed);
 	ends_in_time("$when: omni_refresh_wait() that has begun before ends in time", $busy->{wait}, @limit,
-		qr/^running$/, qr/^WARNING:  01000: job $busy->{endless}{id} did not come to its end in time/m);
+		qr/^running$/, qr/^WARNING:  01000: timed out waiting for job $busy->{endless}{id}/m);
 	ends_in_time("$when: a call that has begun before ends in time", $busy->{call}, @limit, qr/^$/, qr/^ERROR:  08/m);
 	return;
 }
@@ -390,7 +390,7 @@ sub check_limited
 
 	ends_in_time("$when: a call that begins afterwards ends in time", $call, $call->{since}, $slack, qr/^$/, qr/^ERROR:  08/m);
 	ends_in_time("$when: omni_refresh_wait() that begins afterwards ends in time", $wait, $wait->{since}, $slack,
-		qr/^running$/, qr/^WARNING:  01000: job $busy->{endless}{id} did not come to its end in time/m);
+		qr/^running$/, qr/^WARNING:  01000: timed out waiting for job $busy->{endless}{id}/m);
 	return;
 }
 
