@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * compat.h
- *		Every difference between PostgreSQL 14 to 19 and between the versions
+ *		Every difference between PostgreSQL 15 to 19 and between the versions
  *		of libcurl that matters to us, so that no other file tests a version.
  *
  * Code is written in the newest release's terms; what older releases lack is
@@ -24,44 +24,19 @@
 #include "utils/resowner.h"
 #include "utils/wait_event.h"
 
-#if PG_VERSION_NUM < 140000
-#error "omni_refresh needs PostgreSQL 14 or newer"
+#if PG_VERSION_NUM < 150000
+#error "omni_refresh needs PostgreSQL 15 or newer"
 #endif
 
 #if LIBCURL_VERSION_NUM < 0x074c01
 #error "omni_refresh needs libcurl 7.76.1 or newer"
 #endif
 
-/* 15 added the reservation of a prefix of settings */
-#if PG_VERSION_NUM < 150000
-#define MarkGUCPrefixReserved(prefix) EmitWarningsOnPlaceholders(prefix)
-#endif
-
-/* 15 brought a function that begins a result of many rows; 16 gave it its name */
+/* 16 renamed the function that begins a result of many rows */
 #if PG_VERSION_NUM >= 160000
 #define omni_materialize_compat(fcinfo) InitMaterializedSRF(fcinfo, 0)
-#elif PG_VERSION_NUM >= 150000
-#define omni_materialize_compat(fcinfo) SetSingleFuncCall(fcinfo, 0)
 #else
-static inline void
-omni_materialize_compat(FunctionCallInfo fcinfo)
-{
-	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
-	MemoryContext context;
-	TupleDesc	desc;
-
-	if (result == NULL || !IsA(result, ReturnSetInfo) || (result->allowedModes & SFRM_Materialize) == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("materialize mode required, but it is not allowed in this context")));
-	context = MemoryContextSwitchTo(result->econtext->ecxt_per_query_memory);
-	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
-		elog(ERROR, "return type must be a row type");
-	result->returnMode = SFRM_Materialize;
-	result->setResult = tuplestore_begin_heap(true, false, work_mem);
-	result->setDesc = desc;
-	MemoryContextSwitchTo(context);
-}
+#define omni_materialize_compat(fcinfo) SetSingleFuncCall(fcinfo, 0)
 #endif
 
 /* 16 replaced the functions that check privileges on one kind of object */

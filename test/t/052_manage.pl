@@ -91,8 +91,7 @@ sub failed
 
 # Cancel
 
-sql('ALTER SYSTEM RESET ALL; GRANT SET ON PARAMETER omni_refresh.enabled TO loader, other, keeper, boss')
-	if $node->pg_version >= 15;
+sql('ALTER SYSTEM RESET ALL; GRANT SET ON PARAMETER omni_refresh.enabled TO loader, other, keeper, boss');
 hold(1);
 my $id = queue();
 like(as('other', "SELECT omni_refresh_cancel($id)"), qr/^42501: permission denied for job $id$/, 'a job is not for everyone to cancel');
@@ -227,8 +226,7 @@ is(as('loader', "SELECT kind, policy, reset_at = '2026-01-02 03:04:05.678901+00'
 sql('ALTER SERVER omni RENAME TO gone');
 like(as('loader', "SELECT omni_refresh_retry($failed)"), qr/^42704: server "omni" does not exist$/, 'a server that is gone is an error');
 sql('ALTER SERVER gone RENAME TO omni');
-like(as('loader', "SET omni_refresh.enabled = off; SELECT status FROM omni_refresh_retry($failed)"), qr/^canceled/, 'who is switched off repeats nothing')
-	if $node->pg_version >= 15;
+like(as('loader', "SET omni_refresh.enabled = off; SELECT status FROM omni_refresh_retry($failed)"), qr/^canceled/, 'who is switched off repeats nothing');
 until_true('all is done', q{count(*) = 0 FROM omni_refresh_job WHERE status IN ('pending', 'sending')});
 
 # Retention

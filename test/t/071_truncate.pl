@@ -13,7 +13,6 @@ use OmniFault;
 my $publisher = OmniFault::node('publisher', conf => "wal_level = logical\nmax_wal_senders = 4\n");
 my $subscriber = OmniFault::node('subscriber');
 my $rows = q{SELECT (SELECT count(*) FROM omni_refresh_job) || ' ' || (SELECT count(*) FROM omni_refresh_event)};
-my $version = $publisher->safe_psql('postgres', 'SHOW server_version_num');
 my $count = 0;
 
 $_->safe_psql('postgres', 'CREATE SCHEMA sales; CREATE TABLE sales.orders (id int PRIMARY KEY)') for $publisher, $subscriber;
@@ -45,7 +44,7 @@ sub after_truncate
 }
 
 is(after_truncate('FOR ALL TABLES'), '0 0', '... a TRUNCATE of the jobs, too');
-for my $publication ('FOR TABLE sales.orders', $version >= 150000 ? 'FOR TABLES IN SCHEMA sales' : (),
+for my $publication ('FOR TABLE sales.orders', 'FOR TABLES IN SCHEMA sales',
 	q{FOR ALL TABLES WITH (publish = 'insert, update, delete')})
 {
 	is(after_truncate($publication), '1 1', '... but no TRUNCATE of the jobs');
