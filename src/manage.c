@@ -37,7 +37,8 @@ omni_refresh_cancel(PG_FUNCTION_ARGS)
 	canceled = omni_job_cancel(&own.job, GetUserNameFromId(GetUserId(), false));
 	SPI_finish();
 	if (canceled)
-		omni_wake_on_commit();	/* it goes on with jobs that were merged into this one */
+		omni_wake_on_commit();	/* it goes on with jobs that were merged into
+								 * this one */
 	PG_RETURN_BOOL(canceled);
 }
 

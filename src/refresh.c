@@ -271,7 +271,10 @@ check_list(FunctionCallInfo fcinfo, int argno, const char *name)
 		check_name(&names[i], name);
 	}
 
-	/* sort to find duplicates; keep the first of each name, in the order of the list */
+	/*
+	 * sort to find duplicates; keep the first of each name, in the order of
+	 * the list
+	 */
 	qsort(names, count, sizeof(ListedName), compare_names);
 	for (int i = 1; i < count; i++)
 	{

@@ -238,7 +238,8 @@ omni_worker_abandon_call(void)
 {
 	Slot	   *slot;
 
-	if (shared == NULL)			/* could not be attached, so nothing was handed over */
+	if (shared == NULL)			/* could not be attached, so nothing was
+								 * handed over */
 		return;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
@@ -533,7 +534,10 @@ leave_slot(int code, Datum arg)
 	VirtualTransactionId holder;
 	OmniHandOver result = HANDED_OVER;
 
-	/* as ShutdownPostgres() will do, so that the lock is released before the slot */
+	/*
+	 * as ShutdownPostgres() will do, so that the lock is released before the
+	 * slot
+	 */
 	AbortOutOfAnyTransaction();
 	locked = lock_on_database(&holder);
 	LockReleaseAll(USER_LOCKMETHOD, true);
