@@ -3,14 +3,12 @@
  * api.c
  *		Omni's REST API: what a request looks like and what an answer means.
  *
- * There is no I/O here.  Facts about the API are from docs.omni.co and from the
- * OpenAPI file of Omni's own command-line client; where the two differ, both are
- * accepted.
+ * This file does no I/O.  It follows docs.omni.co and the OpenAPI file of Omni's own
+ * command-line client; where the two differ, it accepts both.
  *
- * An answer comes from outside and may be anything.  Whatever it is, it is no
- * reason to raise an error: it makes an outcome.  All that is quoted from outside
- * goes through quote(), which removes the API key and what does not belong in a
- * line of text.
+ * An answer comes from outside and may be anything.  No answer raises an error: each
+ * makes an outcome.  Every text from outside goes through quote(), which removes the
+ * API key and all characters that do not belong in a line of text.
  *
  *-------------------------------------------------------------------------
  */
@@ -33,26 +31,38 @@
 /* Omni's answers are two or three levels deep */
 #define MAX_NESTING			32
 
-/* Bytes of a remote text that are read: an error holds 1 kB, the rest is white space */
+/*
+ * How many bytes of a remote text to read.  An error holds 1 kB; the rest allows for
+ * white space, which quote() removes.
+ */
 #define MAX_READ			4096
 
 /*
- * Bytes that one character of the key may take, for example "\u0026#x00006f;", and
- * how many escapes may lie one within another
+ * How many bytes one character of the key may take, for example "\u0026#x00006f;", and
+ * how many kinds of escapes may be nested.
  */
 #define MAX_SPELLING		32
 #define MAX_ESCAPES			3
+
+/* What an HTTP request asks of Omni */
+typedef enum Question
+{
+	QUESTION_REFRESH,
+	QUESTION_RESET,
+	QUESTION_POLL,
+	QUESTION_LOOKUP
+} Question;
 
 static char *uuid_text(const pg_uuid_t *uuid);
 static char *escape(const char *text);
 static char *list_text(ArrayType *list);
 static void add_parameter(CURLU *url, const char *name, const char *value);
 static bool read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answer,
-						const char *subject, OmniOutcome *outcome);
+						Question question, OmniOutcome *outcome);
 static void read_failure(const OmniRequest *request, const char *key,
 						 const OmniAnswer *answer, OmniOutcome *outcome);
 static void read_refusal(const OmniRequest *request, const char *key,
-						 const OmniAnswer *answer, const char *subject, OmniOutcome *outcome);
+						 const OmniAnswer *answer, Question question, OmniOutcome *outcome);
 static void read_acceptance(const OmniRequest *request, const char *key,
 							const OmniAnswer *answer, OmniOutcome *outcome);
 static void read_reset(const OmniRequest *request, const char *key,
@@ -69,7 +79,7 @@ static bool has_value(Jsonb *object, const char *name);
 static bool looks_like_uuid(const char *text);
 static char *error_text(const OmniAnswer *answer, const char *key);
 
-/* A text in which escapes are undone, and where each of its characters comes from */
+/* A text with its escapes undone, and the offset of each character in the original */
 typedef struct Plain
 {
 	char	   *text;			/* in lower case */
@@ -77,14 +87,15 @@ typedef struct Plain
 	int			length;
 } Plain;
 
-/* A way to spell characters, on the web */
+/* A way to escape characters */
 typedef struct Spelling
 {
-	char		mark;			/* what each begins with */
+	char		mark;			/* the first byte of each escape */
 
 	/*
-	 * Reads a character that may be spelled so, in lower case: writes it to
-	 * *out and returns how many bytes of the text it takes, 0 if it is none.
+	 * Read the escape at the start of a text in lower case.  Write the
+	 * character to *out and return how many bytes the escape takes, or 0 if
+	 * the text does not start with one.
 	 */
 	int			(*read) (const char *text, char *out);
 } Spelling;
@@ -102,8 +113,8 @@ static char *lower_case(const char *text);
 static char ascii_character(uint32 code);
 
 /*
- * Host and port of a URL, as in "acme.omniapp.co:443", or as in
- * "https://acme.omniapp.co" if it is to be read; NULL if libcurl finds none in it.
+ * Return the host and port of a URL, as in "acme.omniapp.co:443", or with the scheme and
+ * without a default port, as in "https://acme.omniapp.co".  NULL if libcurl finds no host.
  * The result is palloc'd and in lower case.
  */
 char *
@@ -138,7 +149,7 @@ uuid_text(const pg_uuid_t *uuid)
 	return DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(uuid)));
 }
 
-/* A text as a part of a URL, in UTF-8; palloc'd. */
+/* Encode a text for use in a URL, in UTF-8; palloc'd. */
 static char *
 escape(const char *text)
 {
@@ -155,9 +166,7 @@ escape(const char *text)
 	return result;
 }
 
-/*
- * The URL of the request that a job stands for; palloc'd.
- */
+/* Return the URL of a job's request; palloc'd. */
 char *
 omni_api_job_url(const char *base_url, const OmniRequest *request)
 {
@@ -201,7 +210,7 @@ omni_api_job_url(const char *base_url, const OmniRequest *request)
 	return result;
 }
 
-/* What goes along with that request, as JSON; palloc'd, or NULL if nothing does. */
+/* Return the body of a job's request, as JSON; palloc'd, or NULL if it has none. */
 char *
 omni_api_job_body(const OmniRequest *request)
 {
@@ -214,24 +223,24 @@ omni_api_job_body(const OmniRequest *request)
 	return psprintf("{\"resetAt\": \"%s\"}", text);
 }
 
-/* The URL that tells how far a job of Omni's has come; palloc'd. */
+/* Return the URL of a poll, by Omni's id of the job; palloc'd. */
 char *
 omni_api_follow_url(const char *base_url, const pg_uuid_t *job_id)
 {
 	return omni_api_lookup_url(base_url, psprintf("jobs/%s/status", uuid_text(job_id)));
 }
 
-/* The URL of what is looked up, a path below the API's with its query; palloc'd. */
+/* Return the URL of a look-up, given as a path below /api/v1/ with its query; palloc'd. */
 char *
 omni_api_lookup_url(const char *base_url, const char *lookup)
 {
-	/* the path of a base URL is empty, "/", or "/api" */
+	/* keep scheme and host: the path of a base URL is empty, "/", or "/api" */
 	const char *host = strstr(base_url, "://") + 3;
 
 	return psprintf("%.*s/api/v1/%s", (int) (host - base_url + strcspn(host, "/")), base_url, lookup);
 }
 
-/* What to look up for a page of models, after a cursor unless it is NULL; palloc'd. */
+/* Return the look-up of a page of models, the first one if cursor is NULL; palloc'd. */
 char *
 omni_api_models_lookup(const char *name, const char *kind, const char *cursor)
 {
@@ -242,8 +251,8 @@ omni_api_models_lookup(const char *name, const char *kind, const char *cursor)
 }
 
 /*
- * How many bytes a text takes as a part of a URL.  This is the most: a space may
- * take one byte in place of three.
+ * Return how many bytes a text may take in a URL.  This is an upper bound: libcurl may
+ * encode a space by one byte in place of three.
  */
 Size
 omni_api_encoded_length(const char *text)
@@ -255,7 +264,7 @@ omni_api_encoded_length(const char *text)
 	return length;
 }
 
-/* How many bytes the path and the query take in the URL of a refresh. */
+/* Return how many bytes the path and the query of a refresh may take. */
 Size
 omni_api_path_length(const OmniRequest *request)
 {
@@ -274,8 +283,8 @@ omni_api_path_length(const OmniRequest *request)
 }
 
 /*
- * Whether servers take the URL of a refresh.  Of the request, what counts is whether
- * it has a branch and says if it is hard.
+ * Check that the URL of a refresh is short enough for servers and proxies.  Of the request,
+ * only has_branch, hard_named, hard and the lists matter: a uuid's length is fixed.
  */
 bool
 omni_api_fits(const OmniRequest *request)
@@ -283,7 +292,7 @@ omni_api_fits(const OmniRequest *request)
 	return omni_api_path_length(request) <= OMNI_MAX_PATH;
 }
 
-/* The elements of a list as Omni wants them, separated by commas. */
+/* Join the elements of a list by commas, as Omni expects it. */
 static char *
 list_text(ArrayType *list)
 {
@@ -298,7 +307,7 @@ list_text(ArrayType *list)
 	return names.data;
 }
 
-/* Adds a parameter to a URL, in UTF-8. */
+/* Add a parameter to a URL, in UTF-8. */
 static void
 add_parameter(CURLU *url, const char *name, const char *value)
 {
@@ -310,8 +319,8 @@ add_parameter(CURLU *url, const char *name, const char *value)
 }
 
 /*
- * What the answer to a job's request means for it.  Needs a transaction.  Strings
- * in *outcome are constants.
+ * Find out what the answer to a job's request means for the job.  Needs a transaction, since
+ * it parses JSON.  Strings in *outcome are constants.
  */
 void
 omni_api_job_outcome(const OmniRequest *request, const char *key,
@@ -319,7 +328,7 @@ omni_api_job_outcome(const OmniRequest *request, const char *key,
 {
 	bool		cache = request->kind == OMNI_KIND_CACHE;
 
-	if (read_answer(request, key, answer, cache ? "cache reset" : "refresh", outcome))
+	if (read_answer(request, key, answer, cache ? QUESTION_RESET : QUESTION_REFRESH, outcome))
 	{
 		if (cache)
 			read_reset(request, key, answer, outcome);
@@ -329,9 +338,8 @@ omni_api_job_outcome(const OmniRequest *request, const char *key,
 }
 
 /*
- * What the answer to the question how far a job has come means for it.  Returns
- * true if it has come to its end; else there may be an error.  Needs a
- * transaction, as above.
+ * Find out what the answer to a poll means for the job.  Return true if Omni has finished
+ * the job; if not, *outcome may hold an error of the poll.  Needs a transaction.
  */
 bool
 omni_api_follow_outcome(const OmniRequest *request, const char *key,
@@ -341,7 +349,7 @@ omni_api_follow_outcome(const OmniRequest *request, const char *key,
 	Jsonb	   *json;
 	char	   *status;
 
-	if (!read_answer(request, key, answer, "question about a job", outcome))
+	if (!read_answer(request, key, answer, QUESTION_POLL, outcome))
 		return false;
 	json = omni_api_json(answer->body, answer->length, &why);
 	status = json != NULL ? omni_api_member(&json->root, "status") : NULL;
@@ -360,16 +368,16 @@ omni_api_follow_outcome(const OmniRequest *request, const char *key,
 	return false;
 }
 
-/* What the answer to a look-up means for it: an error, or none. */
+/* Set the outcome of a look-up: an error, or none.  The caller reads the body. */
 void
 omni_api_lookup_outcome(const OmniRequest *request, const char *key,
 						const OmniAnswer *answer, OmniOutcome *outcome)
 {
-	if (read_answer(request, key, answer, "request", outcome))
+	if (read_answer(request, key, answer, QUESTION_LOOKUP, outcome))
 		outcome->status = "completed";
 }
 
-/* The same of a page of models that nobody else will read. */
+/* Set the outcome of a check.  Parse the page of models here, since the caller does not. */
 void
 omni_api_probe_outcome(const OmniRequest *request, const char *key,
 					   const OmniAnswer *answer, OmniOutcome *outcome)
@@ -388,12 +396,12 @@ omni_api_probe_outcome(const OmniRequest *request, const char *key,
 }
 
 /*
- * What all answers have in common.  Returns true if it is one that is worth being read,
- * else the outcome is set.
+ * Begin the outcome of any answer.  Return true if it has HTTP status 200, so that the caller
+ * must read the body; else the outcome is complete.
  */
 static bool
 read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answer,
-			const char *subject, OmniOutcome *outcome)
+			Question question, OmniOutcome *outcome)
 {
 	memset(outcome, 0, sizeof(*outcome));
 	outcome->http_status = answer->status;
@@ -403,53 +411,71 @@ read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answe
 	if (answer->failed)
 		read_failure(request, key, answer, outcome);
 	else if (answer->status != 200)
-		read_refusal(request, key, answer, subject, outcome);
+		read_refusal(request, key, answer, question, outcome);
 	return !answer->failed && answer->status == 200;
 }
 
-/* There was no answer, or only a part of it. */
+/* Set the outcome of an attempt that got no answer, or only a part of one. */
 static void
 read_failure(const OmniRequest *request, const char *key,
 			 const OmniAnswer *answer, OmniOutcome *outcome)
 {
-	static const struct
+	/* The messages have the server's name and milliseconds as their arguments */
+	typedef struct Phase
 	{
-		const char *what;
+		const char *failed;
+		const char *timed_out;
 		const char *hint;
-		const char *proxy_what; /* if it failed at the proxy */
-		const char *proxy_hint;
-	}			phases[] = {
+	} Phase;
+	static const Phase phases[] = {
 		[OMNI_PHASE_NAME] = {
-			"looking up the host's name",
-			"Check the host in the option \"base_url\" and the name service of the database server's host.",
-			"looking up the proxy's name",
+			"could not reach server \"%s\" after " INT64_FORMAT " ms of looking up the host's name",
+			"timed out on server \"%s\" after " INT64_FORMAT " ms of looking up the host's name",
+			"Check the host in the option \"base_url\" and the name service of the database server's host."
+		},
+		[OMNI_PHASE_CONNECT] = {
+			"could not reach server \"%s\" after " INT64_FORMAT " ms of connecting",
+			"timed out on server \"%s\" after " INT64_FORMAT " ms of connecting",
+			"Check that the database server's host may connect to this address: firewalls, routes, or the option \"proxy\"."
+		},
+		[OMNI_PHASE_TLS] = {
+			"could not reach server \"%s\" after " INT64_FORMAT " ms of setting up TLS",
+			"timed out on server \"%s\" after " INT64_FORMAT " ms of setting up TLS",
+			"Check that \"base_url\" names the host its certificate is for; a private certificate authority is named in the option \"ca_file\"."
+		},
+		[OMNI_PHASE_WAIT] = {
+			"could not reach server \"%s\" after " INT64_FORMAT " ms of waiting for the answer",
+			"timed out on server \"%s\" after " INT64_FORMAT " ms of waiting for the answer",
+			"Omni may have got the request: look there before you send it again. The option \"timeout\" says how long to wait."
+		},
+		[OMNI_PHASE_READ] = {
+			"could not reach server \"%s\" after " INT64_FORMAT " ms of reading the answer",
+			"timed out on server \"%s\" after " INT64_FORMAT " ms of reading the answer",
+			"Omni has got the request: look there before you send it again. The option \"timeout\" says how long to wait."
+		},
+	};
+
+	/* The same of attempts that failed at the proxy, before the request was sent */
+	static const Phase proxy_phases[] = {
+		[OMNI_PHASE_NAME] = {
+			"could not reach server \"%s\" after " INT64_FORMAT " ms of looking up the proxy's name",
+			"timed out on server \"%s\" after " INT64_FORMAT " ms of looking up the proxy's name",
 			"Check the host in the option \"proxy\" and the name service of the database server's host."
 		},
 		[OMNI_PHASE_CONNECT] = {
-			"connecting",
-			"Check that the database server's host may connect to this address: firewalls, routes, or the option \"proxy\".",
-			"connecting through the proxy",
+			"could not reach server \"%s\" after " INT64_FORMAT " ms of connecting through the proxy",
+			"timed out on server \"%s\" after " INT64_FORMAT " ms of connecting through the proxy",
 			"Check the option \"proxy\", and that the database server's host may connect to the proxy."
 		},
 		[OMNI_PHASE_TLS] = {
-			"setting up TLS",
-			"Check that \"base_url\" names the host its certificate is for; a private certificate authority is named in the option \"ca_file\".",
-			"setting up TLS with the proxy",
+			"could not reach server \"%s\" after " INT64_FORMAT " ms of setting up TLS with the proxy",
+			"timed out on server \"%s\" after " INT64_FORMAT " ms of setting up TLS with the proxy",
 			"Check the option \"proxy\": the proxy needs a certificate for its host, of an authority that the system knows; \"ca_file\" is not for proxies."
 		},
-		[OMNI_PHASE_WAIT] = {
-			"waiting for the answer",
-			"Omni may have got the request: look there before you send it again. The option \"timeout\" says how long to wait.",
-			NULL, NULL
-		},
-		[OMNI_PHASE_READ] = {
-			"reading the answer",
-			"Omni has got the request: look there before you send it again. The option \"timeout\" says how long to wait.",
-			NULL, NULL
-		},
 	};
-	const char *what = answer->at_proxy ? phases[answer->phase].proxy_what : phases[answer->phase].what;
-	const char *hint = answer->at_proxy ? phases[answer->phase].proxy_hint : phases[answer->phase].hint;
+	const Phase *phase = answer->at_proxy && answer->phase < lengthof(proxy_phases) ?
+		&proxy_phases[answer->phase] : &phases[answer->phase];
+	const char *hint = phase->hint;
 	char	   *reason;
 
 	if (answer->proxy_status == 407)
@@ -478,27 +504,26 @@ read_failure(const OmniRequest *request, const char *key,
 	omni_error_set(&outcome->error,
 				   answer->phase >= OMNI_PHASE_WAIT ? ERRCODE_CONNECTION_FAILURE :
 				   ERRCODE_SQLCLIENT_UNABLE_TO_ESTABLISH_SQLCONNECTION,
-				   "%s server \"%s\" after " INT64_FORMAT " ms of %s",
-				   answer->timed_out ? "timed out on" : "could not reach",
-				   NameStr(request->server), answer->elapsed / 1000,
-				   what);
+				   answer->timed_out ? phase->timed_out : phase->failed,
+				   NameStr(request->server), answer->elapsed / 1000);
 	reason = quote(answer->reason, strlen(answer->reason), key);
 	if (reason != NULL)
 		omni_error_detail(&outcome->error, "%s", reason);
 	omni_error_hint(&outcome->error, "%s", hint);
 }
 
-/* Omni, or something in between, has answered anything but yes. */
+/* Set the outcome of an answer with another HTTP status than 200, by Omni or a proxy. */
 static void
 read_refusal(const OmniRequest *request, const char *key,
-			 const OmniAnswer *answer, const char *subject, OmniOutcome *outcome)
+			 const OmniAnswer *answer, Question question, OmniOutcome *outcome)
 {
 	static const struct
 	{
 		int			status;
 		int			sqlstate;
 		const char *hint;
-		const char *other;		/* for what is no refresh, else the same */
+		const char *other;		/* for any other question than a refresh, or
+								 * NULL: the same */
 	}			refusals[] = {
 		{400, ERRCODE_INVALID_PARAMETER_VALUE,
 			"Check the arguments; branch is required when the connection's setting \"Branch-based schema refresh\" is on, and must be left out when it is off.",
@@ -518,6 +543,12 @@ read_refusal(const OmniRequest *request, const char *key,
 		{503, ERRCODE_CONNECTION_FAILURE,
 		"Omni is under maintenance or overloaded; try again later.", NULL},
 	};
+	static const char *const messages[] = {
+		[QUESTION_REFRESH] = "server \"%s\" refused the refresh: HTTP status %d",
+		[QUESTION_RESET] = "server \"%s\" refused the cache reset: HTTP status %d",
+		[QUESTION_POLL] = "server \"%s\" refused the question about a job: HTTP status %d",
+		[QUESTION_LOOKUP] = "server \"%s\" refused the request: HTTP status %d"
+	};
 	char	   *text = error_text(answer, key);
 	char	   *why;
 
@@ -526,8 +557,10 @@ read_refusal(const OmniRequest *request, const char *key,
 
 	if (answer->status >= 300 && answer->status < 400)
 	{
-		char	   *host = answer->redirect_url != NULL ? omni_api_host(answer->redirect_url, true) : NULL;
+		char	   *host = NULL;
 
+		if (answer->redirect_url != NULL)
+			host = omni_api_host(answer->redirect_url, true);
 		host = host != NULL ? quote(host, strlen(host), key) : NULL;
 		set_malformed(request, outcome, host != NULL ?
 					  psprintf("The server redirects to %s.", host) :
@@ -544,8 +577,7 @@ read_refusal(const OmniRequest *request, const char *key,
 	omni_error_set(&outcome->error,
 				   answer->status >= 500 ? ERRCODE_CONNECTION_FAILURE :
 				   ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
-				   "server \"%s\" refused the %s: HTTP status %d",
-				   NameStr(request->server), subject, answer->status);
+				   messages[question], NameStr(request->server), answer->status);
 	omni_error_hint(&outcome->error, answer->status >= 500 ?
 					"The trouble is on Omni's side, or in a proxy in between; try again later." :
 					"Omni does not document this status; it may come from a proxy in between.");
@@ -554,7 +586,7 @@ read_refusal(const OmniRequest *request, const char *key,
 		if (refusals[i].status == answer->status)
 		{
 			outcome->error.sqlstate = refusals[i].sqlstate;
-			omni_error_hint(&outcome->error, "%s", refusals[i].other != NULL && strcmp(subject, "refresh") != 0 ?
+			omni_error_hint(&outcome->error, "%s", refusals[i].other != NULL && question != QUESTION_REFRESH ?
 							refusals[i].other : refusals[i].hint);
 		}
 	}
@@ -571,7 +603,7 @@ read_refusal(const OmniRequest *request, const char *key,
 	outcome->slow_down = answer->status == 429 || answer->status == 503;
 }
 
-/* Omni has accepted the request, if the answer is one of Omni's. */
+/* Set the outcome of a refresh from an answer with HTTP status 200. */
 static void
 read_acceptance(const OmniRequest *request, const char *key,
 				const OmniAnswer *answer, OmniOutcome *outcome)
@@ -607,7 +639,7 @@ read_acceptance(const OmniRequest *request, const char *key,
 		outcome->status = "accepted";
 }
 
-/* Omni says that a refresh has failed. */
+/* Set the outcome of a refresh that Omni reports as failed. */
 static void
 set_failed(const OmniRequest *request, OmniOutcome *outcome)
 {
@@ -619,9 +651,10 @@ set_failed(const OmniRequest *request, OmniOutcome *outcome)
 	omni_error_hint(&outcome->error, "Look at the connection in Omni: it may not reach the database, or lack privileges there.");
 }
 
-/* Omni has reset a cache policy, if the answer is one of Omni's. */
+/* Set the outcome of a cache reset from an answer with HTTP status 200. */
 static void
-read_reset(const OmniRequest *request, const char *key, const OmniAnswer *answer, OmniOutcome *outcome)
+read_reset(const OmniRequest *request, const char *key,
+		   const OmniAnswer *answer, OmniOutcome *outcome)
 {
 	char	   *why = NULL;
 	Jsonb	   *json = omni_api_json(answer->body, answer->length, &why);
@@ -645,20 +678,23 @@ read_reset(const OmniRequest *request, const char *key, const OmniAnswer *answer
 	}
 }
 
-/* The answer is not one that Omni gives; trying again would not help. */
+/*
+ * Set the outcome of an answer that does not come from Omni.  It is not retried, since only
+ * a change of the configuration can help.
+ */
 static void
 set_malformed(const OmniRequest *request, OmniOutcome *outcome, const char *what)
 {
 	outcome->status = "failed";
 	outcome->attempt_event = "attempt_failed";
 	omni_error_set(&outcome->error, ERRCODE_PROTOCOL_VIOLATION,
-				   "server \"%s\" did not answer as Omni does",
+				   "unexpected response from server \"%s\"",
 				   NameStr(request->server));
 	omni_error_detail(&outcome->error, "%s", what);
 	omni_error_hint(&outcome->error, "Check that the server's \"base_url\" is the login host of an Omni instance, and what proxies are in between.");
 }
 
-/* The same of an answer that omni_api_json() has not taken, and why. */
+/* Set the outcome of an answer that omni_api_json() rejected, given its reason or NULL. */
 static void
 set_not_json(const OmniRequest *request, const char *key,
 			 const OmniAnswer *answer, const char *why, OmniOutcome *outcome)
@@ -673,8 +709,8 @@ set_not_json(const OmniRequest *request, const char *key,
 }
 
 /*
- * Parses the body of an answer.  Returns NULL if it is not JSON, or JSON that no
- * instance of Omni would send, and says why unless one sees it.
+ * Parse the body of an answer.  Return NULL if it is not JSON, or is nested deeper than Omni's
+ * answers.  Then set *why to the reason, or to NULL if the body itself shows it.
  */
 Jsonb *
 omni_api_json(const char *body, size_t length, char **why)
@@ -696,10 +732,9 @@ omni_api_json(const char *body, size_t length, char **why)
 }
 
 /*
- * Calls an input function; false if it refuses the text.  It touches nothing outside
- * of its memory, so that catching its errors needs no subtransaction; any other error
- * is not ours to catch.  (Not inline: the compiler would fear for its callers'
- * variables.)
+ * Call an input function; return false if it rejects the text.  Catch its errors without a
+ * subtransaction, since it changes nothing outside of its memory, and rethrow all other errors.
+ * Not inline: with setjmp() in it, the compiler would warn about clobbered variables of callers.
  */
 static pg_noinline bool
 try_input(PGFunction function, const char *text, Datum *value)
@@ -727,14 +762,14 @@ try_input(PGFunction function, const char *text, Datum *value)
 	return accepted;
 }
 
-/* Reads a uuid in the one spelling that APIs use; false if it is none. */
+/* Read a uuid in its standard form; return false if the text is not one. */
 bool
 omni_api_uuid(const char *text, Datum *uuid)
 {
 	return looks_like_uuid(text) && try_input(uuid_in, text, uuid);
 }
 
-/* Reads a time, as APIs write it; false if it is none. */
+/* Read a timestamp; return false if the text is not one. */
 bool
 omni_api_time(const char *text, Datum *time)
 {
@@ -742,9 +777,9 @@ omni_api_time(const char *text, Datum *time)
 }
 
 /*
- * The body as a string in the server's encoding, or NULL and why not.  JSON is
- * UTF-8; what another encoding might lack becomes a question mark, since a
- * refresh should not fail for the spelling of a name.
+ * Convert a body to a string in the database's encoding, or return NULL and set *why.  JSON
+ * is UTF-8.  In another encoding, replace all characters outside of ASCII by question marks:
+ * a name that cannot be converted must not make a refresh fail.
  */
 static char *
 to_server(const char *body, size_t length, char **why)
@@ -765,7 +800,7 @@ to_server(const char *body, size_t length, char **why)
 	return NULL;
 }
 
-/* A copy in which each byte and each \u escape outside of ASCII is a '?'. */
+/* Copy a text, with a '?' for each byte and each \u escape outside of ASCII. */
 static char *
 ascii_only(const char *text)
 {
@@ -796,7 +831,10 @@ ascii_only(const char *text)
 	return copy;
 }
 
-/* The parser is recursive: what nests deeper than Omni's answers is refused. */
+/*
+ * Return whether JSON is nested deeper than Omni's answers.  The parser is recursive: check
+ * before parsing.
+ */
 static bool
 nests_too_deep(const char *json)
 {
@@ -823,7 +861,7 @@ nests_too_deep(const char *json)
 	return false;
 }
 
-/* The text of a string in a JSON object; NULL when there is none. */
+/* Return a string member of a JSON object; NULL if there is none. */
 char *
 omni_api_member(JsonbContainer *object, const char *name)
 {
@@ -836,7 +874,7 @@ omni_api_member(JsonbContainer *object, const char *name)
 	return pnstrdup(value.val.string.val, value.val.string.len);
 }
 
-/* Whether a JSON object has a member that is not null. */
+/* Return whether a JSON object has a member of this name that is not null. */
 static bool
 has_value(Jsonb *object, const char *name)
 {
@@ -846,7 +884,7 @@ has_value(Jsonb *object, const char *name)
 		value.type != jbvNull;
 }
 
-/* Whether uuid_in() takes it, in the one spelling that APIs use. */
+/* Return whether a text is a uuid in its standard form, which uuid_in() accepts. */
 static bool
 looks_like_uuid(const char *text)
 {
@@ -860,9 +898,8 @@ looks_like_uuid(const char *text)
 }
 
 /*
- * What an error answer says, as a detail: the human-readable text from whichever
- * of Omni's shapes it has, {"detail"} or {"error", "message"}, else the body as
- * it is.  NULL when there is nothing to read.
+ * Return the error text of an answer, for errdetail: the "detail", or "error" and "message", of
+ * Omni's two kinds of error objects, else the body as it is.  NULL if there is nothing to show.
  */
 static char *
 error_text(const OmniAnswer *answer, const char *key)
@@ -893,8 +930,8 @@ error_text(const OmniAnswer *answer, const char *key)
 }
 
 /*
- * Copies a remote text, or NULL, into a fixed place as it may be shown; what does
- * not fit is cut off between characters.
+ * Copy a remote text, or NULL, into a buffer of fixed size after quote() has cleaned it.  Clip
+ * it between characters.
  */
 void
 omni_api_copy(char *buffer, Size size, const char *text, const char *key)
@@ -907,12 +944,11 @@ omni_api_copy(char *buffer, Size size, const char *text, const char *key)
 }
 
 /*
- * The beginning of a remote text as an error may show it: in one line, in the
- * server's encoding, and without the key, neither as it is nor in one of the
- * spellings that texts on the web have for special characters.  NULL if there is
- * nothing to see.
+ * Prepare the beginning of a remote text for an error: one line, in the database's encoding,
+ * with the API key replaced wherever it occurs, also if it is escaped as in JSON, URLs or
+ * HTML.  NULL if there is nothing to show.
  *
- * The key may begin in what is shown and end behind it, so that more is read.
+ * Read more than is shown: the key may begin in the shown part and end behind it.
  */
 static char *
 quote(const char *bytes, size_t length, const char *key)
@@ -951,10 +987,9 @@ quote(const char *bytes, size_t length, const char *key)
 }
 
 /*
- * Appends remote bytes, which should be UTF-8, to a text as one line in the server's
- * encoding.  What is no character, or none in that encoding, becomes a question
- * mark, what cannot be seen a space.  Returns how long the part of the text is that
- * stands for the first MAX_READ bytes.
+ * Append remote bytes, which should be UTF-8, to a text as one line in the database's
+ * encoding.  Replace invalid and unsupported characters by question marks, and sequences of
+ * invisible ones by a space.  Return the length of the text that the first MAX_READ bytes make.
  */
 static int
 clean(const char *bytes, size_t length, StringInfo text)
@@ -988,8 +1023,8 @@ clean(const char *bytes, size_t length, StringInfo text)
 }
 
 /*
- * Whether a character outside of ASCII is a control or format character, separates
- * lines, or is none: Unicode's categories Cc, Cf, Zl and Zp, and U+FFFE and the like.
+ * Return whether a character outside of ASCII is invisible: one of Unicode's categories Cc, Cf,
+ * Zl and Zp, or a noncharacter such as U+FFFE.
  */
 static bool
 is_invisible(pg_wchar character)
@@ -1015,14 +1050,16 @@ is_invisible(pg_wchar character)
 }
 
 /*
- * Marks in found, an array as long as the text that *plain comes from, where the key
- * occurs in *plain or, with up to so many kinds of escapes undone, in what it spells.
- * The key is in lower case, too: the host of a URL may come back so.
+ * Mark the bytes of the original text where the key occurs in *plain, as it is or with up to
+ * the given number of nested escapes undone.  The array found has one element for each byte of
+ * the original.  Compare in lower case, since a server may repeat the key in lower case.
  */
 static void
 find_key(const Plain *plain, const char *key, int escapes, bool *found)
 {
-	static const Spelling spellings[] = {{'\\', json_character}, {'%', percent_character}, {'&', html_character}};
+	static const Spelling spellings[] = {
+		{'\\', json_character}, {'%', percent_character}, {'&', html_character}
+	};
 	size_t		length = strlen(key);
 
 	for (const char *at = plain->text; (at = strstr(at, key)) != NULL; at += length)
@@ -1047,7 +1084,7 @@ find_key(const Plain *plain, const char *key, int escapes, bool *found)
 	}
 }
 
-/* Undoes one kind of escapes, once, as far as there are any. */
+/* Undo all escapes of one kind, once. */
 static void
 undo(const Plain *plain, const Spelling *spelling, Plain *result)
 {
@@ -1072,7 +1109,7 @@ undo(const Plain *plain, const Spelling *spelling, Plain *result)
 	result->origins[result->length] = plain->origins[plain->length];
 }
 
-/* "\u006f", "\/": as in JSON */
+/* Read an escape of JSON: "\u006f", "\/". */
 static int
 json_character(const char *text, char *out)
 {
@@ -1092,7 +1129,7 @@ json_character(const char *text, char *out)
 	return 2;
 }
 
-/* "%6f": as in URLs */
+/* Read an escape of URLs: "%6f". */
 static int
 percent_character(const char *text, char *out)
 {
@@ -1109,7 +1146,7 @@ percent_character(const char *text, char *out)
 	return 0;
 }
 
-/* "&amp;", "&#111;", "&#x6f;": as in HTML */
+/* Read an escape of HTML: "&amp;", "&#111;", "&#x6f;". */
 static int
 html_character(const char *text, char *out)
 {
@@ -1152,7 +1189,7 @@ html_character(const char *text, char *out)
 	return 0;
 }
 
-/* Reads digits, of which hexadecimal ones are small; returns their end, or NULL. */
+/* Read digits, hexadecimal ones in lower case; return their end, or NULL if there are none. */
 static const char *
 read_number(const char *text, int base, uint32 *number)
 {
@@ -1161,7 +1198,8 @@ read_number(const char *text, int base, uint32 *number)
 	const char *digit;
 
 	*number = 0;
-	while (text[length] != '\0' && (digit = strchr(digits, text[length])) != NULL && digit - digits < base)
+	while (text[length] != '\0' && (digit = strchr(digits, text[length])) != NULL &&
+		   digit - digits < base)
 	{
 		*number = Min(*number * base + (digit - digits), 0xffffff);
 		length++;
@@ -1169,7 +1207,7 @@ read_number(const char *text, int base, uint32 *number)
 	return length > 0 ? text + length : NULL;
 }
 
-/* A palloc'd copy of a text in which the letters of ASCII are small. */
+/* Copy a text, with ASCII letters in lower case; palloc'd. */
 static char *
 lower_case(const char *text)
 {
@@ -1180,7 +1218,10 @@ lower_case(const char *text)
 	return copy;
 }
 
-/* A character as such a text has it; what is no ASCII is what no key has. */
+/*
+ * Return an ASCII character in lower case.  For any other character, return DEL, which no
+ * API key contains.
+ */
 static char
 ascii_character(uint32 code)
 {

@@ -17,20 +17,20 @@
 #include "http.h"
 
 /*
- * How long a URL may be, in bytes: servers and proxies commonly take 8 kB.  A longer
- * one not only is refused; with HTTP/2, it ends the connection and the requests of
- * others on it.  A base URL has a host's name, of at most 253 bytes, and a port.
+ * The maximum length of a URL, in bytes: servers and proxies commonly accept 8 kB.  With
+ * HTTP/2, a server may answer a longer one by closing the connection, which also ends the
+ * other requests on it.  A base URL has a host name of at most 253 bytes, and a port.
  */
 #define OMNI_MAX_URL		8000
 #define OMNI_MAX_BASE_URL	300
 
-/* What of it is left for the path and the query */
+/* The part of OMNI_MAX_URL for the path and the query */
 #define OMNI_MAX_PATH		(OMNI_MAX_URL - OMNI_MAX_BASE_URL)
 
-/* No wait that Omni asks for is longer, in microseconds */
-#define OMNI_MAX_WAIT	USECS_PER_HOUR
+/* The longest Retry-After that is obeyed, in microseconds */
+#define OMNI_MAX_WAIT		USECS_PER_HOUR
 
-/* Bytes of a cache policy's name, with its end */
+/* Maximum size of a cache policy's name, with its terminating NUL */
 #define OMNI_MAX_POLICY		256
 
 typedef enum OmniKind
@@ -39,15 +39,15 @@ typedef enum OmniKind
 	OMNI_KIND_CACHE				/* reset a cache policy */
 } OmniKind;
 
-/* What a job asks for, as plain data, but for its two lists */
+/* What a job asks for.  Plain data except for the two lists. */
 typedef struct OmniRequest
 {
 	OmniKind	kind;
 	pg_uuid_t	model;
 	pg_uuid_t	branch;			/* if has_branch */
 	bool		has_branch;
-	bool		hard;			/* what is in effect */
-	bool		hard_named;		/* say so in the request */
+	bool		hard;			/* as given, or by default */
+	bool		hard_named;		/* send the parameter hard_refresh */
 	ArrayType  *schemas;		/* text[], or NULL */
 	ArrayType  *tables;			/* text[], or NULL */
 	char		policy[OMNI_MAX_POLICY];
@@ -63,21 +63,21 @@ typedef struct OmniRequest
 typedef struct OmniOutcome
 {
 	const char *status;			/* the job's status from now on */
-	bool		again;			/* that is no end: it goes on ... */
-	int64		delay;			/* ... after so many microseconds */
-	const char *attempt_event;	/* of an attempt, if not the status */
-	bool		quiet;			/* no event at all */
+	bool		again;			/* the job is not finished: go on with it ... */
+	int64		delay;			/* ... after this time, in microseconds */
+	const char *attempt_event;	/* the event to log, NULL: the status */
+	bool		quiet;			/* log no event */
 	bool		retryable;		/* the same request might fare better later */
-	bool		may_have_arrived;	/* there was no answer, and Omni may be at
-									 * it */
-	bool		slow_down;		/* Omni wants to be left alone for a while */
+	bool		may_have_arrived;	/* no answer came, and Omni may have got
+									 * the request */
+	bool		slow_down;		/* send nothing with this key for a while */
 	int			retry_after;	/* seconds, 0 when not given */
 	bool		has_job_id;
 	pg_uuid_t	job_id;			/* Omni's */
 	int			http_status;	/* 0 when there was none */
 	int64		elapsed;		/* microseconds */
 	OmniError	error;			/* of the attempt ... */
-	const OmniError *job_error; /* ... and of the job, if that is another one */
+	const OmniError *job_error; /* ... and of the job, NULL: the same */
 } OmniOutcome;
 
 extern char *omni_api_host(const char *text, bool with_scheme);

@@ -1,16 +1,17 @@
 /*-------------------------------------------------------------------------
  *
  * clock.c
- *		Time that nobody sets.
+ *		Time that does not jump when the system's clock is set.
  *
- * Whatever this extension waits for, it measures by a monotonic clock: CLOCK_REALTIME
- * may be stepped by an administrator, by NTP, or by a virtual machine that resumes.
+ * Measure all waits by a monotonic clock: an administrator, NTP, or a virtual machine that
+ * resumes may step CLOCK_REALTIME.
  *
- * The times in rows are CLOCK_REALTIME's, since users read them and they outlive a
- * restart.  To compare them with "now", the worker keeps a second idea of CLOCK_REALTIME
- * that follows the monotonic clock and takes a step over only gradually.  The later of
- * the two says what is due, so that a step back delays nothing; the earlier one says
- * whose time is over, so that a step forward ends nothing.
+ * The times in rows are CLOCK_REALTIME's, since users read them and they must survive a
+ * restart.  To compare them with "now", the worker keeps a steady clock, which starts as
+ * CLOCK_REALTIME, follows the monotonic clock, and adopts a step of CLOCK_REALTIME gradually.
+ * The later of the two clocks decides whether a job is due, so that a step back delays no
+ * job; the earlier one decides whether a time limit is over, so that a step forward ends no
+ * job.
  *
  *-------------------------------------------------------------------------
  */
@@ -21,12 +22,12 @@
 
 #include "clock.h"
 
-/* Differences of less than this are no step, but an adjustment of the clock's speed */
+/* Smaller differences are not steps, but adjustments of the clock's speed: adopt them at once */
 #define SMALLEST_STEP		(2 * USECS_PER_SEC)
 
 static TimestampTz steady_clock(void);
 
-/* The time since some moment in the past, the same for all processes, in microseconds. */
+/* Return monotonic time in microseconds, since a moment that is the same for all processes. */
 int64
 omni_clock(void)
 {
@@ -36,7 +37,7 @@ omni_clock(void)
 	return (int64) INSTR_TIME_GET_MICROSEC(now);
 }
 
-/* How many milliseconds are left until a time of omni_clock(), rounded up; 0 if none. */
+/* Return the milliseconds left until a time of omni_clock(), rounded up; 0 if it has passed. */
 long
 omni_clock_until(int64 when)
 {
@@ -47,14 +48,14 @@ omni_clock_until(int64 when)
 	return (long) Min((left + 999) / 1000, PG_INT32_MAX);
 }
 
-/* The time by which to tell whether something in a row is due. */
+/* Return the time to compare with run_at, to decide whether a job is due. */
 TimestampTz
 omni_latest_now(void)
 {
 	return Max(GetCurrentTimestamp(), steady_clock());
 }
 
-/* The time by which to tell whether the time of something in a row is over. */
+/* Return the time to compare with the end of a job's time limit. */
 TimestampTz
 omni_earliest_now(void)
 {
@@ -62,8 +63,8 @@ omni_earliest_now(void)
 }
 
 /*
- * CLOCK_REALTIME as it would be without its latest steps.  After a step, the distance
- * shrinks by half of the time that passes.
+ * Return CLOCK_REALTIME without its latest steps.  After a step, shrink the distance
+ * between the two by half of the time that passes.
  */
 static TimestampTz
 steady_clock(void)

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * clock.h
- *		Time that nobody sets.  See clock.c.
+ *		Time that does not jump when the system's clock is set.  See clock.c.
  *
  *-------------------------------------------------------------------------
  */
@@ -10,7 +10,7 @@
 
 #include "datatype/timestamp.h"
 
-/* Milliseconds, in the unit of omni_clock() */
+/* Convert milliseconds to the unit of omni_clock() */
 #define OMNI_MS(ms)			((int64) (ms) * 1000)
 
 /* Later than any time of omni_clock() */

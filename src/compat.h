@@ -1,12 +1,12 @@
 /*-------------------------------------------------------------------------
  *
  * compat.h
- *		Every difference between PostgreSQL 15 to 19 and between the versions
- *		of libcurl that matters to us, so that no other file tests a version.
+ *		All differences between PostgreSQL 15 to 19, and between versions of libcurl,
+ *		so that no other file tests a version.
  *
- * Code is written in the newest release's terms; what older releases lack is
- * defined here, in the order of the releases that brought it, so that dropping
- * a release means deleting its block.
+ * All code uses the newest release's names.  This file defines those that older releases
+ * lack, in the order of the releases that added them, so that dropping a release means
+ * deleting its block.
  *
  *-------------------------------------------------------------------------
  */
@@ -50,24 +50,24 @@
 #define WaitEventExtensionNew(name) ((uint32) PG_WAIT_EXTENSION)
 #endif
 
-/* 17 gave sets of wait events an owner; no owner: they live with the process */
+/* 17 added the resource owner of a WaitEventSet; NULL means until the process exits */
 #if PG_VERSION_NUM < 170000
 #define CreateWaitEventSet(resowner, nevents) \
 	CreateWaitEventSet(((void) (resowner), TopMemoryContext), nevents)
 #endif
 
-/* 18 lets a library tell its version, and renamed a keyword */
+/* 18 added the library's version to the magic block, and renamed a keyword */
 #if PG_VERSION_NUM < 180000
 #define PG_MODULE_MAGIC_EXT(...) PG_MODULE_MAGIC
 #define pg_noreturn pg_attribute_noreturn()
 #endif
 
-/* 19 ends background workers that are in the way of DROP DATABASE and the like */
+/* 19 can terminate background workers that block DROP DATABASE and similar commands */
 #if PG_VERSION_NUM < 190000
 #define BGWORKER_INTERRUPTIBLE 0
 #endif
 
-/* 19 names a tranche when its id is taken; before, each process did */
+/* 19 names a tranche when it allocates the id; in older releases each process must do so */
 static inline int
 LWLockNewTrancheId_compat(const char *name)
 {
@@ -87,10 +87,9 @@ LWLockRegisterTranche_compat(int tranche_id, const char *name)
 }
 
 /*
- * The address of a named piece of shared memory, made and initialized by the
- * first process that asks.  17 added a registry for that; before it, an
- * ordinary backend may take a little of what the server keeps spare, as
- * pg_prewarm did.  May raise an error.
+ * Return the address of a named piece of shared memory; the first process that asks
+ * allocates and initializes it.  17 added a registry for this.  In older releases, take it
+ * from the spare part of the main segment, as pg_prewarm did.  May raise an error.
  */
 #if PG_VERSION_NUM >= 170000
 #include "storage/dsm_registry.h"
@@ -124,7 +123,7 @@ shared_memory_compat(const char *name, Size size,
 #endif
 }
 
-/* libcurl 7.85 names protocols by a string */
+/* libcurl 7.85 replaced the bit mask of protocols by a string */
 static inline CURLcode
 curl_allow_protocols_compat(CURL *easy)
 {
@@ -137,9 +136,9 @@ curl_allow_protocols_compat(CURL *easy)
 }
 
 /*
- * libcurl 7.80 asks each time that a request is about to go out.  For older ones we
- * ask at once: one that is no longer wanted later, or sent again, goes out.  They
- * send on a connection that has ended, and then again on a new one.
+ * libcurl 7.80 added a callback before each request.  With older versions, call the
+ * function once, now.  They therefore still send a request that is withdrawn later, and may
+ * send one twice: on a connection that the server has closed, then on a new one.
  */
 static inline CURLcode
 curl_before_request_compat(CURL *easy, int (*function) (void *, char *, char *, int, int),
@@ -156,8 +155,8 @@ curl_before_request_compat(CURL *easy, int (*function) (void *, char *, char *, 
 }
 
 /*
- * libcurl 7.87 can leave a resolver's thread behind instead of joining it; in
- * older ones a hanging name look-up keeps the worker until it ends.
+ * libcurl 7.87 can exit without joining the resolver's thread.  With older versions, the
+ * worker cannot exit before a hanging name look-up ends.
  */
 static inline CURLcode
 curl_quick_exit_compat(CURL *easy)

@@ -1,8 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * error.c
- *		Errors as plain data: made in the worker, raised in the caller, written into
- *		tables.
+ *		Errors as plain data: the worker makes them, the caller raises them, and tables
+ *		store them.
  *
  *-------------------------------------------------------------------------
  */
@@ -16,10 +16,7 @@
 static void format_clipped(char *buffer, size_t size, const char *format, va_list args)
 			pg_attribute_printf(3, 0);
 
-/*
- * Formats a text of an error into its fixed place; what does not fit is cut off
- * between characters.
- */
+/* Format a text into a buffer of fixed size; clip it between characters if it is too long. */
 static void
 format_clipped(char *buffer, size_t size, const char *format, va_list args)
 {
@@ -29,7 +26,7 @@ format_clipped(char *buffer, size_t size, const char *format, va_list args)
 		strcpy(buffer + pg_mbcliplen(buffer, strlen(buffer), size - 4), "...");
 }
 
-/* Sets the code and the message of an error, and empties its other texts. */
+/* Set the code and the message of an error, and clear its detail and hint. */
 void
 omni_error_set(OmniError *error, int sqlstate, const char *format,...)
 {
@@ -63,10 +60,7 @@ omni_error_hint(OmniError *error, const char *format,...)
 	va_end(args);
 }
 
-/*
- * Makes plain data of the error being caught, which is then no longer being
- * handled.  To be called in PG_CATCH().
- */
+/* Copy the error being caught into *error, and flush it.  Call this in PG_CATCH() only. */
 void
 omni_error_catch(OmniError *error, MemoryContext context)
 {
@@ -83,7 +77,7 @@ omni_error_catch(OmniError *error, MemoryContext context)
 	FreeErrorData(data);
 }
 
-/* Reports an error at a level of ereport's. */
+/* Report an error at the given level of ereport(). */
 void
 omni_error_report(const OmniError *error, int elevel)
 {
@@ -94,7 +88,7 @@ omni_error_report(const OmniError *error, int elevel)
 			 error->hint[0] != '\0' ? errhint("%s", error->hint) : 0));
 }
 
-/* An error as a column of a table shows it, the way psql would; palloc'd. */
+/* Format an error for a column of a table, the way psql shows it; palloc'd. */
 char *
 omni_error_text(const OmniError *error)
 {

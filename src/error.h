@@ -11,9 +11,9 @@
 #include "utils/palloc.h"
 
 /*
- * An error in ereport's terms, as plain data: it is made in the worker, crosses
- * shared memory, and is raised in the caller.  Longer texts are clipped; a
- * remote text is redacted before it gets here.
+ * An error as plain data, with ereport's fields: the worker makes it, copies it through
+ * shared memory, and the caller raises it.  Longer texts are clipped.  Texts from outside
+ * must not hold the API key: see quote() in api.c.
  */
 typedef struct OmniError
 {

@@ -1,28 +1,26 @@
 /*-------------------------------------------------------------------------
  *
  * http.c
- *		HTTP for the worker: any number of transfers at once over libcurl's multi
- *		interface, and the one wait of the worker's loop.
+ *		HTTP for the worker: run concurrent transfers by libcurl's multi interface, and
+ *		wait for the worker's next event.
  *
- * libcurl tells us by callbacks which sockets it wants watched and when it wants
- * to be called again; omni_http_wait() watches those together with the latch.
- * Nothing that could raise an error runs inside a callback, since the jump would
- * cross libcurl's frames: callbacks only note things down, with malloc.
+ * libcurl names by callbacks the sockets to watch and the time of its next call;
+ * omni_http_wait() watches those together with the latch.  Callbacks only store what they
+ * are told, in malloc'd memory.  They must not raise an error, since the jump would cross
+ * libcurl's frames.
  *
- * A transfer belongs to the memory context it is started in: when that is reset
- * or deleted, be it because of an error, the transfer ends and libcurl's part of
- * it is freed.  Connections stay open and are used again by later transfers to
- * the same host, whoever asked for them: what authorizes a request is a header
- * of its own.
+ * A transfer belongs to the memory context it is started in.  A callback of the context ends
+ * the transfer and frees libcurl's part of it, also after an error.  Connections stay open.
+ * Later transfers to the same host reuse them, also those of another role, since each request
+ * has an Authorization header of its own.
  *
- * The other side may close an idle connection at any time.  Before a request goes
- * out on a connection that was used before, we look at its socket: if it has ended,
- * the transfer starts over on a new connection, and nothing was sent.  libcurl looks
- * as well, but older versions (7.88 among them) take a TLS connection for alive as
- * long as the alert that closes it has not been read, and newer ones (8.22) one of
- * HTTP/2 that the other side has asked us to close.
+ * The server may close an idle connection at any time.  Before a request is sent on a used
+ * connection, allow_request() checks the socket.  If the server has closed it, the transfer
+ * starts over on a new connection, and nothing was sent.  libcurl's own check is not enough:
+ * older versions (such as 7.88) miss a TLS connection whose closing alert is still unread,
+ * and newer ones (such as 8.22) an HTTP/2 connection that the server has asked to close.
  *
- * This file knows nothing of Omni or of tables.
+ * This file does not depend on Omni's API or on the tables.
  *
  *-------------------------------------------------------------------------
  */
@@ -43,23 +41,23 @@
 #include "compat.h"
 #include "http.h"
 
-/* How many idle connections are kept: some instances, a few requests each */
+/* How many idle connections to keep: for some servers, a few requests each */
 #define MAX_CONNECTIONS		16
 
-/* The public part first, so that a pointer to one is a pointer to the other */
+/* A transfer.  The public part comes first, so that both have the same address. */
 typedef struct Transfer
 {
 	OmniTransfer public;
 	CURL	   *easy;
 	struct curl_slist *headers;
 	int64		started_at;		/* by omni_clock() */
-	bool		begun;			/* the request has gone out, or is about to */
-	bool		stale;			/* it did not, since the connection had ended */
-	uint64		connection;		/* number of the one it is on; 0: none */
-	bool		http_proxy;		/* it goes by way of a proxy: one of HTTP ... */
-	bool		socks_proxy;	/* ... or of SOCKS */
+	bool		begun;			/* the request was sent, or is about to be */
+	bool		stale;			/* it was not, since its connection was closed */
+	uint64		connection;		/* number of its connection; 0: none */
+	bool		http_proxy;		/* it uses an HTTP proxy */
+	bool		socks_proxy;	/* it uses a SOCKS proxy */
 	bool		(*is_wanted) (void *arg);
-	void	   *arg;			/* of is_wanted */
+	void	   *arg;			/* argument of is_wanted */
 	char	   *body;			/* malloc'd */
 	size_t		capacity;		/* of body, in bytes */
 	char		error[CURL_ERROR_SIZE];
@@ -72,18 +70,18 @@ typedef struct Watch
 	int			events;			/* WL_SOCKET_READABLE, WL_SOCKET_WRITEABLE */
 } Watch;
 
-/* A connection that libcurl has open, or is about to open */
+/* A connection that libcurl has opened, or is opening */
 typedef struct Connection
 {
-	uint64		number;			/* never used again */
+	uint64		number;			/* unique in this process */
 	curl_socket_t socket;
-	bool		used;			/* a request has gone out on it, and the next
-								 * fields are set */
+	bool		used;			/* a request was sent on it, so that the
+								 * next fields are set */
 	char		host[INET6_ADDRSTRLEN];
 	char		local_host[INET6_ADDRSTRLEN];
 	int			port;
 	int			local_port;
-	int			transfers;		/* at this moment */
+	int			transfers;		/* number of transfers that use it now */
 } Connection;
 
 static CURLM *multi = NULL;
@@ -143,8 +141,8 @@ static void make_wait_set(void);
 	CHECK_EASY(curl_easy_setopt(transfer->easy, option, value))
 
 /*
- * Starts a request.  The strings in *request need not live longer than the
- * call.  The transfer is palloc'd; it is done now, or some omni_http_wait() later.
+ * Start a request.  The strings in *request are copied.  The transfer is palloc'd; it may be
+ * done when this returns, or after any later omni_http_wait().
  */
 OmniTransfer *
 omni_http_start(const OmniHttpRequest *request)
@@ -171,7 +169,7 @@ omni_http_start(const OmniHttpRequest *request)
 	SETOPT(CURLOPT_WRITEFUNCTION, keep_body);
 	SETOPT(CURLOPT_WRITEDATA, transfer);
 
-	/* What is asked for */
+	/* The request */
 	SETOPT(CURLOPT_URL, request->url);
 	SETOPT(CURLOPT_CUSTOMREQUEST, request->method);
 	if (strcmp(request->method, "POST") == 0)
@@ -188,12 +186,12 @@ omni_http_start(const OmniHttpRequest *request)
 	SETOPT(CURLOPT_USERAGENT, "omni_refresh/" OMNI_REFRESH_VERSION
 		   " (PostgreSQL " PG_VERSION "; libcurl " LIBCURL_VERSION ")");
 
-	/* How long */
+	/* Timeouts */
 	SETOPT(CURLOPT_CONNECTTIMEOUT_MS, (long) request->connect_timeout);
 	SETOPT(CURLOPT_TIMEOUT_MS, (long) request->timeout);
 	SETOPT(CURLOPT_TCP_KEEPALIVE, 1L);
 
-	/* To nobody else: no redirects, no proxy that nobody asked for */
+	/* Send the key to this host only: no redirects, no proxy from the environment */
 	CHECK_EASY(curl_allow_protocols_compat(transfer->easy));
 	SETOPT(CURLOPT_FOLLOWLOCATION, 0L);
 	SETOPT(CURLOPT_PROXY, request->proxy != NULL ? request->proxy : "");
@@ -204,8 +202,9 @@ omni_http_start(const OmniHttpRequest *request)
 	SETOPT(CURLOPT_SUPPRESS_CONNECT_HEADERS, 1L);
 
 	/*
-	 * TLS is verified, always.  A directory of certificates, Debian's default
-	 * beside the file, would keep libcurl from caching what it read.
+	 * Always verify certificates.  Use no directory of certificates, which is
+	 * Debian's default besides the file: with one, libcurl would not cache the
+	 * certificates it has read.
 	 */
 	SETOPT(CURLOPT_SSLVERSION, (long) CURL_SSLVERSION_TLSv1_2);
 	SETOPT(CURLOPT_SSL_VERIFYPEER, 1L);
@@ -220,7 +219,7 @@ omni_http_start(const OmniHttpRequest *request)
 		SETOPT(CURLOPT_CERTINFO, 1L);
 	}
 
-	/* A hanging look-up must keep neither signals nor our exit waiting */
+	/* A hanging name look-up must delay neither signals nor the worker's exit */
 	SETOPT(CURLOPT_NOSIGNAL, 1L);
 	CHECK_EASY(curl_quick_exit_compat(transfer->easy));
 
@@ -238,10 +237,9 @@ omni_http_start(const OmniHttpRequest *request)
 }
 
 /*
- * Waits until the latch is set (and resets it), until timeout milliseconds have
- * passed (-1 means no limit), or until something happened to a transfer, and
- * lets libcurl go on meanwhile.  The caller then looks for transfers that are
- * done.  Interrupts are the caller's business, too.
+ * Wait until the latch is set (and reset it), until timeout milliseconds have passed (-1 means
+ * no limit), or until libcurl has made progress on a transfer.  The caller then looks for
+ * transfers that are done, and checks for interrupts.
  */
 void
 omni_http_wait(long timeout, uint32 wait_event)
@@ -287,8 +285,8 @@ omni_http_wait(long timeout, uint32 wait_event)
 }
 
 /*
- * libcurl is set up at first use, in the worker: its state and its threads are
- * not meant to cross a fork.  It is never torn down: exit does that.
+ * Set up libcurl at first use, in the worker, since its state and threads do not survive
+ * a fork.  The exit of the process cleans up.
  */
 static void
 start_libcurl(void)
@@ -319,7 +317,7 @@ add_header(Transfer *transfer, const char *header)
 	transfer->headers = longer;
 }
 
-/* Runs when the context of a transfer goes: raises nothing. */
+/* Reset callback of a transfer's memory context: free libcurl's part.  Must not raise an error. */
 static void
 release_transfer(void *arg)
 {
@@ -337,7 +335,7 @@ release_transfer(void *arg)
 	free(transfer->body);
 }
 
-/* Called by libcurl: a socket is to be watched, or no longer. */
+/* libcurl callback: start or stop watching a socket. */
 static int
 note_socket(CURL *easy, curl_socket_t socket, int what, void *arg, void *socket_arg)
 {
@@ -372,7 +370,7 @@ note_socket(CURL *easy, curl_socket_t socket, int what, void *arg, void *socket_
 	return 0;
 }
 
-/* Called by libcurl: it has made a socket, for a connection. */
+/* libcurl callback: remember the socket of a new connection. */
 static int
 note_open(void *arg, curl_socket_t socket, curlsocktype purpose)
 {
@@ -395,7 +393,7 @@ note_open(void *arg, curl_socket_t socket, curlsocktype purpose)
 	return CURL_SOCKOPT_OK;
 }
 
-/* Called by libcurl: the socket of a connection is to be closed. */
+/* libcurl callback: close the socket of a connection, and forget the connection. */
 static int
 note_close(void *arg, curl_socket_t socket)
 {
@@ -411,9 +409,9 @@ note_close(void *arg, curl_socket_t socket)
 }
 
 /*
- * Finds a connection by its two ends, as libcurl tells them; NULL if there is none.
- * The addresses of one that has been used are known, since the kernel forgets those
- * of a connection that was reset.
+ * Find a connection by the addresses of its two ends, as libcurl gives them; NULL if there
+ * is none.  Remember the addresses at the first use, since the kernel forgets them when the
+ * connection is reset.
  */
 static Connection *
 find_connection(const char *host, const char *local_host, int port, int local_port)
@@ -444,7 +442,7 @@ find_connection(const char *host, const char *local_host, int port, int local_po
 	return NULL;
 }
 
-/* Whether an address is that of our end of a socket. */
+/* Return whether a socket's local address is the given one. */
 static bool
 is_bound_to(curl_socket_t socket, const char *host, int port)
 {
@@ -461,19 +459,20 @@ is_bound_to(curl_socket_t socket, const char *host, int port)
 		return false;
 	if (address.any.sa_family == AF_INET)
 		return ntohs(address.v4.sin_port) == port &&
-			inet_ntop(AF_INET, &address.v4.sin_addr, text, sizeof(text)) != NULL && strcmp(text, host) == 0;
+			inet_ntop(AF_INET, &address.v4.sin_addr, text, sizeof(text)) != NULL &&
+			strcmp(text, host) == 0;
 	if (address.any.sa_family == AF_INET6)
 		return ntohs(address.v6.sin6_port) == port &&
-			inet_ntop(AF_INET6, &address.v6.sin6_addr, text, sizeof(text)) != NULL && strcmp(text, host) == 0;
+			inet_ntop(AF_INET6, &address.v6.sin6_addr, text, sizeof(text)) != NULL &&
+			strcmp(text, host) == 0;
 	return false;
 }
 
 /*
- * Whether no request should go out on an idle connection: the other side has closed
- * or reset it, or has sent something that nobody has asked for.  That is the alert
- * that closes TLS, or the answer to a request that has not been made, such as HTTP
- * status 408.  What HTTP/2 allows at any time, libcurl has just read; what has come
- * since costs a new connection, no more.  libcurl's sockets do not block.
+ * Return whether an idle connection must not be used: the server has closed or reset it, or
+ * has sent data, such as the alert that closes TLS, or an early answer like HTTP status 408.
+ * HTTP/2 allows some frames at any time.  libcurl has just read those; one that arrived since
+ * only costs a new connection.  libcurl's sockets are non-blocking.
  */
 static bool
 has_ended(curl_socket_t socket)
@@ -484,7 +483,7 @@ has_ended(curl_socket_t socket)
 		(errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
 }
 
-/* Notes that a transfer needs its connection no longer. */
+/* Remember that a transfer no longer uses its connection. */
 static void
 leave_connection(Transfer *transfer)
 {
@@ -497,10 +496,9 @@ leave_connection(Transfer *transfer)
 }
 
 /*
- * Called by libcurl: a request is about to go out.  It may, once, if it is still
- * wanted and the connection is still one.  When a connection that was used before is
- * closed without an answer, libcurl would send the request once more, and nobody
- * would know.
+ * libcurl callback: allow a request to be sent, once, if it is still wanted and its connection
+ * is still open.  Without this, libcurl would silently send a request again when the server
+ * closes a used connection without an answer.
  */
 static int
 allow_request(void *arg, char *host, char *local_host, int port, int local_port)
@@ -512,10 +510,10 @@ allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 		return 1;				/* CURL_PREREQFUNC_ABORT */
 	if (connection != NULL)
 	{
-		/* with HTTP/2, what has come may be for another transfer */
+		/* with HTTP/2, unread data may belong to another transfer */
 		if (connection->used && connection->transfers == 0 && has_ended(connection->socket))
 		{
-			/* else libcurl would keep a connection of HTTP/2 */
+			/* otherwise libcurl would keep an HTTP/2 connection open */
 			curl_easy_setopt(transfer->easy, CURLOPT_FORBID_REUSE, 1L);
 			transfer->stale = true;
 			return 1;
@@ -528,7 +526,7 @@ allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 	return 0;
 }
 
-/* Called by libcurl: when it wants to be called, in ms, -1 for never. */
+/* libcurl callback: set the time of its next call, in ms from now; -1 means never. */
 static int
 note_timer(CURLM *unused, long timeout, void *arg)
 {
@@ -536,7 +534,7 @@ note_timer(CURLM *unused, long timeout, void *arg)
 	return 0;
 }
 
-/* Called by libcurl: a piece of the answer's body.  Less than all: give up. */
+/* libcurl callback: append a piece of the body.  Return less than its size to give up. */
 static size_t
 keep_body(char *data, size_t size, size_t count, void *arg)
 {
@@ -565,8 +563,8 @@ keep_body(char *data, size_t size, size_t count, void *arg)
 }
 
 /*
- * Lets libcurl go on with one socket, or with what is due.  It may start a
- * thread that looks up a name: that one must never handle our signals.
+ * Let libcurl act on one socket, or on its timers.  Block all signals meanwhile, so that a
+ * thread it starts for a name look-up inherits the mask and never runs our handlers.
  */
 static void
 drive(curl_socket_t socket, int mask)
@@ -602,7 +600,7 @@ collect_done(void)
 	}
 }
 
-/* Sends a transfer on a new connection, as if for the first time; false if it cannot. */
+/* Restart a transfer on a new connection; return false if libcurl refuses. */
 static bool
 start_over(Transfer *transfer)
 {
@@ -614,11 +612,11 @@ start_over(Transfer *transfer)
 		curl_multi_add_handle(multi, transfer->easy) == CURLM_OK;
 }
 
-/* Tells what became of a transfer that has ended. */
+/* Fill in the answer of a transfer that has ended. */
 static void
 fill_answer(Transfer *transfer, CURLcode code)
 {
-	/* in the words of OpenSSL and of GnuTLS */
+	/* messages of OpenSSL and GnuTLS */
 	static const char *const version[] = {"protocol version", "unsupported protocol", "unsupported version", NULL};
 	static const char *const no_tls[] = {"wrong version number", "packet length too long", "unexpected TLS packet", NULL};
 	OmniAnswer *answer = &transfer->public.answer;
@@ -662,7 +660,7 @@ fill_answer(Transfer *transfer, CURLcode code)
 	}
 }
 
-/* Whom a transfer was connected to, and by what certificate that is known. */
+/* Fill in the address and the certificate of the host that a transfer was connected to. */
 static void
 tell_connection(CURL *easy, OmniAnswer *answer)
 {
@@ -685,10 +683,9 @@ tell_connection(CURL *easy, OmniAnswer *answer)
 }
 
 /*
- * Whether it was the proxy where a transfer failed.  A proxy of HTTP answers CONNECT
- * before there is anything between us and the host.  It has no such answer to give
- * for plain http, or on a connection used before; then all is the proxy's that fails
- * before the request goes out.
+ * Return whether a transfer failed at the proxy.  An HTTP proxy answers CONNECT before the
+ * host is involved.  There is no CONNECT for plain http or on a reused connection: then any
+ * failure before the request is sent counts as the proxy's.
  */
 static bool
 failed_at_proxy(Transfer *transfer, CURLcode code, long connect_status)
@@ -709,7 +706,7 @@ is_about_tls(CURLcode code)
 		code == CURLE_SSL_CACERT_BADFILE;
 }
 
-/* Whether any of the phrases, of which the last is NULL, is part of a text. */
+/* Return whether a text contains any of the phrases, whose list ends with NULL. */
 static bool
 mentions(const char *text, const char *const *phrases)
 {
@@ -719,9 +716,9 @@ mentions(const char *text, const char *const *phrases)
 }
 
 /*
- * Where a failed transfer stood.  libcurl counts a connection as soon as there is
- * one, and notes the time at which the name was looked up, or leaves it 0.  (The
- * times and numbers that it gives for what comes later depend on its version.)
+ * Return the phase in which a transfer failed.  Rely only on libcurl's count of connections
+ * and its time of the name look-up (0 if that has not ended): what it reports about later
+ * phases depends on its version.
  */
 static OmniPhase
 phase_reached(Transfer *transfer, CURLcode code)
@@ -747,13 +744,13 @@ phase_reached(Transfer *transfer, CURLcode code)
 	return OMNI_PHASE_NAME;
 }
 
-/* Makes wait_set anew, since events cannot be taken out of a set. */
+/* Create wait_set anew, since events cannot be removed from a set. */
 static void
 make_wait_set(void)
 {
 	if (wait_set != NULL)
 		FreeWaitEventSet(wait_set);
-	wait_set = NULL;			/* in case that the next line raises an error */
+	wait_set = NULL;			/* in case the next line raises an error */
 	wait_set = CreateWaitEventSet(NULL, nwatches + 2);
 
 	AddWaitEventToSet(wait_set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);

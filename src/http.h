@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * http.h
- *		HTTP requests to whom it may be.  See http.c.
+ *		HTTP requests.  See http.c.
  *
  *-------------------------------------------------------------------------
  */
@@ -10,7 +10,7 @@
 
 #include "c.h"
 
-/* An answer of Omni's is a few hundred bytes, a page of models some 100 kB */
+/* Maximum size of a body.  Omni's answers have some 100 bytes, pages of models some 100 kB. */
 #define OMNI_MAX_ANSWER		(1024 * 1024)
 
 /* How far an attempt came, in the order of events */
@@ -23,15 +23,15 @@ typedef enum OmniPhase
 	OMNI_PHASE_READ
 } OmniPhase;
 
-/* What became of one HTTP request; strings live as long as the transfer */
+/* The result of an HTTP request; strings live as long as the transfer */
 typedef struct OmniAnswer
 {
-	bool		failed;			/* no complete answer: see the next fields */
-	OmniPhase	phase;			/* where it failed */
+	bool		failed;			/* no complete answer came: see the next fields */
+	OmniPhase	phase;			/* the phase that failed */
 	bool		timed_out;
 	bool		retryable;		/* the same request might fare better later */
-	bool		too_large;		/* the answer was longer than we accept */
-	const char *reason;			/* libcurl's words */
+	bool		too_large;		/* the body exceeded OMNI_MAX_ANSWER */
+	const char *reason;			/* libcurl's message */
 	bool		at_proxy;		/* it failed at the proxy, not at the host */
 	int			proxy_status;	/* HTTP status by which the proxy refused to
 								 * connect, 0 when there was none */
@@ -39,8 +39,8 @@ typedef struct OmniAnswer
 	bool		no_tls;			/* the other side does not speak TLS */
 
 	bool		sent;			/* some of the request left this host */
-	bool		withdrawn;		/* it did not, since it was not wanted any
-								 * more */
+	bool		withdrawn;		/* nothing was sent: is_wanted returned
+								 * false */
 	int			status;			/* HTTP status, 0 when there was none */
 	const char *body;			/* not NUL-terminated; NULL when empty */
 	size_t		length;			/* bytes in body */
@@ -48,16 +48,16 @@ typedef struct OmniAnswer
 	int			retry_after;	/* seconds, 0 when not given */
 	int64		elapsed;		/* microseconds */
 
-	/* if they were asked for: in the host's words, NULL when not known */
-	const char *address;		/* whom it was connected to */
-	const char *issuer;			/* of the certificate */
-	const char *expires;		/* the certificate */
+	/* of a probe; NULL when not known */
+	const char *address;		/* IP address of the host or proxy */
+	const char *issuer;			/* of the host's certificate */
+	const char *expires;		/* end of the certificate's validity */
 } OmniAnswer;
 
-/* One HTTP request on its way */
+/* An HTTP request that was started */
 typedef struct OmniTransfer
 {
-	bool		done;			/* then answer is valid */
+	bool		done;			/* if so, answer is valid */
 	OmniAnswer	answer;
 } OmniTransfer;
 
@@ -67,16 +67,16 @@ typedef struct OmniHttpRequest
 	const char *url;
 	const char *bearer;
 	const char *body;			/* JSON, or NULL */
-	bool		probe;			/* on a connection of its own, which is told
-								 * of */
+	bool		probe;			/* use a new connection, and describe it in
+								 * the answer */
 	const char *ca_file;		/* NULL: the system's */
 	const char *proxy;			/* NULL: none */
 	int			connect_timeout;	/* ms */
 	int			timeout;		/* ms */
 
 	/*
-	 * Asked just before the request goes out.  Runs inside libcurl: it may
-	 * look at memory, no more.
+	 * Called just before the request is sent; false withdraws it.  Runs inside
+	 * libcurl: it may read memory only, and must not raise an error.
 	 */
 	bool		(*is_wanted) (void *arg);
 	void	   *arg;

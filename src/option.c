@@ -1,14 +1,14 @@
 /*-------------------------------------------------------------------------
  *
  * option.c
- *		The options of foreign servers and user mappings: what they may be, and
- *		who may use which server with which key.
+ *		The options of foreign servers and user mappings: validate them, and check
+ *		which role may use which server with which key.
  *
- * The one permission model is SQL/MED's: a role that has USAGE on a server and
- * a user mapping for it (its own or PUBLIC's) may make calls with the key of
- * that mapping.  Backends ask before they hand a call over, in the view of
- * their own transaction, and make no use of the key; the worker asks again, in the
- * committed view, when it sends.
+ * The permission model is SQL/MED's: a role that has USAGE on a server and a user
+ * mapping for it (its own or PUBLIC's) may send requests with the key of that mapping.
+ * A backend checks this before it hands over a call or queues a job, in its own
+ * transaction's view, and does not read the key.  The worker checks it again when it
+ * sends, since privileges and options may have changed.
  *
  *-------------------------------------------------------------------------
  */
@@ -38,15 +38,15 @@
 #include "omni_refresh.h"
 #include "option.h"
 
-#define MAX_KEY_FILE_SIZE	4096	/* bytes; a key has less than 100 */
+#define MAX_KEY_FILE_SIZE	4096	/* bytes; keys are shorter than 100 */
 #define MAX_RATE_LIMIT		1000000 /* a minute; Omni gives 60, on request 500 */
 #define MAX_TIMEOUT			3600	/* seconds; more would only hide trouble */
 
 typedef struct Option
 {
 	const char *name;
-	Oid			catalog;		/* of the objects that have it */
-	bool		superuser_only; /* to be set */
+	Oid			catalog;		/* of the objects that have this option */
+	bool		superuser_only; /* only superusers may set it */
 	void		(*check) (const char *name, const char *value);
 } Option;
 
@@ -80,10 +80,7 @@ static bool is_key(const char *key);
 
 PG_FUNCTION_INFO_V1(omni_refresh_validator);
 
-/*
- * Validates the options of an object of the given catalog.  Raises an error for
- * the first option that is not in order.
- */
+/* Validate the options of an object of the given catalog; raise an error if one is invalid. */
 Datum
 omni_refresh_validator(PG_FUNCTION_ARGS)
 {
@@ -145,14 +142,14 @@ find_option(const char *name, Oid catalog)
 	return NULL;
 }
 
-/* Raises an error that suggests the nearest valid name. */
+/* Raise an error that suggests the nearest valid name. */
 static void
 unrecognized_option(const char *name, Oid catalog)
 {
 	const Option *nearest = NULL;
 	int			least = Max((int) strlen(name) / 2, 3);
 
-	/* varstr_levenshtein() refuses longer texts */
+	/* varstr_levenshtein() rejects longer texts */
 	for (int i = 0; i < lengthof(options) && strlen(name) < NAMEDATALEN; i++)
 	{
 		int			distance;
@@ -181,9 +178,9 @@ unrecognized_option(const char *name, Oid catalog)
 }
 
 /*
- * Takes a URL apart; raises an error when libcurl cannot, or when it names a
- * user.  A value that may hold a password is not shown.  The caller frees the
- * result with curl_url_cleanup() and must not raise an error before.
+ * Parse a URL; raise an error if libcurl rejects it, or if it names a user.  Do not show a
+ * value with "@", which may hold a password.  The caller must free the result with
+ * curl_url_cleanup() before it raises an error.
  */
 static CURLU *
 parse_url(const char *name, const char *value)
@@ -226,7 +223,7 @@ parse_url(const char *name, const char *value)
 	return url;
 }
 
-/* A palloc'd copy of a part of a URL, empty when the part is not there. */
+/* Return a part of a URL, empty if it is missing; palloc'd. */
 static char *
 url_part(CURLU *url, CURLUPart part)
 {
@@ -251,9 +248,9 @@ is_loopback(const char *host)
 }
 
 /*
- * The base URL is the login host's, with or without "/api": what documents and
- * browsers show.  Plain http would send the key in the clear, and is for tests
- * on this host only.
+ * Check a base URL: the login host's, as a browser shows it, or with "/api", as Omni's
+ * documentation shows it.  Allow http for loopback addresses only, which tests need: it would
+ * send the key unencrypted.
  */
 static void
 check_base_url(const char *name, const char *value)
@@ -270,7 +267,7 @@ check_base_url(const char *name, const char *value)
 
 	plain = strcmp(scheme, "http") == 0 && is_loopback(host);
 
-	/* libcurl takes any number of slashes */
+	/* libcurl accepts any number of slashes */
 	after_scheme = strstr(value, "://");
 	if (after_scheme == NULL || strchr("/?#", after_scheme[3]) != NULL)
 		detail = "The scheme and \"://\" must be followed by the host.";
@@ -318,7 +315,7 @@ check_proxy(const char *name, const char *value)
 			 errdetail("The scheme must be http, https, socks4, socks4a, socks5 or socks5h.")));
 }
 
-/* Seconds, or with a unit; in ms, or 0 when it is not a duration in range. */
+/* Return a duration in ms, given in seconds or with a unit; 0 if it is invalid or out of range. */
 static int
 parse_duration(const char *value)
 {
@@ -363,7 +360,7 @@ check_path(const char *name, const char *value)
 				 errhint("Give an absolute path on the database server's host.")));
 }
 
-/* The value is never shown, not even where it cannot be a key. */
+/* Check an API key.  Never show the value, not even an invalid one. */
 static void
 check_key(const char *name, const char *value)
 {
@@ -374,7 +371,7 @@ check_key(const char *name, const char *value)
 				 errdetail("An API key consists of printable ASCII characters without spaces.")));
 }
 
-/* A key goes into an HTTP header: nothing in it may end the line. */
+/* Return whether a text can be a key, which must not end the line of its HTTP header. */
 static bool
 is_key(const char *key)
 {
@@ -389,9 +386,9 @@ is_key(const char *key)
 }
 
 /*
- * Finds out whether a role may use a server, and how to reach it.  Returns false
- * and says why in *error if it may not.  Needs a transaction; the strings in
- * *target are palloc'd.
+ * Check that a role may use a server, and read the options of both server and user mapping.
+ * Return false and set *error if it may not.  Needs a transaction; the strings in *target are
+ * palloc'd.
  */
 bool
 omni_target_find(const char *servername, Oid role, OmniTarget *target, OmniError *error)
@@ -403,12 +400,14 @@ omni_target_find(const char *servername, Oid role, OmniTarget *target, OmniError
 		find_mapping(server, role, target, error);
 }
 
-/* Says that what this transaction did to an object must be committed first. */
+/*
+ * Set the error for a server or user mapping that this transaction has changed.  The format of
+ * the message has the server's name as its argument.
+ */
 static bool
-not_committed(OmniError *error, const char *what, const char *servername)
+not_committed(OmniError *error, const char *format, const char *servername)
 {
-	omni_error_set(error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-				   "%s \"%s\" was changed by this transaction", what, servername);
+	omni_error_set(error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, format, servername);
 	omni_error_detail(error, "The request is sent by a background worker, which sees only what is committed.");
 	omni_error_hint(error, "Commit first.");
 	return false;
@@ -456,7 +455,7 @@ find_server(const char *servername, Oid role, OmniTarget *target,
 	own = TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetXmin(tuple->t_data));
 	ReleaseSysCache(tuple);
 	if (own)
-		return not_committed(error, "server", servername);
+		return not_committed(error, "server \"%s\" was changed by this transaction", servername);
 
 	target->connect_timeout = 10000;
 	target->timeout = 30000;
@@ -524,7 +523,7 @@ find_mapping(const ForeignServer *server, Oid role, OmniTarget *target, OmniErro
 	ReleaseSysCache(tuple);
 
 	if (own)
-		return not_committed(error, "user mapping for server", servername);
+		return not_committed(error, "user mapping for server \"%s\" was changed by this transaction", servername);
 	if (target->key == NULL && target->key_file == NULL)
 	{
 		omni_error_set(error, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
@@ -536,8 +535,8 @@ find_mapping(const ForeignServer *server, Oid role, OmniTarget *target, OmniErro
 	if (target->key_file != NULL && !may_use_key_file(server, error))
 	{
 		/*
-		 * the worker retries if there is a file, which it takes for
-		 * unreadable
+		 * The worker would retry if key_file were set, as it does for a
+		 * file that it cannot read.
 		 */
 		target->key_file = NULL;
 		return false;
@@ -566,9 +565,9 @@ may_use_key_file(const ForeignServer *server, OmniError *error)
 }
 
 /*
- * Sets target->key from its file, if it is kept in one; white space around it
- * does not matter.  Returns false and says why in *error if that fails.  Neither
- * a FIFO nor a device makes it wait.
+ * Read target->key from target->key_file, if that is set, without the white space around it.
+ * Return false and set *error if that fails.  Open the file without blocking: a FIFO or a
+ * device must not block the worker.
  */
 bool
 omni_target_read_key(OmniTarget *target, OmniError *error)

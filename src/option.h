@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * option.h
- *		Where Omni is, and with which key.  See option.c.
+ *		The options of servers and user mappings.  See option.c.
  *
  *-------------------------------------------------------------------------
  */

@@ -1,20 +1,19 @@
 /*-------------------------------------------------------------------------
  *
  * rate.c
- *		The rate limiter: how many requests may be made with a key.
+ *		The rate limiter: limit the requests a minute with each API key.
  *
- * Omni counts the requests of a key, whoever makes them, over the last minute.
- * So do we, in shared memory, for all databases of the cluster and beyond the
- * life of a worker.  The minute is cut into slices that each have a count; the
- * oldest is counted whole, so that in no minute more requests may begin than the
- * limit says.  A key is known by a hash of it and of the host, salted anew at each
- * start of the server.
+ * Omni counts all requests with a key over the last minute.  So does the rate limiter, in
+ * shared memory, for all databases of the cluster, so that a worker's end resets no count.
+ * It divides the minute into slices that each have a count, and includes the whole of the
+ * oldest slice, so that no minute has more requests than the limit.  It identifies a key by
+ * a hash of the key and the host.  The salt of the hash changes with each start of the server.
  *
- * Calls, queued jobs and polls each have a share of the limit, which the others
- * leave to them as long as they have been asking for it.
+ * Calls, queued jobs and polls each have a share of the limit.  The other classes do not
+ * use that share while a class is being refused and has not used it up.
  *
- * When Omni says no all the same, because others use the key too, nothing more
- * is sent with it before the time that Omni gave.
+ * Omni may still answer 429, for others use the key, too.  Then omni_rate_block() stops all
+ * requests with the key until the time that Omni gave.
  *
  *-------------------------------------------------------------------------
  */
@@ -30,20 +29,20 @@
 #define SHARED_NAME			"omni_refresh rates layout 3"
 
 /*
- * 12 slices and the one that is counted whole make a minute and a second or
- * more, so that a request that was slow on its way does no harm.
+ * 12 whole slices and the current one are a minute and a second or more.  The second
+ * allows for a request that takes longer to reach Omni than a later one.
  */
 #define SLICES				13
 #define SLICE_LENGTH		OMNI_MS(5100)
 
-/* When there are more keys than this in a minute, some may send more than their limit */
+/* If more keys than this are in use in a minute, some may exceed their limit */
 #define MAX_KEYS			32
 
 typedef struct Rate
 {
 	uint64		id;				/* 0: not in use */
 	int64		slice;			/* number of the newest slice, by omni_clock() */
-	uint32		counts[SLICES][OMNI_RATE_CLASSES];	/* of slice n at n modulo
+	uint32		counts[SLICES][OMNI_RATE_CLASSES];	/* slice n is at n modulo
 													 * SLICES */
 	int64		refused[OMNI_RATE_CLASSES]; /* slice of the last refusal */
 	int64		blocked_until;	/* by omni_clock(), or 0 */
@@ -57,7 +56,7 @@ typedef struct Shared
 	Rate		rates[MAX_KEYS];
 } Shared;
 
-/* A class has this part of the limit to itself, as soon as it wants it */
+/* Each class has one n-th of the limit as its share */
 static const int shares[OMNI_RATE_CLASSES] = {
 	[OMNI_RATE_CALL] = 2,
 	[OMNI_RATE_JOB] = 4,
@@ -68,11 +67,12 @@ static Shared *shared = NULL;
 
 static void attach_shared(void);
 static void init_shared(OMNI_SHARED_INIT_ARGS);
-static bool has_room(const Rate *rate, OmniRateClass class, int limit, const uint32 *used, int64 all);
+static bool has_room(const Rate *rate, OmniRateClass class, int limit,
+					 const uint32 *used, int64 all);
 static Rate *find_rate(uint64 id);
 static bool is_dispensable(const Rate *one, const Rate *other);
 
-/* The identity of a key at a host, as long as the server runs. */
+/* Return an identifier of a key at a host, which is valid until the server stops. */
 uint64
 omni_rate_id(const char *host, const char *key)
 {
@@ -87,9 +87,9 @@ omni_rate_id(const char *host, const char *key)
 }
 
 /*
- * Reserves a place within the rate limit, of so many requests a minute (0 means no
- * limit), for one request now.  Returns 0 if there is one, else the time to ask again,
- * by omni_clock(), and whether it is that late because of omni_rate_block().
+ * Reserve a place within a limit of requests a minute (0 means no limit) for one request.
+ * Return 0 if the request may be sent now, else the time of omni_clock() to try again, and in
+ * *blocked whether that time is due to omni_rate_block().
  */
 int64
 omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
@@ -115,7 +115,7 @@ omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 		}
 		all = used[OMNI_RATE_CALL] + used[OMNI_RATE_JOB] + used[OMNI_RATE_POLL];
 
-		/* there is room for it when enough of the oldest no longer count */
+		/* find the time at which enough of the oldest slices no longer count */
 		while (!has_room(rate, class, limit, used, all) && oldest <= rate->slice)
 		{
 			for (int c = 0; c < OMNI_RATE_CLASSES; c++)
@@ -124,8 +124,12 @@ omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 				all -= rate->counts[oldest % SLICES][c];
 			}
 			oldest++;
+<<<<<<< HEAD
 			when = (oldest - 1) * SLICE_LENGTH; /* begins slice oldest +
 												 * SLICES - 1 */
+=======
+			when = (oldest - 1) * SLICE_LENGTH;	/* start of slice oldest + SLICES - 1 */
+>>>>>>> 577f93f (Give each message a full pattern, and let comments name their subjects)
 		}
 	}
 
@@ -138,10 +142,10 @@ omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 }
 
 /*
- * Whether a class may make one more request, with so many used in a minute: if
- * it has not had its share, or if the others that have been refused lately keep
- * what is left of theirs.  Calls keep it from polls in any case: these go on for as
- * long as jobs run, and a call would come too late for its caller.
+ * Return whether a class may send one more request, given the counts of the last minute.
+ * It may if it has not used its share up, or if the unused shares of the classes that were
+ * refused lately remain free.  Polls always leave the share of calls free: polls continue
+ * for as long as jobs run, and a call that had to wait for them could miss its deadline.
  */
 static bool
 has_room(const Rate *rate, OmniRateClass class, int limit, const uint32 *used, int64 all)
@@ -155,13 +159,14 @@ has_room(const Rate *rate, OmniRateClass class, int limit, const uint32 *used, i
 		if (c == class && used[c] < share)
 			return all < limit;
 		if (c != class && used[c] < share &&
-			(rate->refused[c] > rate->slice - SLICES || (c == OMNI_RATE_CALL && class == OMNI_RATE_POLL)))
+			(rate->refused[c] > rate->slice - SLICES ||
+			 (c == OMNI_RATE_CALL && class == OMNI_RATE_POLL)))
 			kept += share - used[c];
 	}
 	return all + kept < limit;
 }
 
-/* How many requests there is room for now, within a limit of so many a minute. */
+/* Return how many requests a limit of requests a minute allows now. */
 int
 omni_rate_left(uint64 id, int limit)
 {
@@ -181,7 +186,7 @@ omni_rate_left(uint64 id, int limit)
 	return Max(left, 0);
 }
 
-/* Lets nothing more be sent before a time of omni_clock(). */
+/* Refuse all requests with a key until a time of omni_clock(). */
 void
 omni_rate_block(uint64 id, int64 until)
 {
@@ -194,15 +199,19 @@ omni_rate_block(uint64 id, int64 until)
 }
 
 /*
- * The counts of a key, those of the last minute left, and 0 as blocked_until if it
- * is not blocked.  A new key takes the place of another one.
+ * Return the entry of a key.  Clear the counts of slices older than a minute, and blocked_until
+ * if its time has passed.  A new key replaces the most dispensable entry.
  */
 static Rate *
 find_rate(uint64 id)
 {
 	int64		now = omni_clock();
+<<<<<<< HEAD
 	int64		slice = now / SLICE_LENGTH + SLICES;	/* the first one has
 														 * others before it */
+=======
+	int64		slice = now / SLICE_LENGTH + SLICES;	/* the first slice needs predecessors */
+>>>>>>> 577f93f (Give each message a full pattern, and let comments name their subjects)
 	Rate	   *rate = NULL;
 
 	for (int i = 0; i < MAX_KEYS; i++)
@@ -233,16 +242,18 @@ find_rate(uint64 id)
 }
 
 /*
- * Whether less is lost with one entry than with another: one without a pause that Omni
- * has asked for, and of these the one not used for longer; else the longer pause, since
- * the shorter one may be a neighbour's of somebody who fills the table with long ones.
+ * Return whether to replace one entry rather than another.  Replace entries that are not
+ * blocked first, the one unused for longer before the other.  Of two blocked entries, replace
+ * the one blocked for longer: a role that fills the table with long blocks must not drop the
+ * short ones of other roles.
  */
 static bool
 is_dispensable(const Rate *one, const Rate *other)
 {
 	if (one->blocked_until == 0 && other->blocked_until == 0)
 		return one->slice < other->slice;
-	return one->blocked_until == 0 || (other->blocked_until != 0 && one->blocked_until > other->blocked_until);
+	return one->blocked_until == 0 ||
+		(other->blocked_until != 0 && one->blocked_until > other->blocked_until);
 }
 
 static void

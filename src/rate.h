@@ -10,7 +10,7 @@
 
 #include "c.h"
 
-/* Those who share a rate limit */
+/* The classes of requests that share a rate limit */
 typedef enum OmniRateClass
 {
 	OMNI_RATE_CALL,

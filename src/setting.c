@@ -14,20 +14,20 @@
 
 bool		omni_is_preloaded;
 
-/* For users */
+/* Settings of sessions */
 char	   *omni_server;
 int			omni_on_failure;
 int			omni_call_timeout;	/* ms */
 bool		omni_enabled;
 
-/* For the worker */
+/* Settings of the worker */
 int			omni_idle_timeout;	/* ms */
 int			omni_min_interval;	/* ms */
 int			omni_retry_for;		/* s */
 int			omni_max_in_flight;
 bool		omni_track;
 int			omni_track_timeout; /* s */
-int			omni_retention;		/* min, -1 means for ever */
+int			omni_retention;		/* min, -1 means forever */
 
 static const struct config_enum_entry on_failure_options[] = {
 	{"error", OMNI_ON_FAILURE_ERROR, false},
@@ -35,7 +35,7 @@ static const struct config_enum_entry on_failure_options[] = {
 	{NULL, 0, false}
 };
 
-/* Defines them all; called when the library is loaded. */
+/* Define all settings.  Called when the library is loaded. */
 void
 omni_settings_define(void)
 {
@@ -53,24 +53,24 @@ omni_settings_define(void)
 							NULL, &omni_call_timeout, 60 * 1000, 1, INT_MAX,
 							PGC_USERSET, GUC_UNIT_MS, NULL, NULL, NULL);
 	DefineCustomBoolVariable("omni_refresh.enabled",
-							 "Sets whether requests are sent; if not, they are canceled.",
+							 "Sets whether requests are sent; otherwise new requests are canceled.",
 							 NULL, &omni_enabled, true,
 							 PGC_SUSET, 0, NULL, NULL, NULL);
 
 	DefineCustomIntVariable("omni_refresh.idle_timeout",
-							"Sets how long the worker waits for more to do before it exits.",
+							"Sets how long an idle worker waits for requests before it exits.",
 							NULL, &omni_idle_timeout, 60 * 1000, 0, INT_MAX,
 							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
 	DefineCustomIntVariable("omni_refresh.min_interval",
-							"Sets the least time between two queued requests for the same thing.",
+							"Sets the minimum time between two queued requests that could be merged.",
 							NULL, &omni_min_interval, 10 * 1000, 0, INT_MAX,
 							PGC_SIGHUP, GUC_UNIT_MS, NULL, NULL, NULL);
 	DefineCustomIntVariable("omni_refresh.retry_for",
-							"Sets how long a queued request is tried again.",
+							"Sets how long a queued request is retried.",
 							NULL, &omni_retry_for, 24 * 3600, 0, INT_MAX,
 							PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
 	DefineCustomIntVariable("omni_refresh.max_in_flight",
-							"Sets how many queued requests a server is sent at once.",
+							"Sets the maximum number of queued requests in flight to one server.",
 							NULL, &omni_max_in_flight, 4, 1, 1000,
 							PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomBoolVariable("omni_refresh.track",
@@ -83,7 +83,7 @@ omni_settings_define(void)
 							PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
 	DefineCustomIntVariable("omni_refresh.retention",
 							"Sets how long finished jobs and their events are kept.",
-							"-1 keeps them for ever.",
+							"-1 keeps them forever.",
 							&omni_retention, 30 * 24 * 60, -1, INT_MAX,
 							PGC_SIGHUP, GUC_UNIT_MIN, NULL, NULL, NULL);
 	MarkGUCPrefixReserved("omni_refresh");

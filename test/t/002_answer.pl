@@ -139,7 +139,7 @@ foreach my $case (
 	my $expected = ref $detail ? qr/$detail/ : qr/^\Q$detail\E$/;
 	my ($found) = $stderr =~ /^DETAIL:  (.*)$/m;
 	my $what = $extras->{body} // $fault;
-	like($stderr, qr/^ERROR:  08P01: server "omni" did not answer as Omni does$/m, "an answer is refused: $what");
+	like($stderr, qr/^ERROR:  08P01: unexpected response from server "omni"$/m, "an answer is refused: $what");
 	like($found // '', $expected, "and the reason told: $what");
 	like($stderr, qr/^HINT:  \Q$shape_hint\E$/m, "and a hint given: $what");
 	is($job->{status}, 'failed', "the job has failed: $what");
@@ -164,7 +164,7 @@ foreach my $case (
 	$omni->reset;
 	$omni->fault($fault, %$extras);
 	my ($stderr) = $test->failure;
-	is($stderr, error('08P01', 'server "omni" did not answer as Omni does', $detail,
+	is($stderr, error('08P01', 'unexpected response from server "omni"', $detail,
 		'Redirects are not followed, since the API key is for one host only; '
 		. 'set "base_url" to the login host of the instance.'), "a redirect is an error: $detail");
 	is(scalar($omni->requests), 1, "a redirect is not followed: $detail");

@@ -131,7 +131,7 @@ my %odd = (
 for my $fault (sort keys %odd)
 {
 	$omni->fault($fault);
-	fails("the answer $fault", '08P01', qr/^server "omni" did not answer as Omni does$/,
+	fails("the answer $fault", '08P01', qr/^unexpected response from server "omni"$/,
 		$odd{$fault}, qr/base_url/, $malformed);
 }
 my %strange = (

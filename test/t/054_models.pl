@@ -240,7 +240,7 @@ for my $case (
 	my ($what, $pages) = @$case;
 	$omni->reset;
 	answer($_) for @$pages;
-	like(fails(), qr/^ERROR:  08P01: server "omni" did not answer as Omni does\nDETAIL:  .+\nHINT:  .+/m, "it ends: $what");
+	like(fails(), qr/^ERROR:  08P01: unexpected response from server "omni"\nDETAIL:  .+\nHINT:  .+/m, "it ends: $what");
 	cmp_ok(scalar(asked()), '<', 20, '... soon');
 }
 $omni->reset;
@@ -268,7 +268,7 @@ for my $case (
 	$omni->reset;
 	$omni->fault($fault, %extras, path => '/models$');
 	my $what = substr join(' ', $fault, map { $_ // '' } @extras{sort keys %extras}), 0, 60;
-	like(fails(), qr/^ERROR:  08P01: server "omni" did not answer as Omni does\nDETAIL:  .+\nHINT:  .+/m, "it is not Omni: $what");
+	like(fails(), qr/^ERROR:  08P01: unexpected response from server "omni"\nDETAIL:  .+\nHINT:  .+/m, "it is not Omni: $what");
 	is(scalar(asked()), 1, '... and is not asked again');
 }
 $omni->reset;

@@ -203,7 +203,7 @@ for my $case ([ 'redirect' ], [ 'empty' ], [ 'wrong_shape' ], [ 'nested' ], [ 'n
 	my ($fault, %extras) = @$case;
 	$omni->reset;
 	$omni->fault($fault, %extras, path => '/models$');
-	fails_at("no answer of Omni's: " . join(' ', $fault, values %extras), 'authorization', qr/^not ok: server "omni" did not answer as Omni does.*base_url/);
+	fails_at("no answer of Omni's: " . join(' ', $fault, values %extras), 'authorization', qr/^not ok: unexpected response from server "omni".*base_url/);
 }
 $omni->reset;
 $omni->fault('huge', size => 2 << 20, path => '/models$');
