@@ -36,7 +36,7 @@ static OmniStatement insert_events = {
 	" SELECT job, requested_by, occurred_at, event, attempt, http_status, duration, detail"
 	" FROM unnest($1, $2, $3, $4, $5, $6, $7, $8) WITH ORDINALITY"
 	"  AS new (job, requested_by, occurred_at, event, attempt, http_status, duration, detail, turn)"
-	" WHERE event <> 'requested' OR (SELECT id FROM %s AS old WHERE old.job = new.job LIMIT 1) IS NULL"
+	" WHERE event <> " OMNI_SQL(REQUESTED) " OR (SELECT id FROM %s AS old WHERE old.job = new.job LIMIT 1) IS NULL"
 	" ORDER BY turn",
 	.nargs = COLUMNS,
 	.argtypes = {INT8ARRAYOID, NAMEARRAYOID, TIMESTAMPTZARRAYOID, TEXTARRAYOID, INT4ARRAYOID, INT4ARRAYOID,
@@ -48,10 +48,10 @@ static OmniStatement insert_merged = {
 	.text = "INSERT INTO %s (job, requested_by, occurred_at, event, detail)"
 	" SELECT job, requested_by, occurred_at, event, detail"
 	" FROM unnest($1, $2, $3, $4) AS merged (job, requested_by, requested_at, carrier),"
-	"  LATERAL (VALUES (1, 'requested', requested_at, NULL),"
-	"   (2, 'merged', clock_timestamp(), 'carried out by job ' || carrier))"
+	"  LATERAL (VALUES (1, " OMNI_SQL(REQUESTED) ", requested_at, NULL),"
+	"   (2, " OMNI_SQL(MERGED) ", clock_timestamp(), 'carried out by job ' || carrier))"
 	"  AS events (turn, event, occurred_at, detail)"
-	" WHERE event <> 'requested' OR (SELECT id FROM %s AS old WHERE old.job = merged.job LIMIT 1) IS NULL"
+	" WHERE event <> " OMNI_SQL(REQUESTED) " OR (SELECT id FROM %s AS old WHERE old.job = merged.job LIMIT 1) IS NULL"
 	" ORDER BY job, turn",
 	.nargs = 4,
 	.argtypes = {INT8ARRAYOID, NAMEARRAYOID, TIMESTAMPTZARRAYOID, INT8ARRAYOID}
@@ -59,7 +59,7 @@ static OmniStatement insert_merged = {
 
 static OmniStatement select_recent = {
 	.table = &omni_event_table,
-	.text = "SELECT array_agg(DISTINCT job) FROM %s WHERE occurred_at > $1 AND event = 'sending'",
+	.text = "SELECT array_agg(DISTINCT job) FROM %s WHERE occurred_at > $1 AND event = " OMNI_SQL(SENDING),
 	.nargs = 1,
 	.argtypes = {TIMESTAMPTZOID}
 };
@@ -67,7 +67,7 @@ static OmniStatement select_recent = {
 /* since there was an answer to the job; by way of the job alone, not of all ids from some on */
 static OmniStatement count_recoveries = {
 	.table = &omni_event_table,
-	.text = "SELECT count(*) FILTER (WHERE event = 'recovered' AND id > answered)"
+	.text = "SELECT count(*) FILTER (WHERE event = " OMNI_SQL(RECOVERED) " AND id > answered)"
 	" FROM (SELECT id, event, coalesce(max(id) FILTER (WHERE http_status IS NOT NULL) OVER (), 0) AS answered"
 	"  FROM %s WHERE job = $1) AS event",
 	.nargs = 1,
@@ -77,8 +77,8 @@ static OmniStatement count_recoveries = {
 /* an attempt that ended without an answer; an answer of 5xx is one */
 static OmniStatement select_unanswered = {
 	.table = &omni_event_table,
-	.text = "SELECT FROM %s WHERE job = $1 AND (event = 'recovered'"
-	" OR (event = 'attempt_failed' AND starts_with(detail, '08006:') AND coalesce(http_status, 0) < 500)) LIMIT 1",
+	.text = "SELECT FROM %s WHERE job = $1 AND (event = " OMNI_SQL(RECOVERED)
+	" OR (event = " OMNI_SQL(ATTEMPT_FAILED) " AND starts_with(detail, '08006:') AND coalesce(http_status, 0) < 500)) LIMIT 1",
 	.nargs = 1,
 	.argtypes = {INT8OID}
 };

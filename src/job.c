@@ -80,10 +80,10 @@ static OmniStatement look_at_job = {
 static OmniStatement count_unfinished = {
 	.table = &omni_job_table,
 	.read = true,
-	.text = "SELECT count(*) FILTER (WHERE status = 'pending' AND database = $1),"
-	"  count(*) FILTER (WHERE status = 'sending' AND database = $1),"
-	"  count(*) FILTER (WHERE status = 'running' AND database = $1),"
-	"  count(*) FILTER (WHERE status = 'pending' AND database = $1 AND run_at < clock_timestamp() - interval '5 min'),"
+	.text = "SELECT count(*) FILTER (WHERE status = " OMNI_SQL(PENDING) " AND database = $1),"
+	"  count(*) FILTER (WHERE status = " OMNI_SQL(SENDING) " AND database = $1),"
+	"  count(*) FILTER (WHERE status = " OMNI_SQL(RUNNING) " AND database = $1),"
+	"  count(*) FILTER (WHERE status = " OMNI_SQL(PENDING) " AND database = $1 AND run_at < clock_timestamp() - interval '5 min'),"
 	"  count(*) FILTER (WHERE database <> $1)"
 	" FROM (SELECT status, database, run_at FROM %s WHERE " QUEUED " UNION ALL"
 	"  SELECT status, database, run_at FROM %s WHERE " IN_HAND ") AS job",
@@ -106,7 +106,7 @@ static OmniStatement update_job = {
 
 static OmniStatement send_job = {
 	.table = &omni_job_table,
-	.text = "UPDATE %s SET status = 'sending', attempts = $2, sent_at = $3"
+	.text = "UPDATE %s SET status = " OMNI_SQL(SENDING) ", attempts = $2, sent_at = $3"
 	" WHERE id = $1 AND " IS_PENDING,
 	.nargs = 3,
 	.argtypes = {INT8OID, INT4OID, TIMESTAMPTZOID}
@@ -127,7 +127,7 @@ static OmniStatement look_for_job = {
 	.argtypes = {INT8OID}
 };
 
-static void insert(OmniStatement *statement, OmniJob *job, const char *status, TimestampTz run_at,
+static void insert(OmniStatement *statement, OmniJob *job, OmniStatus status, TimestampTz run_at,
 				   TimestampTz sent_at);
 static const char *kind_name(OmniKind kind);
 static ArrayType *keep_list(ArrayType *list);
@@ -142,16 +142,16 @@ bool
 omni_job_begin(OmniJob *job, const char *url)
 {
 	TimestampTz now = GetCurrentTimestamp();
-	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = "requested"};
+	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = OMNI_NAME_REQUESTED};
 	OmniEvent	sending = {
 		.occurred_at = now,
-		.event = "sending",
+		.event = OMNI_NAME_SENDING,
 		.attempt = job->attempts + 1,
 		.detail = psprintf("POST %s", url)
 	};
 
 	if (job->id == 0)
-		insert(&insert_job, job, "sending", now, now);
+		insert(&insert_job, job, OMNI_STATUS_SENDING, now, now);
 	else
 	{
 		Datum		values[3] = {
@@ -176,17 +176,17 @@ omni_job_begin(OmniJob *job, const char *url)
 void
 omni_job_delay(OmniJob *job, int64 wait)
 {
-	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = "requested"};
+	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = OMNI_NAME_REQUESTED};
 	TimestampTz now = GetCurrentTimestamp();
 	TimestampTz run_at = omni_latest_now() + wait;
 	OmniEvent	limited = {
 		.occurred_at = now,
-		.event = "rate_limited",
+		.event = OMNI_NAME_RATE_LIMITED,
 		.detail = psprintf("not to be sent before %s", timestamptz_to_str(now + wait))
 	};
 
 	if (job->id == 0)
-		insert(&insert_job, job, "pending", run_at, 0);
+		insert(&insert_job, job, OMNI_STATUS_PENDING, run_at, 0);
 	else if (strcmp(job->origin, OMNI_ORIGIN_CALL) == 0)
 		omni_job_defer(job->id, run_at);
 	omni_event_add(job, &requested);
@@ -206,10 +206,10 @@ omni_job_defer(int64 id, TimestampTz run_at)
 void
 omni_job_refuse(OmniJob *job, const OmniOutcome *outcome)
 {
-	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = "requested"};
+	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = OMNI_NAME_REQUESTED};
 
 	if (job->id == 0)
-		insert(&insert_job, job, "pending", job->request.requested_at, 0);
+		insert(&insert_job, job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
 	omni_event_add(job, &requested);
 	(void) omni_job_record(job, outcome);
 }
@@ -221,7 +221,7 @@ omni_job_queue(OmniJob *job)
 	Datum		row;
 
 	SPI_connect();
-	insert(&queue_job, job, "pending", job->request.requested_at, 0);
+	insert(&queue_job, job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
 	row = SPI_datumTransfer(omni_value(0, 0, get_rel_type_id(omni_job_table.oid)), false, -1);
 	SPI_finish();
 	return row;
@@ -229,12 +229,12 @@ omni_job_queue(OmniJob *job)
 
 /* Sets job->id, unless the statement returns something else. */
 static void
-insert(OmniStatement *statement, OmniJob *job, const char *status, TimestampTz run_at,
+insert(OmniStatement *statement, OmniJob *job, OmniStatus status, TimestampTz run_at,
 	   TimestampTz sent_at)
 {
 	OmniRequest *request = &job->request;
 	Datum		values[INSERT_JOB_NARGS] = {
-		CStringGetTextDatum(status),
+		CStringGetTextDatum(omni_status_name(status)),
 		UUIDPGetDatum(&request->model),
 		UUIDPGetDatum(&request->branch),
 		CStringGetTextDatum(kind_name(request->kind)),
@@ -328,7 +328,7 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 
 	if (outcome->quiet)
 		return OMNI_ROW_OURS;
-	if (strcmp(outcome->status, "pending") != 0)
+	if (strcmp(outcome->status, OMNI_NAME_PENDING) != 0)
 		omni_notify(job->id, outcome->status);
 	if (outcome->attempt_event == NULL)
 		attempt.event = outcome->status;

@@ -262,7 +262,7 @@ malformed(const char *what)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_PROTOCOL_VIOLATION),
-			 errmsg("server \"%s\" did not answer as Omni does", omni_server),
+			 errmsg("unexpected response from server \"%s\"", omni_server),
 			 errdetail_internal("%s", what),
 			 errhint("Check that the server's \"base_url\" is the login host of an Omni instance, and what proxies are in between.")));
 }

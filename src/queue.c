@@ -54,7 +54,7 @@
 
 /* what no worker has in hand ($2) but one has left there, or what is a copy of it */
 #define LEFT_BEHIND \
-	IN_HAND " AND (status <> 'running' OR database <> $1) AND id <> ALL ($2)"
+	IN_HAND " AND (status <> " OMNI_SQL(RUNNING) " OR database <> $1) AND id <> ALL ($2)"
 
 static OmniStatement select_left = {
 	.table = &omni_job_table,
@@ -205,7 +205,7 @@ static OmniStatement merge_jobs = {
 	"  SELECT job.ctid AS place, carrier FROM unnest($1, $2) AS members (id, carrier) JOIN %s AS job USING (id)"
 	"  WHERE " IS_PENDING " FOR NO KEY UPDATE OF job SKIP LOCKED"
 	" ), merged AS ("
-	"  UPDATE %s AS job SET status = 'merged', merged_into = carrier,"
+	"  UPDATE %s AS job SET status = " OMNI_SQL(MERGED) ", merged_into = carrier,"
 	"   finished_at = clock_timestamp(), error = NULL"
 	"  FROM locked WHERE job.ctid = place"
 	"  RETURNING job.id, job.requested_by, job.requested_at, carrier"
@@ -219,7 +219,7 @@ static OmniStatement merge_jobs = {
 /* jobs to be asked about, but for servers ($4) and roles at servers ($5) as above */
 static OmniStatement select_due_running = {
 	.table = &omni_job_table,
-	.text = "SELECT " JOB_LIST " FROM %s WHERE status = 'running' AND database = $1 AND (run_at <= $2 OR run_at > $3)"
+	.text = "SELECT " JOB_LIST " FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 AND (run_at <= $2 OR run_at > $3)"
 	"  AND server::text <> ALL ($4) AND concat_ws(' ', requested_by_oid, server) <> ALL ($5)"
 	" ORDER BY run_at, id LIMIT $6 FOR NO KEY UPDATE SKIP LOCKED",
 	.nargs = 6,
@@ -229,17 +229,17 @@ static OmniStatement select_due_running = {
 /* whether any are left, whether any is due, and when the next one will be */
 static OmniStatement select_next_running = {
 	.table = &omni_job_table,
-	.text = "SELECT EXISTS (SELECT FROM %s WHERE status = 'running' AND database = $1),"
-	"  EXISTS (SELECT FROM %s WHERE status = 'running' AND database = $1 AND run_at <= $2),"
-	"  (SELECT run_at FROM %s WHERE status = 'running' AND database = $1 AND run_at > $2 ORDER BY run_at LIMIT 1)",
+	.text = "SELECT EXISTS (SELECT FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1),"
+	"  EXISTS (SELECT FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 AND run_at <= $2),"
+	"  (SELECT run_at FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 AND run_at > $2 ORDER BY run_at LIMIT 1)",
 	.nargs = 2,
 	.argtypes = {OIDOID, TIMESTAMPTZOID}
 };
 
 static OmniStatement stop_following = {
 	.table = &omni_job_table,
-	.text = "UPDATE %s SET status = 'accepted', finished_at = clock_timestamp(), error = NULL"
-	" WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE status = 'running' AND database = $1 LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED))"
+	.text = "UPDATE %s SET status = " OMNI_SQL(ACCEPTED) ", finished_at = clock_timestamp(), error = NULL"
+	" WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED))"
 	" RETURNING id, requested_by, status, attempts, 'not followed to its end'",
 	.nargs = 2,
 	.argtypes = {OIDOID, INT8OID}
@@ -253,7 +253,7 @@ static OmniStatement select_old = {
 	.table = &omni_job_table,
 	.text = "SELECT array_agg(id) FILTER (WHERE finished_at < $2 AND"
 	"  (SELECT status FROM %s AS carrier WHERE carrier.id = job.merged_into)"
-	"   = ANY ('{pending, sending, running}') IS NOT TRUE),"
+	"   = ANY (" OMNI_SQL_UNFINISHED ") IS NOT TRUE),"
 	"  max(id), (array_agg(requested_at ORDER BY id DESC))[1] >= $2"
 	" FROM (SELECT id, finished_at, requested_at, merged_into FROM %s WHERE id > $1 ORDER BY id LIMIT $3) AS job",
 	.nargs = 3,
@@ -287,9 +287,9 @@ static OmniStatement cancel_job = {
 /* the carrier of a set has its lowest number */
 static OmniStatement release_jobs = {
 	.table = &omni_job_table,
-	.text = "UPDATE %s SET status = 'pending', merged_into = NULL, finished_at = NULL"
-	" WHERE id > $1 AND merged_into = $1 AND status = 'merged'"
-	" RETURNING id, requested_by, 'released', attempts, 'job ' || $1 || ' was canceled'",
+	.text = "UPDATE %s SET status = " OMNI_SQL(PENDING) ", merged_into = NULL, finished_at = NULL"
+	" WHERE id > $1 AND merged_into = $1 AND status = " OMNI_SQL(MERGED)
+	" RETURNING id, requested_by, " OMNI_SQL(RELEASED) ", attempts, 'job ' || $1 || ' was canceled'",
 	.nargs = 1,
 	.argtypes = {INT8OID}
 };
@@ -440,7 +440,7 @@ settle(OmniJobState *left, int count)
 	for (int i = 0; i < count; i++)
 	{
 		OmniJob    *job = &left[i].job;
-		OmniOutcome outcome = {.status = "canceled"};
+		OmniOutcome outcome = {.status = OMNI_NAME_CANCELED};
 
 		if (job->database != MyDatabaseId)
 			omni_error_set(&outcome.error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -448,7 +448,7 @@ settle(OmniJobState *left, int count)
 		else if (strcmp(job->origin, OMNI_ORIGIN_CALL) == 0)
 		{
 			if (job->attempts > 0)
-				outcome.status = "unknown";
+				outcome.status = OMNI_NAME_UNKNOWN;
 			omni_error_set(&outcome.error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
 						   "the background worker or the server ended before the answer came");
 			omni_error_hint(&outcome.error, "If the job was being sent, look in Omni before you send it again.");
@@ -469,13 +469,13 @@ settle(OmniJobState *left, int count)
 static void
 recover(OmniJob *job)
 {
-	OmniOutcome outcome = {.status = "pending",.again = true};
+	OmniOutcome outcome = {.status = OMNI_NAME_PENDING,.again = true};
 
 	if (omni_events_recoveries(job->id) < MAX_RECOVERIES)
-		outcome.attempt_event = "recovered";
+		outcome.attempt_event = OMNI_NAME_RECOVERED;
 	else
 	{
-		outcome.status = "unknown";
+		outcome.status = OMNI_NAME_UNKNOWN;
 		outcome.again = false;
 		omni_error_set(&outcome.error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
 					   "the background worker or the server ended %d times while the job was being sent",
@@ -507,7 +507,7 @@ add_rows_events(void)
 
 		job.request.requested_by = *DatumGetName(omni_value(row, 1, NAMEOID));
 		omni_event_add(&job, &event);
-		if (strcmp(event.event, "released") != 0)
+		if (strcmp(event.event, OMNI_NAME_RELEASED) != 0)
 			omni_notify(job.id, event.event);
 	}
 }
@@ -885,9 +885,9 @@ omni_job_cancel(const OmniJob *job, const char *by)
 	Datum		values[3] = {
 		Int64GetDatum(job->id),
 		CStringGetTextDatum(psprintf("by \"%s\"", by)),
-		CStringGetTextDatum(job->attempts > 0 && omni_job_may_have_arrived(job->id) ? "unknown" : "canceled")
+		CStringGetTextDatum(job->attempts > 0 && omni_job_may_have_arrived(job->id) ? OMNI_NAME_UNKNOWN : OMNI_NAME_CANCELED)
 	};
-	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = "requested"};
+	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = OMNI_NAME_REQUESTED};
 
 	omni_events_begin();
 	if (omni_run(&cancel_job, values, NULL) == 0)

@@ -124,12 +124,7 @@ omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 				all -= rate->counts[oldest % SLICES][c];
 			}
 			oldest++;
-<<<<<<< HEAD
-			when = (oldest - 1) * SLICE_LENGTH; /* begins slice oldest +
-												 * SLICES - 1 */
-=======
 			when = (oldest - 1) * SLICE_LENGTH;	/* start of slice oldest + SLICES - 1 */
->>>>>>> 577f93f (Give each message a full pattern, and let comments name their subjects)
 		}
 	}
 
@@ -206,12 +201,7 @@ static Rate *
 find_rate(uint64 id)
 {
 	int64		now = omni_clock();
-<<<<<<< HEAD
-	int64		slice = now / SLICE_LENGTH + SLICES;	/* the first one has
-														 * others before it */
-=======
 	int64		slice = now / SLICE_LENGTH + SLICES;	/* the first slice needs predecessors */
->>>>>>> 577f93f (Give each message a full pattern, and let comments name their subjects)
 	Rate	   *rate = NULL;
 
 	for (int i = 0; i < MAX_KEYS; i++)

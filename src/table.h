@@ -12,6 +12,7 @@
 #include "executor/spi.h"
 
 #include "job.h"
+#include "status.h"
 
 /* Bytes of a table's name, quoted and with its schema */
 #define OMNI_MAX_QUALIFIED	(2 * (2 * NAMEDATALEN + 3))
@@ -86,18 +87,20 @@ typedef struct OmniTable
 	OMNI_JOB_COLUMNS(OMNI_JOB_COLUMN_TEXT) "hashtextextended(ROW(" ALIKE ")::text, 0), xmin"
 
 /* The conditions of the two indexes on unfinished jobs: what waits in the queue, ... */
-#define QUEUED		"status = 'pending' AND origin <> 'call'"
+#define QUEUED		"status = " OMNI_SQL(PENDING) " AND origin <> 'call'"
 
 /* ... and what a worker has, or had, in hand */
-#define IN_HAND		"(status = ANY ('{sending, running}') OR (status = 'pending' AND origin = 'call'))"
+#define IN_HAND \
+	"(status = ANY ('{" OMNI_NAME_SENDING ", " OMNI_NAME_RUNNING "}')" \
+	" OR (status = " OMNI_SQL(PENDING) " AND origin = 'call'))"
 
 /*
  * What a job is that was found by its number.  Written as "status =" these would be
  * conditions of those indexes, which a plan made for an empty table might go through
  * from end to end instead.
  */
-#define IS_PENDING		"starts_with(status, 'pending')"
-#define IS_UNFINISHED	"status <> ALL ('{completed, failed, accepted, canceled, merged, unknown}')"
+#define IS_PENDING		"starts_with(status, " OMNI_SQL(PENDING) ")"
+#define IS_UNFINISHED	"status <> ALL (" OMNI_SQL_FINAL ")"
 
 /* A statement about a table, whose name stands for each %s in it. */
 typedef struct OmniStatement
