@@ -143,11 +143,11 @@ my %strange = (
 for my $body (sort keys %strange)
 {
 	$omni->fault('answer', status => 200, body => $body);
-	fails("$strange{$body} instead of an answer", '08P01', qr/did not answer/, qr/shape/,
+	fails("$strange{$body} instead of an answer", '08P01', qr/unexpected response/, qr/shape/,
 		qr/base_url/, $malformed);
 }
 $omni->fault('answer', status => 204, body => '', headers => { 'Content-Length' => undef });
-fails('success without content', '08P01', qr/did not answer/, qr/HTTP status 204/, qr/\S/,
+fails('success without content', '08P01', qr/unexpected response/, qr/HTTP status 204/, qr/\S/,
 	'failed: requested sending attempt_failed failed');
 
 # Nor is what goes on after 1 MB read to its end
