@@ -27,8 +27,8 @@
 #define COLUMNS				8
 
 /*
- * That a job was requested is its first event, or none.  EXISTS would not do: its
- * plan might read all of the log, to have it at hand for many jobs.
+ * Insert "requested" only as the first event of a job.  Do not use EXISTS here: the
+ * planner might hash the whole log to answer it for many jobs.
  */
 static OmniStatement insert_events = {
 	.table = &omni_event_table,
@@ -64,7 +64,10 @@ static OmniStatement select_recent = {
 	.argtypes = {TIMESTAMPTZOID}
 };
 
-/* since there was an answer to the job; by way of the job alone, not of all ids from some on */
+/*
+ * Count the recoveries of a job since Omni last answered it.  Search by job alone, so that
+ * the planner does not scan the primary key from some id on.
+ */
 static OmniStatement count_recoveries = {
 	.table = &omni_event_table,
 	.text = "SELECT count(*) FILTER (WHERE event = " OMNI_SQL(RECOVERED) " AND id > answered)"
@@ -74,7 +77,10 @@ static OmniStatement count_recoveries = {
 	.argtypes = {INT8OID}
 };
 
-/* an attempt that ended without an answer; an answer of 5xx is one */
+/*
+ * Find an attempt that ended without an answer, so that Omni may have got the request.
+ * A response with status 5xx is an answer.
+ */
 static OmniStatement select_unanswered = {
 	.table = &omni_event_table,
 	.text = "SELECT FROM %s WHERE job = $1 AND (event = " OMNI_SQL(RECOVERED)
@@ -98,19 +104,19 @@ static OmniStatement select_without = {
 	.argtypes = {INT8ARRAYOID}
 };
 
-/* The events of this transaction that are not written yet, by column */
+/* The events of this transaction that are still to be written, one array for each column */
 static ArrayBuildState *gathered[COLUMNS];
 
 static void gather(int column, Datum value, bool isnull);
 
-/* Begins a transaction's events: forgets what one that was rolled back has left. */
+/* Discard events of an earlier transaction that was rolled back, at the start of a new one. */
 void
 omni_events_begin(void)
 {
 	memset(gathered, 0, sizeof(gathered));
 }
 
-/* Adds a line about a job to the event log, as of omni_events_write(). */
+/* Add an event of a job, which omni_events_write() will write. */
 void
 omni_event_add(const OmniJob *job, const OmniEvent *event)
 {
@@ -126,6 +132,15 @@ omni_event_add(const OmniJob *job, const OmniEvent *event)
 	gather(7, event->detail != NULL ? CStringGetTextDatum(event->detail) : (Datum) 0, event->detail == NULL);
 }
 
+/* Add the first event of a job; omni_events_write() leaves it out if the job has any. */
+void
+omni_event_add_requested(const OmniJob *job)
+{
+	OmniEvent	event = {.occurred_at = job->request.requested_at,.event = OMNI_NAME_REQUESTED};
+
+	omni_event_add(job, &event);
+}
+
 static void
 gather(int column, Datum value, bool isnull)
 {
@@ -138,7 +153,7 @@ gather(int column, Datum value, bool isnull)
 	(void) accumArrayResult(gathered[column], value, isnull, types[column], CurrentMemoryContext);
 }
 
-/* Writes the events of this transaction. */
+/* Write the events of this transaction in one statement. */
 void
 omni_events_write(void)
 {
@@ -152,7 +167,10 @@ omni_events_write(void)
 	(void) omni_run(&insert_events, values, NULL);
 }
 
-/* Writes the events of jobs that were merged, of which four arrays tell. */
+/*
+ * Write the events of merged jobs.  The four arrays have one element for each job: its id,
+ * its requester, the time of the request and the carrier's id.
+ */
 void
 omni_events_merged(Datum jobs, Datum requesters, Datum requested_at, Datum carriers)
 {
@@ -162,8 +180,8 @@ omni_events_merged(Datum jobs, Datum requesters, Datum requested_at, Datum carri
 }
 
 /*
- * Deletes the events of jobs, but those that another session has locked.  Returns the jobs
- * that have none any more, by number, or NULL if there are none.
+ * Delete the events of jobs, except events that another session has locked.  Returns the
+ * ids of the jobs that have no events left, or NULL if there are no such jobs.
  */
 ArrayType *
 omni_events_delete(ArrayType *jobs)
@@ -178,7 +196,7 @@ omni_events_delete(ArrayType *jobs)
 	return isnull ? NULL : DatumGetArrayTypeP(without);
 }
 
-/* The jobs that were sent since a time, an array, or NULL if there are none. */
+/* Return the ids of the jobs that were sent since a time, or NULL if there are none. */
 ArrayType *
 omni_events_sent(TimestampTz since)
 {
@@ -191,7 +209,7 @@ omni_events_sent(TimestampTz since)
 	return isnull ? NULL : DatumGetArrayTypeP(jobs);
 }
 
-/* How often a job was sent again since there was an answer to it. */
+/* Count how often a job was recovered since Omni last answered it. */
 int64
 omni_events_recoveries(int64 job)
 {

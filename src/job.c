@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * job.c
- *		The rows of omni_refresh_job, and what is written down about one.
+ *		Read and write the rows of omni_refresh_job.
  *
  * See table.c for what the functions need and raise.
  *
@@ -26,7 +26,7 @@
 #include "job.h"
 #include "table.h"
 
-/* The latest time that a row may have, in the year 2500: no sum of ours overflows */
+/* The latest time to accept from a row, in the year 2500, so that adding to it cannot overflow */
 #define MAX_TIME	(INT64CONST(500) * 366 * USECS_PER_DAY)
 
 #define INSERT_JOB \
@@ -92,8 +92,8 @@ static OmniStatement count_unfinished = {
 };
 
 /*
- * Leaves a row alone that another session has locked, in an open transaction that has
- * called omni_refresh_cancel() for example: the worker waits for nobody.
+ * Skip a row that another session has locked, for example by omni_refresh_cancel() in an
+ * open transaction: the worker must not wait for user transactions.
  */
 static OmniStatement update_job = {
 	.table = &omni_job_table,
@@ -119,7 +119,7 @@ static OmniStatement delay_job = {
 	.argtypes = {INT8OID, TIMESTAMPTZOID}
 };
 
-/* whether a row that was left alone is unfinished, and so was locked */
+/* After update_job has skipped a row: if the job is unfinished, the row is locked. */
 static OmniStatement look_for_job = {
 	.table = &omni_job_table,
 	.text = "SELECT FROM %s WHERE id = $1 AND " IS_UNFINISHED,
@@ -134,15 +134,14 @@ static ArrayType *keep_list(ArrayType *list);
 static TimestampTz to_finite(TimestampTz time);
 
 /*
- * Writes down that a job is about to be sent to a URL, which holds no secret.
- * The request may be sent once this is committed; then the number of attempts is
- * one more.  Returns false if it is not pending any more: somebody was faster.
+ * Record that a job is about to be sent to a URL, which contains no secret.  Commit
+ * before sending the request, so that a crash cannot hide the attempt, and count the
+ * attempt in job->attempts then.  Returns false if the job is no longer pending.
  */
 bool
 omni_job_begin(OmniJob *job, const char *url)
 {
 	TimestampTz now = GetCurrentTimestamp();
-	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = OMNI_NAME_REQUESTED};
 	OmniEvent	sending = {
 		.occurred_at = now,
 		.event = OMNI_NAME_SENDING,
@@ -164,19 +163,18 @@ omni_job_begin(OmniJob *job, const char *url)
 			return false;
 	}
 	if (job->attempts == 0)
-		omni_event_add(job, &requested);
+		omni_event_add_requested(job);
 	omni_event_add(job, &sending);
 	return true;
 }
 
 /*
- * Writes down that a job must wait for its turn within the rate limit, for so many
- * microseconds.  A job of the queue keeps its place there.
+ * Record that a job is throttled by the rate limit for "wait" microseconds.  The run_at
+ * of a queued job stays the same, so that the job keeps its place in the queue.
  */
 void
 omni_job_delay(OmniJob *job, int64 wait)
 {
-	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = OMNI_NAME_REQUESTED};
 	TimestampTz now = GetCurrentTimestamp();
 	TimestampTz run_at = omni_latest_now() + wait;
 	OmniEvent	limited = {
@@ -189,11 +187,11 @@ omni_job_delay(OmniJob *job, int64 wait)
 		insert(&insert_job, job, OMNI_STATUS_PENDING, run_at, 0);
 	else if (strcmp(job->origin, OMNI_ORIGIN_CALL) == 0)
 		omni_job_defer(job->id, run_at);
-	omni_event_add(job, &requested);
+	omni_event_add_requested(job);
 	omni_event_add(job, &limited);
 }
 
-/* Lets a pending job wait. */
+/* Delay a pending job until run_at. */
 void
 omni_job_defer(int64 id, TimestampTz run_at)
 {
@@ -202,19 +200,21 @@ omni_job_defer(int64 id, TimestampTz run_at)
 	(void) omni_run(&delay_job, values, NULL);
 }
 
-/* Writes down a job that is not sent at all; its row is locked, unless there is none. */
+/*
+ * Record the outcome of a job that is not sent at all.  If the job has a row, the caller
+ * has locked it.
+ */
 void
 omni_job_refuse(OmniJob *job, const OmniOutcome *outcome)
 {
-	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = OMNI_NAME_REQUESTED};
 
 	if (job->id == 0)
 		insert(&insert_job, job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
-	omni_event_add(job, &requested);
+	omni_event_add_requested(job);
 	(void) omni_job_record(job, outcome);
 }
 
-/* Puts a job into the queue, in a backend; returns its row, palloc'd. */
+/* In a backend: add a job to the queue and return its row, palloc'd. */
 Datum
 omni_job_queue(OmniJob *job)
 {
@@ -227,7 +227,7 @@ omni_job_queue(OmniJob *job)
 	return row;
 }
 
-/* Sets job->id, unless the statement returns something else. */
+/* Insert a job, and set job->id if the statement is insert_job, which returns the id. */
 static void
 insert(OmniStatement *statement, OmniJob *job, OmniStatus status, TimestampTz run_at,
 	   TimestampTz sent_at)
@@ -285,8 +285,8 @@ kind_name(OmniKind kind)
 }
 
 /*
- * Writes down what became of an attempt, and of the job with it, unless somebody has
- * locked, ended or deleted its row; there are no events then either.
+ * Record the outcome of an attempt in the job's row and in the event log.  Writes
+ * neither if another session has locked, finished or deleted the row.
  */
 OmniRow
 omni_job_record(OmniJob *job, const OmniOutcome *outcome)
@@ -338,7 +338,7 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 	return OMNI_ROW_OURS;
 }
 
-/* Whether there is a job that is not at its end, in a backend. */
+/* In a backend: return whether any job of this database is unfinished. */
 bool
 omni_job_any_unfinished(void)
 {
@@ -352,8 +352,8 @@ omni_job_any_unfinished(void)
 }
 
 /*
- * A job as a row, for a function that returns one.  In a backend; after
- * omni_tables_find().  The result is palloc'd.
+ * In a backend, after omni_tables_find(): return a job's row, palloc'd, as the result of
+ * an SQL function.
  */
 Datum
 omni_job_read(int64 id)
@@ -372,9 +372,9 @@ omni_job_read(int64 id)
 }
 
 /*
- * Looks at a job, in a backend with SPI connected and after omni_tables_find(), under
- * the latest snapshot.  Returns false if there is none.  Its lists are palloc'd in the
- * context of SPI's caller.
+ * In a backend with SPI connected, after omni_tables_find(): read a job under the latest
+ * snapshot.  Returns false if there is no such job.  The lists of schemas and tables are
+ * palloc'd in the context of SPI's caller.
  */
 bool
 omni_job_look(int64 id, OmniJobState *state)
@@ -398,10 +398,10 @@ keep_list(ArrayType *list)
 }
 
 /*
- * Makes plain data of a row that the last statement has returned, by JOB_LIST.  It is
- * the one reader of such rows, and believes nothing that the table's owner may have
- * changed: types and NULLs are checked, numbers and times brought into their range.
- * The lists live as long as the result.
+ * Decode a row that the last statement has returned as JOB_LIST.  No other function reads
+ * such rows.  The table's owner may have changed anything, so check types and NULLs, and
+ * clamp numbers and times to their range.  The lists of schemas and tables live as long
+ * as SPI's result.
  */
 void
 omni_job_decode(int row, OmniJobState *state)
@@ -467,14 +467,17 @@ omni_job_decode(int row, OmniJobState *state)
 #undef VALUE_OR_NULL
 }
 
-/* A time that can be added to, in the place of "infinity" in particular. */
+/* Clamp a time, "infinity" in particular, so that intervals can be added to it. */
 static TimestampTz
 to_finite(TimestampTz time)
 {
 	return Min(Max(time, 0), MAX_TIME);
 }
 
-/* Counts what is unfinished, in a backend.  Returns false if somebody keeps us from it. */
+/*
+ * In a backend: count the unfinished jobs.  Returns false, without waiting, if another
+ * session holds a conflicting lock on the table.
+ */
 bool
 omni_job_count(OmniJobCounts *counts)
 {
@@ -492,7 +495,7 @@ omni_job_count(OmniJobCounts *counts)
 	return true;
 }
 
-/* Who owns the table of jobs; after omni_tables_find(). */
+/* Return the owner of the table of jobs; call omni_tables_find() first. */
 Oid
 omni_job_owner(void)
 {
@@ -500,8 +503,8 @@ omni_job_owner(void)
 }
 
 /*
- * A job that is in no table, as a row: one that was not even written down.  In a
- * backend; after omni_tables_find().  The result is palloc'd.
+ * In a backend, after omni_tables_find(): form a row, palloc'd, for a job that was never
+ * written to the table.
  */
 Datum
 omni_job_form(const OmniJob *job, const char *status, const char *error)

@@ -1,12 +1,12 @@
 /*-------------------------------------------------------------------------
  *
  * notify.c
- *		NOTIFY omni_refresh, for those who LISTEN to what becomes of jobs.
+ *		NOTIFY omni_refresh, for sessions that LISTEN to the outcome of jobs.
  *
- * What a transaction has to tell is gathered, and sent by a later one of its own:
- * a notification that fails must not take the outcome of a job along, and those that
- * commit one take a lock that holds up each other.  Anyone may listen, so that
- * there is nothing in it but the number and the status of a job.
+ * The worker collects the notifications of a transaction and sends them in a later,
+ * separate transaction: a notification that fails must not roll back the outcome of a
+ * job, and transactions that commit notifications block each other on a lock.  Any role
+ * may listen, so a notification contains only the id and the status of a job.
  *
  *-------------------------------------------------------------------------
  */
@@ -31,7 +31,7 @@ typedef struct Notice
 static Notice *notices = NULL;
 static int	capacity = 0;
 static int	count = 0;
-static int	committed = 0;		/* the first of them, whose transaction is */
+static int	committed = 0;		/* how many of them, from the first, have committed */
 
 /* A notice of this transaction, in a backend */
 typedef struct Queued
@@ -47,14 +47,14 @@ static void at_transaction_end(XactEvent event, void *arg);
 static void at_subtransaction_end(SubXactEvent event, SubTransactionId own, SubTransactionId parent, void *arg);
 static void send_notice(int64 job, const char *status);
 
-/* Begins a transaction: forgets what one that was rolled back has left. */
+/* Discard notices of an earlier transaction that was rolled back, at the start of a new one. */
 void
 omni_notify_begin(void)
 {
 	count = committed;
 }
 
-/* Tells of a job, once this transaction is committed. */
+/* Notify listeners of a job's status once this transaction has committed. */
 void
 omni_notify(int64 job, const char *status)
 {
@@ -74,7 +74,7 @@ omni_notify(int64 job, const char *status)
 	count++;
 }
 
-/* The transaction is committed.  Returns whether there is anything to send. */
+/* After commit: mark all notices as ready, and return whether there are any to send. */
 bool
 omni_notify_committed(void)
 {
@@ -82,7 +82,7 @@ omni_notify_committed(void)
 	return committed > 0;
 }
 
-/* Sends it all when this transaction, which needs to do nothing else, commits. */
+/* Send all committed notices in this transaction, which should do nothing else. */
 void
 omni_notify_send(void)
 {
@@ -90,7 +90,7 @@ omni_notify_send(void)
 		send_notice(notices[i].job, notices[i].status);
 }
 
-/* Forgets what was sent, or could not be. */
+/* Discard all notices, whether they were sent or sending them failed. */
 void
 omni_notify_end(void)
 {
@@ -98,9 +98,9 @@ omni_notify_end(void)
 }
 
 /*
- * In a backend: tells of a job when the user's transaction commits.  Until then it is not
- * a transaction that has executed NOTIFY, which could not be prepared.  One that is
- * prepared tells nobody.
+ * In a backend: keep a notice until the user's transaction commits.  Do not execute NOTIFY
+ * earlier, because a transaction that has done so cannot be prepared.  A transaction that
+ * is prepared sends no notices.
  */
 static void
 queue_notice(int64 job, const char *status)
@@ -139,7 +139,7 @@ at_transaction_end(XactEvent event, void *arg)
 	queued = NIL;
 }
 
-/* What a savepoint that is rolled back has done is not told. */
+/* Discard the notices of a subtransaction that is rolled back; hand others to its parent. */
 static void
 at_subtransaction_end(SubXactEvent event, SubTransactionId own, SubTransactionId parent, void *arg)
 {

@@ -1,21 +1,21 @@
 /*-------------------------------------------------------------------------
  *
  * queue.c
- *		The queue: jobs that are "pending" and not of a call; and those that are
- *		"running", to be asked about when that is due.
+ *		The queue of pending jobs that no session waits for, and the running
+ *		jobs, which the worker polls when they are due.
  *
- * It is nothing but rows of omni_refresh_job, which two indexes find: one of what
- * waits, by role, server and model, and one of what is, or was, in the hands of a
- * worker.  See table.c for what the functions need and raise.
+ * The queue consists of rows of omni_refresh_job.  omni_refresh_job_queue_idx orders the
+ * queued jobs by role, server and model; omni_refresh_job_active_idx has the jobs that a
+ * worker has, or had, in flight.  See table.c for what the functions need and raise.
  *
- * The queue may be of any length, and most of it another user's.  So no statement here
- * reads more than a bounded number of rows, and none of a role's requests stand before
- * another role's: omni_queue_heads() goes from the first job of one role, server and
- * model (a head) to the next one by steps in the index, passing over what cannot be sent
- * now, and only around such heads are jobs merged and taken.
+ * The queue may be of any length, and most of its jobs may be one role's.  So every
+ * statement here reads a bounded number of rows, and the jobs of one role never delay
+ * those of another: omni_queue_heads() steps through the index from the first job of one
+ * role, server and model (a head) to the next head, and skips servers and roles that
+ * cannot send now.  Jobs are merged and claimed only from the heads so found.
  *
- * No statement waits for a row that another session has locked: such a row is left for
- * a later time.
+ * No statement waits for a row that another session has locked; a later run of the
+ * statement will find the row unlocked.
  *
  *-------------------------------------------------------------------------
  */
@@ -33,18 +33,19 @@
 #include "setting.h"
 #include "table.h"
 
-/* Rows of one head to merge in a statement, which takes some ten ms: calls wait for it */
+/* Jobs to merge in a statement, which takes some ten ms; calls are delayed meanwhile */
 #define MERGE_LIMIT			500
 
-/* Rows to settle in a statement, of those that an earlier worker or another database left */
+/* Jobs to settle in a statement, of those that an earlier worker or another database left behind */
 #define SETTLE_LIMIT		1000
 
-/* How often a job that was being sent is sent again when the worker has ended */
+/* How often to recover a job that was being sent when the worker ended */
 #define MAX_RECOVERIES		3
 
 /*
- * Whether a row is due at $2; after $3 comes what no wait of ours can have set, but a
- * clock that was stepped back.  What nobody has made wait is due whatever the clock says.
+ * Whether a job is due at $2.  A run_at after $3 is later than any delay can set it, so
+ * the clock was stepped back; treat such a job as due.  A job that was never delayed has
+ * run_at = requested_at and is due whatever the clock says.
  */
 #define DUE					"(run_at <= greatest($2, requested_at) OR run_at > $3)"
 #define DUE_NARGS			3
@@ -52,7 +53,10 @@
 /* The order of the index on the queue */
 #define LANE				"requested_by_oid, server::text COLLATE \"C\", model_id"
 
-/* what no worker has in hand ($2) but one has left there, or what is a copy of it */
+/*
+ * Jobs that an earlier worker has left behind, or copies of another database's jobs.
+ * $2 has the ids of the jobs that this worker has in flight.
+ */
 #define LEFT_BEHIND \
 	IN_HAND " AND (status <> " OMNI_SQL(RUNNING) " OR database <> $1) AND id <> ALL ($2)"
 
@@ -71,7 +75,7 @@ static OmniStatement any_left = {
 	.argtypes = {OIDOID, INT8ARRAYOID}
 };
 
-/* copies of another database's queued jobs, around a head */
+/* The copies of another database's queued jobs, for one head */
 static OmniStatement select_copies = {
 	.table = &omni_job_table,
 	.text = "SELECT " JOB_LIST " FROM %s"
@@ -172,7 +176,7 @@ static OmniStatement unite_jobs = {
 	.argtypes = {INT8ARRAYOID, BOOLOID}
 };
 
-/* Locks some pending jobs, but those that another session has locked. */
+/* Lock pending jobs, except rows that another session has locked. */
 static OmniStatement lock_jobs = {
 	.table = &omni_job_table,
 	.text = "SELECT id FROM %s WHERE id = ANY ($1) AND " IS_PENDING " FOR NO KEY UPDATE SKIP LOCKED",
@@ -180,7 +184,7 @@ static OmniStatement lock_jobs = {
 	.argtypes = {INT8ARRAYOID}
 };
 
-/* the pending ones, locked or not */
+/* Find pending jobs, locked or not. */
 static OmniStatement look_for_jobs = {
 	.table = &omni_job_table,
 	.text = "SELECT id FROM %s WHERE id = ANY ($1) AND " IS_PENDING,
@@ -196,8 +200,8 @@ static OmniStatement widen_job = {
 };
 
 /*
- * What somebody has changed between the two looks at a row is found where it was and
- * no more: it stays as it is.
+ * Join the locked rows by ctid: if another session has changed a row before this
+ * statement locked it, the ctid names its old version, and the row is not merged.
  */
 static OmniStatement merge_jobs = {
 	.table = &omni_job_table,
@@ -216,7 +220,7 @@ static OmniStatement merge_jobs = {
 	.argtypes = {INT8ARRAYOID, INT8ARRAYOID}
 };
 
-/* jobs to be asked about, but for servers ($4) and roles at servers ($5) as above */
+/* The running jobs to poll, except those of held servers ($4) and roles at servers ($5) */
 static OmniStatement select_due_running = {
 	.table = &omni_job_table,
 	.text = "SELECT " JOB_LIST " FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 AND (run_at <= $2 OR run_at > $3)"
@@ -226,7 +230,7 @@ static OmniStatement select_due_running = {
 	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TEXTARRAYOID, TEXTARRAYOID, INT8OID}
 };
 
-/* whether any are left, whether any is due, and when the next one will be */
+/* Whether any job is running, whether any is due, and when the next one will be due */
 static OmniStatement select_next_running = {
 	.table = &omni_job_table,
 	.text = "SELECT EXISTS (SELECT FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1),"
@@ -246,8 +250,9 @@ static OmniStatement stop_following = {
 };
 
 /*
- * The next batch in order of id, which is the order of the requests.  What was merged
- * stays as long as the end of its carrier may put it back into the queue.
+ * Read the next batch in order of id, which is the order of the requests.  Keep a merged
+ * job while its carrier is unfinished: canceling the carrier puts the job back into the
+ * queue.
  */
 static OmniStatement select_old = {
 	.table = &omni_job_table,
@@ -274,7 +279,7 @@ static OmniStatement delete_jobs = {
 	.argtypes = {INT8ARRAYOID}
 };
 
-/* What may have arrived ends "unknown" ($3). */
+/* The status $3 is "unknown" instead of "canceled" if Omni may have got the request. */
 static OmniStatement cancel_job = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = $3, finished_at = clock_timestamp(), error = NULL"
@@ -284,7 +289,7 @@ static OmniStatement cancel_job = {
 	.argtypes = {INT8OID, TEXTOID, TEXTOID}
 };
 
-/* the carrier of a set has its lowest number */
+/* Put merged jobs back into the queue.  Their ids are greater than their carrier's. */
 static OmniStatement release_jobs = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = " OMNI_SQL(PENDING) ", merged_into = NULL, finished_at = NULL"
@@ -328,9 +333,9 @@ static ArrayType *merge(const int64 *members, const int64 *carriers, int count);
 static bool unite(const int64 *ids, int count, bool whole, Datum *values, char *nulls);
 
 /*
- * Locks pending jobs until the end of the transaction, and says of which, by their
- * places in ids; those that another session has locked, and those that are not pending
- * any more, are told apart.  Waits for nobody.  The result is palloc'd.
+ * Lock pending jobs until the end of the transaction, without waiting.  Returns a palloc'd
+ * array with an element for each of ids: whether the job's row is locked by us, locked by
+ * another session, or gone, that is, no longer pending or deleted.
  */
 OmniRow *
 omni_job_lock(const int64 *ids, int count)
@@ -374,7 +379,7 @@ make_bigints(const int64 *numbers, int count)
 	return construct_array(elements, count, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE);
 }
 
-/* The jobs that the last statement has returned, palloc'd; sets their number. */
+/* Decode all jobs that the last statement has returned; the result is palloc'd. */
 static OmniJobState *
 decode_all(int *count)
 {
@@ -388,9 +393,9 @@ decode_all(int *count)
 }
 
 /*
- * Settles a batch of what an earlier worker has left behind: what is not in the hands of
- * this one, by number.  Returns false if there is more of it, if only because another
- * session has locked it.
+ * Settle a batch of jobs that an earlier worker has left behind; in_hand has the ids of
+ * the jobs that this worker has in flight.  Returns false if more such jobs remain, some
+ * perhaps because another session has locked their rows.
  */
 bool
 omni_job_settle(const int64 *in_hand, int count)
@@ -409,7 +414,7 @@ omni_job_settle(const int64 *in_hand, int count)
 	return omni_run(&any_left, values, NULL) == 0;
 }
 
-/* Cancels a batch of jobs of one head that are copies of another database's. */
+/* Cancel a batch of the jobs of one head that are copies of another database's jobs. */
 void
 omni_queue_cancel_copies(const OmniPlace *place)
 {
@@ -429,10 +434,10 @@ omni_queue_cancel_copies(const OmniPlace *place)
 }
 
 /*
- * Settles jobs whose rows are locked.  Nobody waits for a call any more: it is not sent
- * again, and what an earlier attempt has done is not known.  What was queued goes back
- * to the queue.  What was copied from another database was never sent from here, and
- * never is.
+ * Settle jobs whose rows the caller has locked.  The session of a call is gone, so do not
+ * send the call again; its status is "unknown" if an attempt had begun.  Put a queued job
+ * back into the queue.  Cancel a copy of another database's job, which must never be sent
+ * from this database.
  */
 static void
 settle(OmniJobState *left, int count)
@@ -463,8 +468,8 @@ settle(OmniJobState *left, int count)
 }
 
 /*
- * Puts a queued job that was about to be sent back into the queue, but not for ever: it
- * may have been such a job that has ended the worker or the server.
+ * Put a queued job that was being sent back into the queue, at most MAX_RECOVERIES times:
+ * the job itself may be what crashes the worker or the server.
  */
 static void
 recover(OmniJob *job)
@@ -486,9 +491,9 @@ recover(OmniJob *job)
 }
 
 /*
- * Adds an event for each row that the last statement has returned, of which they
- * are job, requester, event, attempts and detail, and tells of those whose status
- * that is.
+ * Add an event for each row that the last statement has returned; its columns are job,
+ * requester, event, attempts and detail.  Notify listeners of the job's status, which has
+ * the name of the event, unless that is "released".
  */
 static void
 add_rows_events(void)
@@ -512,7 +517,7 @@ add_rows_events(void)
 	}
 }
 
-/* Sets the first arguments, by which DUE tells what is due. */
+/* Set $1 to $3, which the condition DUE uses. */
 static void
 set_due(Datum *values)
 {
@@ -524,7 +529,7 @@ set_due(Datum *values)
 	values[2] = TimestampTzGetDatum(now + longest + USECS_PER_MINUTE);
 }
 
-/* A list of C strings as an array of texts */
+/* Convert a list of C strings to an array of text. */
 static Datum
 text_array(List *texts)
 {
@@ -537,9 +542,9 @@ text_array(List *texts)
 }
 
 /*
- * The heads of the queue behind a place, at most so many, and so many that are due; sets
- * their number.  Those that *held names have no more than one head for each server or
- * role, which is not due.  The result is palloc'd.
+ * Return the heads of the queue behind a place: at most "limit" heads, of which at most
+ * due_limit are due.  A server or role that *held names yields at most one head, whose
+ * is_due is false.  Sets *count.  The result is palloc'd.
  */
 OmniHead *
 omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit, int due_limit, int due_limit_of_server,
@@ -575,7 +580,7 @@ omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit, int du
 	return heads;
 }
 
-/* Sets the fourth argument and the two behind it. */
+/* Set $4 to $6, which DUE_OF_HEADS uses. */
 static void
 set_heads(Datum *values, const OmniHead *heads, int count)
 {
@@ -595,8 +600,8 @@ set_heads(Datum *values, const OmniHead *heads, int count)
 }
 
 /*
- * The first due jobs of some heads, at most so many of each; sets their number.  Some may
- * be copies of another database's.  The result is palloc'd.
+ * Return the first due jobs of the given heads, at most "limit" for each head.  Some may be
+ * copies of another database's jobs.  Sets *count.  The result is palloc'd.
  */
 OmniJobState *
 omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count)
@@ -611,10 +616,10 @@ omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count)
 }
 
 /*
- * Merges the due jobs of some heads: the oldest of a set is widened to what they ask for
- * together, and carries the others.  Sets of each head whether it is worth while to merge
- * once more before anything of it is sent: there were very many.  Only what was merged counts,
- * or those that somebody has locked would be tried again and again without a pause.
+ * Merge the due jobs of the given heads: widen the oldest job of each set to cover the
+ * requests of the whole set, and make it the carrier of the others.  Sets has_more of a
+ * head if so many jobs were merged that another round should precede the next attempt.  Only what was
+ * merged counts, or rows that another session has locked would be tried again and again.
  */
 void
 omni_queue_merge(OmniHead *heads, int nheads)
@@ -675,7 +680,7 @@ compare_ids(const void *a, const void *b)
 	return (left > right) - (left < right);
 }
 
-/* Makes plain data of the rows of select_sets. */
+/* Decode the rows that select_sets has returned. */
 static MergeSet *
 read_sets(uint64 nrows, int *count)
 {
@@ -697,8 +702,8 @@ read_sets(uint64 nrows, int *count)
 }
 
 /*
- * Has jobs carried by others, both by number, and tells so in the event log.  Returns which
- * they are, an array, or NULL if none: those that another session has locked are not.
+ * Mark the jobs in members as merged into those in carriers, and add events for them.
+ * Returns the jobs that were merged, or NULL if none: it skips locked rows.
  */
 static ArrayType *
 merge(const int64 *members, const int64 *carriers, int count)
@@ -708,7 +713,7 @@ merge(const int64 *members, const int64 *carriers, int count)
 
 	if (count == 0)
 		return NULL;
-	omni_events_write();		/* these come first */
+	omni_events_write();		/* earlier events of these jobs must have lower ids */
 	(void) omni_run(&merge_jobs, values, NULL);
 	values[0] = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
 	if (isnull)
@@ -721,9 +726,10 @@ merge(const int64 *members, const int64 *carriers, int count)
 }
 
 /*
- * Widens the oldest of a set, by number, and lists the others with it as their carrier;
- * returns how many these are.  As many as fit into one request have one carrier; *patience
- * is how often that may be tried.  A set whose oldest is locked stays as it is.
+ * Widen the oldest job of a set, and append the ids of the others to members and its own
+ * to carriers; returns how many were appended.  If the set does not fit into one request,
+ * use several carriers; *patience limits how often to try a smaller number.  Stop at a
+ * carrier that another session has locked, and leave the rest of the set unmerged.
  */
 static int
 merge_set(const MergeSet *set, int *patience, int64 *members, int64 *carriers)
@@ -763,8 +769,8 @@ merge_set(const MergeSet *set, int *patience, int64 *members, int64 *carriers)
 }
 
 /*
- * Finds out what jobs ask for together, as the second argument of widen_job and those
- * behind it.  Returns false if that is too much for one request.
+ * Compute the union of what jobs request, as the arguments $2 to $6 of widen_job.
+ * Returns false if the union does not fit into one request.
  */
 static bool
 unite(const int64 *ids, int count, bool whole, Datum *values, char *nulls)
@@ -789,8 +795,8 @@ unite(const int64 *ids, int count, bool whole, Datum *values, char *nulls)
 }
 
 /*
- * The first running jobs to be asked about, at most so many, but for those that *held
- * names; sets their number.  Their rows are locked.  The result is palloc'd.
+ * Lock and return the first running jobs to poll, at most "limit", except jobs of the
+ * servers and roles that *held names.  Sets *count.  The result is palloc'd.
  */
 OmniJobState *
 omni_job_due_running(const OmniHeld *held, int limit, int *count)
@@ -806,8 +812,8 @@ omni_job_due_running(const OmniHeld *held, int limit, int *count)
 }
 
 /*
- * Whether any job is running, and whether any is due; *next is when the next one will be
- * due, or DT_NOEND.
+ * Return whether any job is running.  Sets *any_due, and *next to the time when the next
+ * job will be due, or to DT_NOEND.
  */
 bool
 omni_job_next_running(bool *any_due, TimestampTz *next)
@@ -823,7 +829,7 @@ omni_job_next_running(bool *any_due, TimestampTz *next)
 	return DatumGetBool(omni_value(0, 0, BOOLOID));
 }
 
-/* Lets go of a batch of jobs that are followed. */
+/* Finish a batch of running jobs as "accepted", without polling them any longer. */
 void
 omni_job_stop_following(void)
 {
@@ -833,7 +839,7 @@ omni_job_stop_following(void)
 	add_rows_events();
 }
 
-/* Deletes jobs, an array, with their events, but those of which somebody has locked a row. */
+/* Delete jobs and their events, except jobs of which another session has locked a row. */
 static void
 delete_old(Datum ids)
 {
@@ -851,9 +857,9 @@ delete_old(Datum ids)
 }
 
 /*
- * Deletes jobs, with their events, that were finished before a time: of so many
- * with a number above *after, which is raised.  Returns false if no older ones
- * follow.
+ * Delete jobs that were finished before a time, and their events.  Looks at the next
+ * "limit" jobs with an id above *after, and advances *after.  Returns false if no older
+ * jobs follow.
  */
 bool
 omni_job_prune(int64 *after, TimestampTz before, int limit)
@@ -876,8 +882,8 @@ omni_job_prune(int64 *after, TimestampTz before, int limit)
 }
 
 /*
- * Cancels a pending job, in a backend, and puts those back into the queue that it
- * was to carry out.  Returns false if it is not pending any more.
+ * In a backend: cancel a pending job, and put the jobs that were merged into it back into
+ * the queue.  Returns false if the job is no longer pending.
  */
 bool
 omni_job_cancel(const OmniJob *job, const char *by)
@@ -887,12 +893,11 @@ omni_job_cancel(const OmniJob *job, const char *by)
 		CStringGetTextDatum(psprintf("by \"%s\"", by)),
 		CStringGetTextDatum(job->attempts > 0 && omni_job_may_have_arrived(job->id) ? OMNI_NAME_UNKNOWN : OMNI_NAME_CANCELED)
 	};
-	OmniEvent	requested = {.occurred_at = job->request.requested_at,.event = OMNI_NAME_REQUESTED};
 
 	omni_events_begin();
 	if (omni_run(&cancel_job, values, NULL) == 0)
 		return false;
-	omni_event_add(job, &requested);
+	omni_event_add_requested(job);
 	add_rows_events();
 	(void) omni_run(&release_jobs, values, NULL);
 	add_rows_events();
@@ -900,7 +905,7 @@ omni_job_cancel(const OmniJob *job, const char *by)
 	return true;
 }
 
-/* Tells, for each queued job that was sent since a time, what it was like and when that was. */
+/* Call tell() with the merge key and sent_at of each queued job sent since a time. */
 void
 omni_job_recent(TimestampTz since, void (*tell) (int64 merge_key, TimestampTz sent_at))
 {

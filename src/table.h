@@ -1,8 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * table.h
- *		What the files share that know the two tables: table.c, job.c, queue.c and
- *		event.c.
+ *		Shared by the files that access the two tables: table.c, job.c, queue.c
+ *		and event.c.
  *
  *-------------------------------------------------------------------------
  */
@@ -17,7 +17,7 @@
 /* Bytes of a table's name, quoted and with its schema */
 #define OMNI_MAX_QUALIFIED	(2 * (2 * NAMEDATALEN + 3))
 
-/* A column that we rely on */
+/* A column that the statements use */
 typedef struct OmniColumn
 {
 	const char *name;
@@ -34,11 +34,11 @@ typedef struct OmniTable
 	Oid			oid;			/* the following are set by omni_tables_find() */
 	Oid			owner;
 	char		qualified[OMNI_MAX_QUALIFIED];
-	bool		checked;		/* it is as the extension made it ... */
-	bool		complained;		/* ... but for NOT NULLs, as the log says */
+	bool		checked;		/* columns and types are unchanged */
+	bool		complained;		/* the log has been told of a change */
 } OmniTable;
 
-/* The columns of omni_refresh_job that are read: name, type, whether NOT NULL */
+/* The columns of omni_refresh_job that omni_job_decode() reads: name, type, whether NOT NULL */
 #define OMNI_JOB_COLUMNS(X) \
 	X(id, INT8OID, true) \
 	X(status, TEXTOID, true) \
@@ -77,36 +77,36 @@ typedef struct OmniTable
 	X(duration, INTERVALOID, false) \
 	X(detail, TEXTOID, false)
 
-/* Requests that agree in these may be merged, and wait for each other's min_interval. */
+/* Jobs that agree in these columns may be merged, and share one min_interval. */
 #define ALIKE \
 	"server, requested_by, requested_by_oid, kind, model_id, branch_id, policy"
 
-/* What a SELECT lists for omni_job_decode(), from a table without an alias */
+/* The select list that omni_job_decode() expects, for a table without an alias */
 #define OMNI_JOB_COLUMN_TEXT(name, type, required) #name ", "
 #define JOB_LIST \
 	OMNI_JOB_COLUMNS(OMNI_JOB_COLUMN_TEXT) "hashtextextended(ROW(" ALIKE ")::text, 0), xmin"
 
-/* The conditions of the two indexes on unfinished jobs: what waits in the queue, ... */
+/* The predicate of omni_refresh_job_queue_idx: jobs that wait in the queue */
 #define QUEUED		"status = " OMNI_SQL(PENDING) " AND origin <> 'call'"
 
-/* ... and what a worker has, or had, in hand */
+/* The predicate of omni_refresh_job_active_idx: jobs that a worker has, or had, in flight */
 #define IN_HAND \
 	"(status = ANY ('{" OMNI_NAME_SENDING ", " OMNI_NAME_RUNNING "}')" \
 	" OR (status = " OMNI_SQL(PENDING) " AND origin = 'call'))"
 
 /*
- * What a job is that was found by its number.  Written as "status =" these would be
- * conditions of those indexes, which a plan made for an empty table might go through
- * from end to end instead.
+ * Conditions for a job that is looked up by id.  Do not write them as "status =": they
+ * would then imply the predicates above, and a plan made for an empty table might scan
+ * one of these indexes from end to end instead of using the primary key.
  */
 #define IS_PENDING		"starts_with(status, " OMNI_SQL(PENDING) ")"
 #define IS_UNFINISHED	"status <> ALL (" OMNI_SQL_FINAL ")"
 
-/* A statement about a table, whose name stands for each %s in it. */
+/* A statement on one table; omni_run() replaces each %s by the table's name. */
 typedef struct OmniStatement
 {
 	OmniTable  *table;
-	bool		read;			/* under the latest snapshot */
+	bool		read;			/* read-only, under the latest snapshot */
 	const char *text;
 	int			nargs;
 	Oid			argtypes[18];
@@ -139,6 +139,7 @@ extern void omni_job_decode(int row, OmniJobState *state);
 
 /* in event.c */
 extern void omni_event_add(const OmniJob *job, const OmniEvent *event);
+extern void omni_event_add_requested(const OmniJob *job);
 extern void omni_events_merged(Datum jobs, Datum requesters, Datum requested_at, Datum carriers);
 extern int64 omni_events_recoveries(int64 job);
 extern ArrayType *omni_events_sent(TimestampTz since);
