@@ -455,7 +455,10 @@ read_failure(const OmniRequest *request, const char *key,
 		},
 	};
 
-	/* The same of attempts that failed at the proxy, before the request was sent */
+	/*
+	 * The same of attempts that failed at the proxy, before the request was
+	 * sent
+	 */
 	static const Phase proxy_phases[] = {
 		[OMNI_PHASE_NAME] = {
 			"could not reach server \"%s\" after " INT64_FORMAT " ms of looking up the proxy's name",
@@ -474,7 +477,7 @@ read_failure(const OmniRequest *request, const char *key,
 		},
 	};
 	const Phase *phase = answer->at_proxy && answer->phase < lengthof(proxy_phases) ?
-		&proxy_phases[answer->phase] : &phases[answer->phase];
+	&proxy_phases[answer->phase] : &phases[answer->phase];
 	const char *hint = phase->hint;
 	char	   *reason;
 

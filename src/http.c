@@ -75,8 +75,8 @@ typedef struct Connection
 {
 	uint64		number;			/* unique in this process */
 	curl_socket_t socket;
-	bool		used;			/* a request was sent on it, so that the
-								 * next fields are set */
+	bool		used;			/* a request was sent on it, so that the next
+								 * fields are set */
 	char		host[INET6_ADDRSTRLEN];
 	char		local_host[INET6_ADDRSTRLEN];
 	int			port;
@@ -191,7 +191,10 @@ omni_http_start(const OmniHttpRequest *request)
 	SETOPT(CURLOPT_TIMEOUT_MS, (long) request->timeout);
 	SETOPT(CURLOPT_TCP_KEEPALIVE, 1L);
 
-	/* Send the key to this host only: no redirects, no proxy from the environment */
+	/*
+	 * Send the key to this host only: no redirects, no proxy from the
+	 * environment
+	 */
 	CHECK_EASY(curl_allow_protocols_compat(transfer->easy));
 	SETOPT(CURLOPT_FOLLOWLOCATION, 0L);
 	SETOPT(CURLOPT_PROXY, request->proxy != NULL ? request->proxy : "");
@@ -203,8 +206,8 @@ omni_http_start(const OmniHttpRequest *request)
 
 	/*
 	 * Always verify certificates.  Use no directory of certificates, which is
-	 * Debian's default besides the file: with one, libcurl would not cache the
-	 * certificates it has read.
+	 * Debian's default besides the file: with one, libcurl would not cache
+	 * the certificates it has read.
 	 */
 	SETOPT(CURLOPT_SSLVERSION, (long) CURL_SSLVERSION_TLSv1_2);
 	SETOPT(CURLOPT_SSL_VERIFYPEER, 1L);

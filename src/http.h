@@ -26,7 +26,8 @@ typedef enum OmniPhase
 /* The result of an HTTP request; strings live as long as the transfer */
 typedef struct OmniAnswer
 {
-	bool		failed;			/* no complete answer came: see the next fields */
+	bool		failed;			/* no complete answer came: see the next
+								 * fields */
 	OmniPhase	phase;			/* the phase that failed */
 	bool		timed_out;
 	bool		retryable;		/* the same request might fare better later */
@@ -39,8 +40,7 @@ typedef struct OmniAnswer
 	bool		no_tls;			/* the other side does not speak TLS */
 
 	bool		sent;			/* some of the request left this host */
-	bool		withdrawn;		/* nothing was sent: is_wanted returned
-								 * false */
+	bool		withdrawn;		/* nothing was sent: is_wanted returned false */
 	int			status;			/* HTTP status, 0 when there was none */
 	const char *body;			/* not NUL-terminated; NULL when empty */
 	size_t		length;			/* bytes in body */
@@ -75,8 +75,8 @@ typedef struct OmniHttpRequest
 	int			timeout;		/* ms */
 
 	/*
-	 * Called just before the request is sent; false withdraws it.  Runs inside
-	 * libcurl: it may read memory only, and must not raise an error.
+	 * Called just before the request is sent; false withdraws it.  Runs
+	 * inside libcurl: it may read memory only, and must not raise an error.
 	 */
 	bool		(*is_wanted) (void *arg);
 	void	   *arg;

@@ -31,7 +31,8 @@ typedef struct Notice
 static Notice *notices = NULL;
 static int	capacity = 0;
 static int	count = 0;
-static int	committed = 0;		/* how many of them, from the first, have committed */
+static int	committed = 0;		/* how many of them, from the first, have
+								 * committed */
 
 /* A notice of this transaction, in a backend */
 typedef struct Queued

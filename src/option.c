@@ -535,8 +535,8 @@ find_mapping(const ForeignServer *server, Oid role, OmniTarget *target, OmniErro
 	if (target->key_file != NULL && !may_use_key_file(server, error))
 	{
 		/*
-		 * The worker would retry if key_file were set, as it does for a
-		 * file that it cannot read.
+		 * The worker would retry if key_file were set, as it does for a file
+		 * that it cannot read.
 		 */
 		target->key_file = NULL;
 		return false;

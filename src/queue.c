@@ -713,7 +713,8 @@ merge(const int64 *members, const int64 *carriers, int count)
 
 	if (count == 0)
 		return NULL;
-	omni_events_write();		/* earlier events of these jobs must have lower ids */
+	omni_events_write();		/* earlier events of these jobs must have
+								 * lower ids */
 	(void) omni_run(&merge_jobs, values, NULL);
 	values[0] = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
 	if (isnull)

@@ -124,7 +124,8 @@ omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 				all -= rate->counts[oldest % SLICES][c];
 			}
 			oldest++;
-			when = (oldest - 1) * SLICE_LENGTH;	/* start of slice oldest + SLICES - 1 */
+			when = (oldest - 1) * SLICE_LENGTH; /* start of slice oldest +
+												 * SLICES - 1 */
 		}
 	}
 
@@ -201,7 +202,8 @@ static Rate *
 find_rate(uint64 id)
 {
 	int64		now = omni_clock();
-	int64		slice = now / SLICE_LENGTH + SLICES;	/* the first slice needs predecessors */
+	int64		slice = now / SLICE_LENGTH + SLICES;	/* the first slice needs
+														 * predecessors */
 	Rate	   *rate = NULL;
 
 	for (int i = 0; i < MAX_KEYS; i++)
