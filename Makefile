@@ -3,7 +3,7 @@
 #	make && make install	for the pg_config in PATH, or for PG_CONFIG=/path/to/pg_config
 #	make installcheck		all tests, by an unprivileged user; they start servers of their own
 #
-# On Debian and Ubuntu more targets need nothing but git and make (see test/private.sh):
+# On Debian and Ubuntu more targets need nothing but git and make (see test/tools/private.sh):
 #
 #	make demo				shows a refresh; with OMNI_URL=... OMNI_KEY_FILE=... OMNI_MODEL=...
 #							(and OMNI_BRANCH=...) of a real instance
@@ -31,9 +31,9 @@ DATA = $(wildcard sql/*.sql)
 
 # Lists that are empty, or set to be, switch a kind of test off.
 REGRESS := $(patsubst test/sql/%.sql,%,$(wildcard test/sql/*.sql))
-REGRESS_OPTS = --inputdir=test --temp-instance=tmp_check_regress --temp-config=test/omni_refresh.conf
+REGRESS_OPTS = --inputdir=test --temp-instance=tmp_check_regress --temp-config=test/tools/omni_refresh.conf
 ISOLATION := $(patsubst test/specs/%.spec,%,$(wildcard test/specs/*.spec))
-ISOLATION_OPTS = --inputdir=test --outputdir=. --temp-instance=tmp_check_iso --temp-config=test/omni_refresh.conf \
+ISOLATION_OPTS = --inputdir=test --outputdir=. --temp-instance=tmp_check_iso --temp-config=test/tools/omni_refresh.conf \
 	--temp-config=test/specs/held.conf
 TAP_TESTS := $(wildcard test/t/*.pl)
 PROVE_TESTS ?= test/t/*.pl
@@ -79,7 +79,7 @@ $(OBJS) $(OBJS:.o=.bc): $(wildcard src/*.h) $(EXTENSION).control
 
 # Not PROVE_FLAGS, which is the user's
 PG_PROVE_FLAGS += -I test/perl
-installcheck prove_installcheck: export TEMP_CONFIG = $(CURDIR)/test/omni_refresh.conf
+installcheck prove_installcheck: export TEMP_CONFIG = $(CURDIR)/test/tools/omni_refresh.conf
 
 .PHONY: prove_installcheck
 prove_installcheck:
@@ -88,15 +88,15 @@ endif
 
 .PHONY: $(private)
 test:
-	@test/run
+	@test/tools/run
 fuzz:
 	@test/fuzz/run -max_total_time='$(or $(SECONDS),60)'
 soak:
 	@REGRESS= ISOLATION= PROVE_TESTS='test/t/04?_*.pl' PROVE_FLAGS=-v \
-		OMNI_SOAK_MINUTES='$(or $(MINUTES),10)' OMNI_SOAK_SEED='$(SEED)' test/run
+		OMNI_SOAK_MINUTES='$(or $(MINUTES),10)' OMNI_SOAK_SEED='$(SEED)' test/tools/run
 demo:
-	@test/demo
+	@test/tools/demo
 check-asan:
-	@test/asan
+	@test/tools/asan
 check-valgrind:
-	@test/valgrind
+	@test/tools/valgrind

@@ -1,4 +1,4 @@
-# A server whose clocks a test can set while it runs, by way of test/clock.c. The test itself, psql
+# A server whose clocks a test can set while it runs, by way of test/shim/clock.c. The test itself, psql
 # and the stand-in for Omni keep the true time.
 #
 #	my $clock = OmniClock->new('back', conf => "omni_refresh.track = on\n");
@@ -21,7 +21,7 @@ my $library;
 # Compiles the library. Returns false if the compiler cannot.
 sub build
 {
-	my $source = File::Spec->rel2abs(dirname(__FILE__) . '/../clock.c');
+	my $source = File::Spec->rel2abs(dirname(__FILE__) . '/../shim/clock.c');
 	my $compiler = $ENV{CC} // 'cc';
 
 	$library = File::Spec->rel2abs(PostgreSQL::Test::Utils::tempdir) . '/clock.so';

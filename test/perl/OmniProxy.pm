@@ -7,7 +7,7 @@
 #	$front->wait_until_closed('tls13');
 #	END { my $rc = $?; $front->stop if $front; $? = $rc; }
 #
-# The processes run in the test's temporary directory, by which test/run finds and ends whatever a
+# The processes run in the test's temporary directory, by which test/tools/run finds and ends whatever a
 # killed test leaves behind.
 
 package OmniProxy;

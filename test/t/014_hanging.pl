@@ -26,7 +26,7 @@ END
 	$? = $rc;
 }
 
-my $source = File::Spec->rel2abs(dirname(__FILE__) . '/../name_lookup.c');
+my $source = File::Spec->rel2abs(dirname(__FILE__) . '/../shim/name_lookup.c');
 my $library = File::Spec->rel2abs(PostgreSQL::Test::Utils::tempdir) . '/name_lookup.so';
 my $compiler = $ENV{CC} // 'cc';
 my $compiled = system("$compiler -shared -fPIC -o '$library' '$source' -ldl >/dev/null 2>&1") == 0;

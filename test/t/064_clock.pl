@@ -18,7 +18,7 @@ use OmniClock;
 use OmniFault;
 use OmniLife;
 
-OmniClock::build() or plan skip_all => 'test/clock.c cannot be compiled';
+OmniClock::build() or plan skip_all => 'test/shim/clock.c cannot be compiled';
 
 # All in seconds
 my $far = 2 * 60 * 60;

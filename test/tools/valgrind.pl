@@ -29,7 +29,7 @@ my $session = OmniLife::session($node, 'postgres');
 $session->query('SET omni_refresh.on_failure = warning');
 
 # Each fault, once. What is tried again is accepted then; most of the others are odd answers.
-my ($faults) = slurp_file(dirname(__FILE__) . '/omni_api.py') =~ /^FAULTS = \{\n(.*?)^\}/ms;
+my ($faults) = slurp_file(dirname(__FILE__) . '/../omni_api.py') =~ /^FAULTS = \{\n(.*?)^\}/ms;
 my %end = (
 	echo_key => 'failed 28000',
 	map { $_ => 'accepted' } qw(answer html_502 hang hang_middle reset close delay drip));

@@ -1,4 +1,4 @@
-# A private PostgreSQL for test/run, test/demo and .ci/run, which source this file.
+# A private PostgreSQL for test/tools/run, test/tools/demo and .ci/run, which source this file.
 #
 # All happens below one temporary directory, $root, which is gone in the end, whatever the end:
 #
@@ -13,7 +13,7 @@
 
 set -euo pipefail
 export LC_ALL=C.UTF-8
-checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 cd /							# "nobody" may have no right to be where root is
 exec </dev/null
 
@@ -61,7 +61,7 @@ need()
 
 	[ ${#as_root[@]} = 0 ] || command -v sudo >/dev/null ||
 		die "root or sudo is needed to install ${missing[*]}"
-	"${as_root[@]}" "$checkout/test/packages" "$major" "${missing[@]}"
+	"${as_root[@]}" "$checkout/test/tools/packages" "$major" "${missing[@]}"
 	major=$(pg_major)
 }
 
