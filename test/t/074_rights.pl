@@ -1,4 +1,4 @@
-# Who may call Omni with which key, and who sees what became of it.
+# The rights: who may call, make servers and mappings, and see the jobs.
 
 use strict;
 use warnings FATAL => 'all';

@@ -1,4 +1,4 @@
-# Who calls with which key, from which database and schema; keys in files; the setting "enabled".
+# Who makes a call (role, key, database, schema, encoding), and who may switch calls off.
 
 use strict;
 use warnings FATAL => 'all';
