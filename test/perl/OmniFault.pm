@@ -18,26 +18,29 @@ use Test::More;
 
 my ($directory, $count);
 
-# Starts a server. Its DSM segments are files in the data directory, where they can be counted.
-sub node
-{
-	my ($name, %options) = @_;
-	my $node = PostgreSQL::Test::Cluster->new($name);
-
-	$node->init(extra => [ '--encoding=UTF8', '--no-locale' ]);
-	$node->append_conf('postgresql.conf', <<EOF . ($options{conf} // ''));
+my $settings = <<'EOF';
 dynamic_shared_memory_type = mmap
 max_worker_processes = 16
 restart_after_crash = on
 wal_level = replica
 log_statement = none
-lc_messages = 'C'
-omni_refresh.track = off
 client_connection_check_interval = 100
 omni_refresh.idle_timeout = '10 min'
 EOF
+
+# Starts a server. Its DSM segments are files in the data directory, where they can be counted.
+# Options: conf, further lines of configuration; and, in place of what is usual here, settings, more
+# such lines; initdb, a list of options; extension, false for a server without it.
+sub node
+{
+	my ($name, %options) = @_;
+	my $node = PostgreSQL::Test::Cluster->new($name);
+
+	$node->init(extra => $options{initdb} // [ '--encoding=UTF8', '--no-locale' ]);
+	$node->append_conf('postgresql.conf', "lc_messages = 'C'\nomni_refresh.track = off\n"
+		. ($options{settings} // $settings) . ($options{conf} // ''));
 	$node->start;
-	$node->safe_psql('postgres', 'CREATE EXTENSION omni_refresh');
+	$node->safe_psql('postgres', 'CREATE EXTENSION omni_refresh') if $options{extension} // 1;
 	return $node;
 }
 

@@ -4,7 +4,7 @@
 #	is($test->call('hard => true')->{status}, 'accepted', 'a hard refresh is accepted');
 #	$test->done;
 #
-# There is one node of PostgreSQL::Test::Cluster and one OmniAPI; database postgres has the
+# There is one node, made by OmniFault::node(), and one OmniAPI; database postgres has the
 # extension, a server "omni" over verified TLS, and a mapping for the superuser, whose key is in a
 # file, so that no statement holds it. Jobs are not followed ("track" is off): they end when Omni
 # has accepted them.
@@ -17,6 +17,7 @@ use warnings FATAL => 'all';
 use IPC::Run ();
 use JSON::PP;
 use OmniAPI;
+use OmniFault;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -29,16 +30,12 @@ sub new
 	my ($class, $name, @configuration) = @_;
 	my $self = bless {
 		omni => OmniAPI->start,
-		node => PostgreSQL::Test::Cluster->new($name),
+		node => OmniFault::node($name, initdb => [], settings => '', extension => 0,
+			conf => join '', map { "$_\n" } @configuration),
 	}, $class;
-	my $node = $self->{node};
 
-	$self->{key_file} = $node->basedir . '/omni.key';
+	$self->{key_file} = $self->node->basedir . '/omni.key';
 	$self->write_key($self->omni->key . "\n");
-	$node->init;
-	$node->append_conf('postgresql.conf', "$_\n")
-		foreach 'omni_refresh.track = off', "lc_messages = 'C'", @configuration;
-	$node->start;
 	$self->set_up('postgres');
 	return $self;
 }
