@@ -37,7 +37,7 @@ my @steps = (
 			$omni->fault('answer', status => 503, body => '', headers => { 'Retry-After' => 900 }) }, 2,
 	  'pending: requested sending attempt_failed sending attempt_failed',
 	  'unknown: requested sending attempt_failed sending attempt_failed unknown' ],
-	[ 'with an answer that cannot be written', 'omni', sub { $omni->fault('delay', delay => 0.3) }, 1,
+	[ 'with an answer that cannot be written', 'omni', sub { $omni->fault('delay', delay => 3) }, 1,
 	  'sending: requested sending', 'unknown: requested sending unknown' ]);
 
 # Who dies, and what the caller hears of it
