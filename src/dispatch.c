@@ -306,7 +306,7 @@ is_enabled(void)
 					"  WHERE setrole = 0 AND setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())"
 					"   AND option_name = 'omni_refresh.enabled'),"
 					" (SELECT setting FROM pg_settings WHERE name = 'omni_refresh.enabled' AND source = 'command line'),"
-					" (SELECT setting FROM pg_file_settings WHERE name = 'omni_refresh.enabled' AND error IS NULL"
+					" (SELECT setting FROM pg_file_settings WHERE lower(name) = 'omni_refresh.enabled' AND error IS NULL"
 					"  ORDER BY seqno DESC LIMIT 1))", true, 1) != SPI_OK_SELECT || SPI_processed != 1)
 		elog(ERROR, "could not read the setting \"omni_refresh.enabled\"");
 	value = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1);

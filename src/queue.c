@@ -166,8 +166,8 @@ static OmniStatement select_sets = {
  */
 static OmniStatement unite_jobs = {
 	.table = &omni_job_table,
-	.text = "SELECT bool_or(hard), array_agg(DISTINCT name) FILTER (WHERE is_schema),"
-	"  array_agg(DISTINCT name) FILTER (WHERE NOT is_schema),"
+	.text = "SELECT bool_or(hard), array_agg(DISTINCT name) FILTER (WHERE is_schema AND name IS NOT NULL),"
+	"  array_agg(DISTINCT name) FILTER (WHERE NOT is_schema AND name IS NOT NULL),"
 	"  CASE WHEN every(reset_at IS NOT NULL) THEN max(reset_at) END, max(coalesce(renewed_at, requested_at))"
 	" FROM %s LEFT JOIN LATERAL"
 	"  (SELECT true, unnest(schemas) UNION ALL SELECT false, unnest(tables)) AS names (is_schema, name) ON NOT $2"

@@ -136,7 +136,13 @@ omni_job_find(int64 id, OmniJobState *own, OmniJobState *carrier)
 	SPI_connect();
 	found = omni_job_look(id, own);
 	*carrier = *own;
-	while (found && carrier->merged_into != 0 && omni_job_look(carrier->merged_into, &next))
+
+	/*
+	 * a carrier has the lower number: rows written by hand must not make this
+	 * loop for ever
+	 */
+	while (found && carrier->merged_into != 0 && carrier->merged_into < carrier->job.id &&
+		   omni_job_look(carrier->merged_into, &next))
 		*carrier = next;
 	SPI_finish();
 	if (!found)
