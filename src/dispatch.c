@@ -426,6 +426,7 @@ go_on(bool *more)
 	OmniHead   *heads;
 	int			count;
 	int			due = 0;
+	int			crowded = 0;
 	bool		at_end;
 
 	omni_throttle_list(&omni_queued_kind, &names);
@@ -440,6 +441,15 @@ go_on(bool *more)
 		{
 			count--;
 			at_end = true;
+		}
+	}
+	/* the next step goes on where there is too much to merge in this one */
+	for (int i = 0; i < count; i++)
+	{
+		if (heads[i].is_due && heads[i].has_more && ++crowded > OMNI_MERGE_HEADS)
+		{
+			count = i;
+			at_end = false;
 		}
 	}
 	if (count > 0)
@@ -581,8 +591,15 @@ merge_ahead(void)
 	to_merge_ahead = count == LONGEST_LOOK;
 	for (int i = 0; i < count; i++)
 	{
-		if (heads[i].is_due && heads[i].has_more)
-			heads[ncrowded++] = heads[i];
+		if (!heads[i].is_due || !heads[i].has_more)
+			continue;
+		if (ncrowded == OMNI_MERGE_HEADS)
+		{
+			next = heads[ncrowded - 1].place;
+			to_merge_ahead = true;
+			break;
+		}
+		heads[ncrowded++] = heads[i];
 	}
 	if (ncrowded > 0)
 		omni_queue_merge(heads, ncrowded);

@@ -129,6 +129,10 @@ extern void omni_job_defer(int64 id, TimestampTz run_at);
 extern bool omni_job_settle(const int64 *in_hand, int count);
 extern OmniHead *omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit,
 								  int due_limit, int due_limit_of_server, int *count);
+
+/* How many heads to merge at a time, at most: the rows of all are locked at once. */
+#define OMNI_MERGE_HEADS	16
+
 extern void omni_queue_merge(OmniHead *heads, int nheads);
 extern OmniJobState *omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count);
 extern void omni_queue_cancel_copies(const OmniPlace *place);

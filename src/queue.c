@@ -36,6 +36,12 @@
 /* Jobs to merge in a statement, which takes some ten ms; calls are delayed meanwhile */
 #define MERGE_LIMIT			500
 
+/*
+ * Rows of a head that are merged together at least: of fewer, some would be merged into
+ * jobs that are merged themselves a moment later.
+ */
+#define MERGE_LEAST			64
+
 /* Jobs to settle in a statement, of those that an earlier worker or another database left behind */
 #define SETTLE_LIMIT		1000
 
@@ -625,7 +631,7 @@ void
 omni_queue_merge(OmniHead *heads, int nheads)
 {
 	Datum		values[DUE_OF_HEADS_NARGS];
-	int			limit = Max(MERGE_LIMIT / nheads, 2);
+	int			limit = Max(MERGE_LIMIT / nheads, MERGE_LEAST);
 	int			patience = MERGE_LIMIT / 20;
 	int64	   *members = palloc(nheads * limit * sizeof(int64));
 	int64	   *carriers = palloc(nheads * limit * sizeof(int64));
