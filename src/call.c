@@ -61,6 +61,7 @@ omni_call_create(const OmniRequest *request, const char *lookup, dsm_segment **s
 	Size		answer_at = reserve(&size, lookup != NULL ? OMNI_MAX_ANSWER : 0);
 	OmniCall   *call;
 
+	omni_not_in_worker();
 	if (kept_segment != NULL && dsm_segment_map_length(kept_segment) < size)
 		dsm_detach(kept_segment);
 	if (kept_segment != NULL)

@@ -61,6 +61,7 @@ omni_refresh_wait(PG_FUNCTION_ARGS)
 	OmniJobState state;
 	OmniError	error;
 
+	omni_not_in_worker();
 	for (;;)
 	{
 		int64		now = omni_clock();

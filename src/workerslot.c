@@ -389,6 +389,20 @@ omni_worker_turn_back(void)
 }
 
 /*
+ * Raise an error in a worker, for functions that wait for it: triggers of the tables' owner
+ * run here, and the worker would wait for itself.
+ */
+void
+omni_not_in_worker(void)
+{
+	if (has_work != NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("cannot wait for the background worker of omni_refresh within it"),
+				 errhint("In a trigger of its tables, call omni_refresh_on_commit().")));
+}
+
+/*
  * Make this process the worker of its database.  Waits for up to lock_timeout for
  * another worker to leave, then raises an error.  Needs a transaction.
  *

@@ -50,6 +50,7 @@ extern bool omni_worker_wake(OmniError *error);
 extern bool omni_worker_launch(Oid database, BackgroundWorkerHandle **handle);
 
 /* in the worker */
+extern void omni_not_in_worker(void);
 extern bool omni_worker_begin(dsm_handle *call);
 extern void omni_worker_turn_back(void);
 extern void omni_worker_attach(bool (*has_work) (void));
