@@ -2,28 +2,26 @@
  *
  * worker.c
  *		The background worker: one for each database that has something to do.
- *		claim.c takes in hand what is queued, attempt.c carries out what is in hand.
  *
- * The worker goes round one loop.  Each turn moves every job it has in hand one
- * step further, then waits for the network, for a caller, or for a time:
+ * The worker goes round one loop.  Each turn moves every piece of work in flight one step
+ * further, then waits for the network, for a caller, or for a time.  dispatch.c puts queued
+ * jobs and polls in flight, attempt.c carries out the steps:
  *
- *	NEW			taken from the ring, and nothing is written; or from the queue,
- *				where its row says "pending"
- *	PENDING		a call's row says "pending": it must wait for the rate limit, or
- *				for the next attempt after one that failed
- *	SENDING		its row says "sending", committed and flushed; from here on the
- *				request may be, or have been, on its way
- *	ANSWERED	there is an outcome, which is not written yet
- *	then its row bears the outcome; a call is PENDING again, or its caller is told
- *	and it is let go; a queued job is let go, and may be "pending" again
+ *	NEW			a call was taken from the ring, and has no row yet; or a queued job from
+ *				the queue, where its row says "pending"
+ *	PENDING		the row of a call says "pending": it waits for the rate limit, or for
+ *				another attempt after one that failed
+ *	SENDING		the row says "sending", committed and flushed; from here on the request
+ *				may have been sent
+ *	ANSWERED	there is an outcome, which is not recorded yet
  *
- * Each step is a transaction of its own, and none is open while the network is
- * waited for.  An error ends the transaction, not the worker, and leaves the job
- * at its step.  Several jobs that take the same step in a turn share a transaction,
- * and so one flush of the WAL.
+ * Once the outcome is recorded, a call is PENDING again, or its caller gets the reply; a
+ * queued job leaves the flight, and its row may say "pending" again.
  *
- * Should the worker end, the rows say how far each job had come: the next worker
- * settles them in its first transaction.
+ * Each step is a transaction of its own, and none is open while the worker waits for the
+ * network.  An error ends the transaction, not the worker, and leaves the work at its
+ * step.  If the worker ends, the rows say how far each job had come: the next worker
+ * settles them.
  *
  *-------------------------------------------------------------------------
  */
