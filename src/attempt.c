@@ -33,6 +33,7 @@ static bool begin(void *only);
 static bool is_lookup(const OmniWork *only);
 static void lock_rows(OmniWork *only);
 static void begin_one(OmniWork *work);
+static void refuse(OmniWork *work);
 static bool find_target(OmniWork *work, OmniError *error);
 static void begun(OmniWork *work);
 static void send_request(OmniWork *work);
@@ -235,7 +236,8 @@ begin_one(OmniWork *work)
 		if (work->delayed_until != 0)
 			return;
 	}
-	work->kind->prepare(work);
+	if (work->kind->prepare != NULL)
+		work->kind->prepare(work);
 	if (work->concluded)
 		return;
 	if (!find_target(work, &error))
@@ -250,20 +252,21 @@ begin_one(OmniWork *work)
 			work->outcome.again = true;
 			work->outcome.delay = OMNI_MS(OMNI_BACKOFF_MAX);
 		}
-		work->kind->refuse(work);
+		refuse(work);
 		return;
 	}
 
 	when = omni_rate_take(work->rate_id, work->kind->class, work->target.rate_limit, &blocked);
 	if (when == 0)
 	{
-		if (!work->kind->begin(work))
+		if (work->kind->begin != NULL && !work->kind->begin(work))
 			work->row = OMNI_ROW_GONE;
 	}
 	else if (when < work->deadline || !work->kind->has_caller)
 	{
 		work->delayed_until = when;
-		work->kind->delay(work, when - now);
+		if (work->kind->delay != NULL)
+			work->kind->delay(work, when - now);
 		if (!work->kind->has_caller)
 			omni_throttle(work, when);
 	}
@@ -271,7 +274,7 @@ begin_one(OmniWork *work)
 	{
 		error = work->telling;
 		omni_work_conclude(work, "failed", &error);
-		work->kind->refuse(work);
+		refuse(work);
 	}
 	else
 	{
@@ -285,8 +288,16 @@ begin_one(OmniWork *work)
 			omni_error_hint(&error, "The option \"rate_limit\" of the server allows %d requests a minute with one key, from all databases.",
 							work->target.rate_limit);
 		omni_work_conclude(work, "canceled", &error);
-		work->kind->refuse(work);
+		refuse(work);
 	}
+}
+
+/* Writes that an attempt does not even begin, for kinds that are written down. */
+static void
+refuse(OmniWork *work)
+{
+	if (work->kind->refuse != NULL)
+		work->kind->refuse(work);
 }
 
 /*
@@ -384,7 +395,8 @@ begun(OmniWork *work)
 	else
 	{
 		work->step = SENDING;
-		work->kind->begun(work);
+		if (work->kind->begun != NULL)
+			work->kind->begun(work);
 	}
 }
 

@@ -30,7 +30,7 @@ typedef struct OmniWork OmniWork;
 /*
  * What differs between the kinds of work: calls, queued jobs, polls and look-ups.  The
  * functions run in the transaction that begins or records an attempt, unless they say
- * otherwise.
+ * otherwise; all but url and judge may be NULL.
  */
 typedef struct OmniWorkKind
 {

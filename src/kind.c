@@ -90,3 +90,28 @@ omni_kind_follow(OmniWork *work)
 	outcome->again = true;
 	outcome->delay = OMNI_MS(OMNI_POLL_FIRST);
 }
+
+/* What calls and queued jobs do about their rows, and where they go */
+char *
+omni_kind_job_url(const OmniWork *work)
+{
+	return omni_api_job_url(work->target.base_url, &work->job.request);
+}
+
+bool
+omni_kind_job_begin(OmniWork *work)
+{
+	return omni_job_begin(&work->job, work->url);
+}
+
+void
+omni_kind_job_delay(OmniWork *work, int64 wait)
+{
+	omni_job_delay(&work->job, wait);
+}
+
+void
+omni_kind_job_refuse(OmniWork *work)
+{
+	omni_job_refuse(&work->job, &work->outcome);
+}

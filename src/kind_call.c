@@ -10,10 +10,6 @@
 #include "kind.h"
 
 static void prepare(OmniWork *work);
-static char *url(const OmniWork *work);
-static bool begin(OmniWork *work);
-static void delay(OmniWork *work, int64 wait);
-static void refuse(OmniWork *work);
 static void begun(OmniWork *work);
 static void judge(OmniWork *work, const OmniAnswer *answer);
 
@@ -25,10 +21,10 @@ const OmniWorkKind omni_call_kind = {
 	.has_row = true,
 	.has_job = true,
 	.prepare = prepare,
-	.url = url,
-	.begin = begin,
-	.delay = delay,
-	.refuse = refuse,
+	.url = omni_kind_job_url,
+	.begin = omni_kind_job_begin,
+	.delay = omni_kind_job_delay,
+	.refuse = omni_kind_job_refuse,
 	.begun = begun,
 	.judge = judge
 };
@@ -50,30 +46,6 @@ prepare(OmniWork *work)
 		omni_call_lost(work->call, &error);
 		omni_work_conclude(work, "unknown", &error);
 	}
-}
-
-static char *
-url(const OmniWork *work)
-{
-	return omni_api_job_url(work->target.base_url, &work->job.request);
-}
-
-static bool
-begin(OmniWork *work)
-{
-	return omni_job_begin(&work->job, work->url);
-}
-
-static void
-delay(OmniWork *work, int64 wait)
-{
-	omni_job_delay(&work->job, wait);
-}
-
-static void
-refuse(OmniWork *work)
-{
-	omni_job_refuse(&work->job, &work->outcome);
 }
 
 static void

@@ -10,11 +10,7 @@
 #include "clock.h"
 #include "kind.h"
 
-static void prepare(OmniWork *work);
 static char *url(const OmniWork *work);
-static bool begin(OmniWork *work);
-static void delay(OmniWork *work, int64 wait);
-static void refuse(OmniWork *work);
 static void begun(OmniWork *work);
 static void judge(OmniWork *work, const OmniAnswer *answer);
 static void reply(OmniWork *work, const OmniAnswer *answer);
@@ -24,42 +20,16 @@ const OmniWorkKind omni_lookup_kind = {
 	.class = OMNI_RATE_CALL,
 	.method = "GET",
 	.has_caller = true,
-	.prepare = prepare,
 	.url = url,
-	.begin = begin,
-	.delay = delay,
-	.refuse = refuse,
 	.begun = begun,
 	.judge = judge
 };
-
-static void
-prepare(OmniWork *work)
-{
-}
 
 /* What to look up is in the caller's segment. */
 static char *
 url(const OmniWork *work)
 {
 	return omni_api_lookup_url(work->target.base_url, (char *) work->call + work->call->lookup);
-}
-
-/* Nothing is written about a look-up. */
-static bool
-begin(OmniWork *work)
-{
-	return true;
-}
-
-static void
-delay(OmniWork *work, int64 wait)
-{
-}
-
-static void
-refuse(OmniWork *work)
-{
 }
 
 static void

@@ -15,10 +15,7 @@
 
 static void prepare(OmniWork *work);
 static char *url(const OmniWork *work);
-static bool begin(OmniWork *work);
-static void delay(OmniWork *work, int64 wait);
 static void refuse(OmniWork *work);
-static void begun(OmniWork *work);
 static void judge(OmniWork *work, const OmniAnswer *answer);
 static void consider_next_poll(OmniWork *work);
 
@@ -31,10 +28,7 @@ const OmniWorkKind omni_poll_kind = {
 	.rests_quietly = true,
 	.prepare = prepare,
 	.url = url,
-	.begin = begin,
-	.delay = delay,
 	.refuse = refuse,
-	.begun = begun,
 	.judge = judge
 };
 
@@ -51,27 +45,10 @@ url(const OmniWork *work)
 	return omni_api_follow_url(work->target.base_url, &work->job.job_id);
 }
 
-/* A poll does not change the row of its job. */
-static bool
-begin(OmniWork *work)
-{
-	return true;
-}
-
-static void
-delay(OmniWork *work, int64 wait)
-{
-}
-
 static void
 refuse(OmniWork *work)
 {
 	work->row = omni_job_record(&work->job, &work->outcome);
-}
-
-static void
-begun(OmniWork *work)
-{
 }
 
 static void
