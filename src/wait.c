@@ -22,6 +22,7 @@
 #include "compat.h"
 #include "job.h"
 #include "request.h"
+#include "status.h"
 #include "workerslot.h"
 
 /* How often to read the row of the job, in ms: the delay doubles from the first to the last */
@@ -134,8 +135,9 @@ timeout_argument(FunctionCallInfo fcinfo)
 static bool
 has_ended(const OmniJobState *state)
 {
-	return strcmp(state->status, "pending") != 0 && strcmp(state->status, "sending") != 0 &&
-		strcmp(state->status, "running") != 0;
+	OmniStatus	status;
+
+	return !omni_status_find(state->status, &status) || omni_status_is_final(status);
 }
 
 static void
