@@ -60,6 +60,7 @@ typedef struct Transfer
 	void	   *arg;			/* argument of is_wanted */
 	char	   *body;			/* malloc'd */
 	size_t		capacity;		/* of body, in bytes */
+	bool		in_headers;		/* the headers of the answer have not ended */
 	char		error[CURL_ERROR_SIZE];
 	MemoryContextCallback release;
 } Transfer;
@@ -111,6 +112,7 @@ static bool has_ended(curl_socket_t socket);
 static void leave_connection(Transfer *transfer);
 static int	allow_request(void *arg, char *host, char *local_host, int port, int local_port);
 static int	note_timer(CURLM *unused, long timeout, void *arg);
+static size_t note_header(char *line, size_t size, size_t count, void *arg);
 static size_t keep_body(char *data, size_t size, size_t count, void *arg);
 static void drive(curl_socket_t socket, int mask);
 static void collect_done(void);
@@ -166,6 +168,8 @@ omni_http_start(const OmniHttpRequest *request)
 
 	SETOPT(CURLOPT_PRIVATE, transfer);
 	SETOPT(CURLOPT_ERRORBUFFER, transfer->error);
+	SETOPT(CURLOPT_HEADERFUNCTION, note_header);
+	SETOPT(CURLOPT_HEADERDATA, transfer);
 	SETOPT(CURLOPT_WRITEFUNCTION, keep_body);
 	SETOPT(CURLOPT_WRITEDATA, transfer);
 
@@ -537,6 +541,23 @@ note_timer(CURLM *unused, long timeout, void *arg)
 	return 0;
 }
 
+/*
+ * libcurl callback: note where the headers of an answer begin and end, which libcurl does not
+ * check: it takes an answer cut off within its headers for one without a body.
+ */
+static size_t
+note_header(char *line, size_t size, size_t count, void *arg)
+{
+	Transfer   *transfer = arg;
+	size_t		n = size * count;
+
+	if (n >= 5 && memcmp(line, "HTTP/", 5) == 0)
+		transfer->in_headers = true;
+	else if (n > 0 && (line[0] == '\r' || line[0] == '\n'))
+		transfer->in_headers = false;
+	return n;
+}
+
 /* libcurl callback: append a piece of the body.  Return less than its size to give up. */
 static size_t
 keep_body(char *data, size_t size, size_t count, void *arg)
@@ -643,6 +664,12 @@ fill_answer(Transfer *transfer, CURLcode code)
 	answer->body = transfer->body;
 	tell_connection(easy, answer);
 
+	if (code == CURLE_OK && transfer->in_headers)
+	{
+		code = CURLE_PARTIAL_FILE;
+		strlcpy(transfer->error, "The connection was closed within the headers of the answer",
+				sizeof(transfer->error));
+	}
 	if (code != CURLE_OK)
 	{
 		answer->failed = true;

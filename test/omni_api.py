@@ -373,6 +373,11 @@ def hang_middle(connection, omni, request):
     connection.pause()
 
 
+def close_in_headers(connection, omni, request):
+    _, reply = omni.answer(request)
+    connection.sock.sendall(reply[:reply.index(b"\r\n\r\n") - 1])
+
+
 def reset(connection, omni, request):
     connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -435,6 +440,7 @@ FAULTS = {
     "hang_middle": (hang_middle, {}),
     "reset": (reset, {}),
     "close": (close, {}),
+    "close_in_headers": (close_in_headers, {}),
     "delay": (delay, {"delay": 1.0}),
     "drip": (drip, {"delay": 0.1}),
     "huge": (huge, {"size": 100 << 20}),

@@ -118,7 +118,7 @@ sub faults
 
 	return unavailable($omni, 503), unavailable($omni, 503, 'Retry-After' => 3), unavailable($omni, 429, 'Retry-After' => 1),
 		unavailable($omni, 500), unavailable($omni, 404),
-		(map { fault($omni, $_) } qw(hang hang_middle reset close drip html_502 truncated not_utf8 nested)),
+		(map { fault($omni, $_) } qw(hang hang_middle reset close close_in_headers drip html_502 truncated not_utf8 nested)),
 		fault($omni, 'delay', delay => 0.4), fault($omni, 'huge', size => 2 << 20);
 }
 

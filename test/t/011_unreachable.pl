@@ -104,6 +104,9 @@ for my $fault (qw(reset close))
 		qr/^could not reach server .* ms of waiting for the answer$/, qr/look there before/,
 		qr/^unknown: requested( sending attempt_failed)+ unknown$/, fault => $fault);
 }
+fails('an answer cut off within its headers', 'https', '08006',
+	qr/^could not reach server .* ms of reading the answer$/, qr/Omni has got the request/,
+	qr/^unknown: requested( sending attempt_failed)+ unknown$/, fault => 'close_in_headers');
 for my $fault ([ 'hang_middle' ], [ 'drip', delay => 0.005 ])
 {
 	fails("an answer that never ends: $fault->[0]", 'https', '08006',

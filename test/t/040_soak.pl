@@ -208,7 +208,7 @@ $node->safe_psql('postgres', q{
 # The stand-in's faults that give Omni's answer, or none, so that Omni may have acted on the request;
 # the others say no
 my $yes = q{'{200, delay, drip}'};
-my $perhaps = q{'{200, delay, drip, hang, hang_middle, reset, close}'};
+my $perhaps = q{'{200, delay, drip, hang, hang_middle, reset, close, close_in_headers}'};
 
 # What holds of each row of a table
 my @invariants = (

@@ -310,7 +310,7 @@ $node->safe_psql('postgres', q{
 	ANALYZE});
 
 my $yes = q{'{200, delay, drip}'};
-my $perhaps = q{'{200, delay, drip, hang, hang_middle, reset, close}'};
+my $perhaps = q{'{200, delay, drip, hang, hang_middle, reset, close, close_in_headers}'};
 
 # The last attempt of a job, as the stand-in knows it. It was recorded between two lines of the log.
 my $last = q{SELECT FROM request WHERE names = life.names AND kind IS NOT DISTINCT FROM extent
