@@ -27,6 +27,7 @@
 
 #include "api.h"
 #include "compat.h"
+#include "status.h"
 
 /* Omni's answers are two or three levels deep */
 #define MAX_NESTING			32
@@ -225,7 +226,7 @@ omni_api_job_body(const OmniRequest *request)
 
 /* Return the URL of a poll, by Omni's id of the job; palloc'd. */
 char *
-omni_api_follow_url(const char *base_url, const pg_uuid_t *job_id)
+omni_api_poll_url(const char *base_url, const pg_uuid_t *job_id)
 {
 	return omni_api_lookup_url(base_url, psprintf("jobs/%s/status", uuid_text(job_id)));
 }
@@ -342,8 +343,8 @@ omni_api_job_outcome(const OmniRequest *request, const char *key,
  * the job; if not, *outcome may hold an error of the poll.  Needs a transaction.
  */
 bool
-omni_api_follow_outcome(const OmniRequest *request, const char *key,
-						const OmniAnswer *answer, OmniOutcome *outcome)
+omni_api_poll_outcome(const OmniRequest *request, const char *key,
+					  const OmniAnswer *answer, OmniOutcome *outcome)
 {
 	char	   *why = NULL;
 	Jsonb	   *json;
@@ -357,7 +358,7 @@ omni_api_follow_outcome(const OmniRequest *request, const char *key,
 		set_malformed(request, outcome, "The answer about a job is not of the shape that Omni's has.");
 	else if (pg_strcasecmp(status, "completed") == 0)
 	{
-		outcome->status = "completed";
+		outcome->status = OMNI_NAME_COMPLETED;
 		return true;
 	}
 	else if (pg_strcasecmp(status, "failed") == 0)
@@ -374,7 +375,7 @@ omni_api_lookup_outcome(const OmniRequest *request, const char *key,
 						const OmniAnswer *answer, OmniOutcome *outcome)
 {
 	if (read_answer(request, key, answer, QUESTION_LOOKUP, outcome))
-		outcome->status = "completed";
+		outcome->status = OMNI_NAME_COMPLETED;
 }
 
 /* Set the outcome of a check.  Parse the page of models here, since the caller does not. */
@@ -500,9 +501,9 @@ read_failure(const OmniRequest *request, const char *key,
 		return;
 	}
 
-	outcome->status = answer->sent ? "unknown" : "failed";
+	outcome->status = answer->sent ? OMNI_NAME_UNKNOWN : OMNI_NAME_FAILED;
 	outcome->may_have_arrived = answer->sent;
-	outcome->attempt_event = "attempt_failed";
+	outcome->attempt_event = OMNI_NAME_ATTEMPT_FAILED;
 	outcome->retryable = answer->retryable;
 	omni_error_set(&outcome->error,
 				   answer->phase >= OMNI_PHASE_WAIT ? ERRCODE_CONNECTION_FAILURE :
@@ -555,8 +556,8 @@ read_refusal(const OmniRequest *request, const char *key,
 	char	   *text = error_text(answer, key);
 	char	   *why;
 
-	outcome->status = "failed";
-	outcome->attempt_event = "refused";
+	outcome->status = OMNI_NAME_FAILED;
+	outcome->attempt_event = OMNI_NAME_REFUSED;
 
 	if (answer->status >= 300 && answer->status < 400)
 	{
@@ -599,9 +600,9 @@ read_refusal(const OmniRequest *request, const char *key,
 		omni_error_detail(&outcome->error, "%s", text);
 
 	if (answer->status == 429)
-		outcome->attempt_event = "rate_limited";
+		outcome->attempt_event = OMNI_NAME_RATE_LIMITED;
 	else if (answer->status >= 500)
-		outcome->attempt_event = "attempt_failed";
+		outcome->attempt_event = OMNI_NAME_ATTEMPT_FAILED;
 	outcome->retryable = answer->status == 429 || answer->status >= 500;
 	outcome->slow_down = answer->status == 429 || answer->status == 503;
 }
@@ -635,18 +636,18 @@ read_acceptance(const OmniRequest *request, const char *key,
 		outcome->has_job_id = true;
 	}
 	if (pg_strcasecmp(status, "completed") == 0)
-		outcome->status = "completed";
+		outcome->status = OMNI_NAME_COMPLETED;
 	else if (pg_strcasecmp(status, "failed") == 0)
 		set_failed(request, outcome);
 	else
-		outcome->status = "accepted";
+		outcome->status = OMNI_NAME_ACCEPTED;
 }
 
 /* Set the outcome of a refresh that Omni reports as failed. */
 static void
 set_failed(const OmniRequest *request, OmniOutcome *outcome)
 {
-	outcome->status = "failed";
+	outcome->status = OMNI_NAME_FAILED;
 	omni_error_set(&outcome->error, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
 				   "Omni could not refresh the model on server \"%s\"",
 				   NameStr(request->server));
@@ -670,10 +671,10 @@ read_reset(const OmniRequest *request, const char *key,
 			 success.type != jbvBool)
 		set_malformed(request, outcome, "The answer is JSON, but not of the shape that Omni's has.");
 	else if (success.val.boolean)
-		outcome->status = "completed";
+		outcome->status = OMNI_NAME_COMPLETED;
 	else
 	{
-		outcome->status = "failed";
+		outcome->status = OMNI_NAME_FAILED;
 		omni_error_set(&outcome->error, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
 					   "Omni could not reset the cache policy \"%s\" on server \"%s\"",
 					   request->policy, NameStr(request->server));
@@ -688,8 +689,8 @@ read_reset(const OmniRequest *request, const char *key,
 static void
 set_malformed(const OmniRequest *request, OmniOutcome *outcome, const char *what)
 {
-	outcome->status = "failed";
-	outcome->attempt_event = "attempt_failed";
+	outcome->status = OMNI_NAME_FAILED;
+	outcome->attempt_event = OMNI_NAME_ATTEMPT_FAILED;
 	omni_error_set(&outcome->error, ERRCODE_PROTOCOL_VIOLATION,
 				   "unexpected response from server \"%s\"",
 				   NameStr(request->server));

@@ -83,7 +83,7 @@ typedef struct OmniOutcome
 extern char *omni_api_host(const char *text, bool with_scheme);
 extern char *omni_api_job_url(const char *base_url, const OmniRequest *request);
 extern char *omni_api_job_body(const OmniRequest *request);
-extern char *omni_api_follow_url(const char *base_url, const pg_uuid_t *job_id);
+extern char *omni_api_poll_url(const char *base_url, const pg_uuid_t *job_id);
 extern char *omni_api_lookup_url(const char *base_url, const char *lookup);
 extern Size omni_api_encoded_length(const char *text);
 extern Size omni_api_path_length(const OmniRequest *request);
@@ -91,8 +91,8 @@ extern bool omni_api_fits(const OmniRequest *request);
 extern char *omni_api_models_lookup(const char *name, const char *kind, const char *cursor);
 extern void omni_api_job_outcome(const OmniRequest *request, const char *key,
 								 const OmniAnswer *answer, OmniOutcome *outcome);
-extern bool omni_api_follow_outcome(const OmniRequest *request, const char *key,
-									const OmniAnswer *answer, OmniOutcome *outcome);
+extern bool omni_api_poll_outcome(const OmniRequest *request, const char *key,
+								  const OmniAnswer *answer, OmniOutcome *outcome);
 extern void omni_api_lookup_outcome(const OmniRequest *request, const char *key,
 									const OmniAnswer *answer, OmniOutcome *outcome);
 extern void omni_api_probe_outcome(const OmniRequest *request, const char *key,

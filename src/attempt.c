@@ -23,6 +23,7 @@
 #include "inflight.h"
 #include "omni_refresh.h"
 #include "retry.h"
+#include "status.h"
 #include "throttle.h"
 #include "xact.h"
 
@@ -102,7 +103,7 @@ omni_attempts_begin(void)
 		}
 		else if (own == FAILED)
 		{
-			omni_work_conclude(work, "failed", &error);
+			omni_work_conclude(work, OMNI_NAME_FAILED, &error);
 			work->step = ANSWERED;
 		}
 	}
@@ -242,13 +243,13 @@ begin_one(OmniWork *work)
 		return;
 	if (!find_target(work, &error))
 	{
-		omni_work_conclude(work, "failed", &error);
+		omni_work_conclude(work, OMNI_NAME_FAILED, &error);
 		if (!work->kind->has_caller && work->target.key_file != NULL && now < work->deadline)
 		{
 			/* the file cannot be read, but may come back */
 			work->outcome.quiet = work->kind->rests_quietly;
 			work->outcome.status = work->kind->resting;
-			work->outcome.attempt_event = "attempt_failed";
+			work->outcome.attempt_event = OMNI_NAME_ATTEMPT_FAILED;
 			work->outcome.again = true;
 			work->outcome.delay = OMNI_MS(OMNI_BACKOFF_MAX);
 		}
@@ -272,8 +273,8 @@ begin_one(OmniWork *work)
 	}
 	else if (work->job.attempts > 0)
 	{
-		error = work->telling;
-		omni_work_conclude(work, "failed", &error);
+		error = work->best_error;
+		omni_work_conclude(work, OMNI_NAME_FAILED, &error);
 		refuse(work);
 	}
 	else
@@ -287,7 +288,7 @@ begin_one(OmniWork *work)
 		else
 			omni_error_hint(&error, "The option \"rate_limit\" of the server allows %d requests a minute with one key, from all databases.",
 							work->target.rate_limit);
-		omni_work_conclude(work, "canceled", &error);
+		omni_work_conclude(work, OMNI_NAME_CANCELED, &error);
 		refuse(work);
 	}
 }
@@ -369,7 +370,7 @@ begun(OmniWork *work)
 					   "another session holds a lock on the row of job " INT64_FORMAT, work->job.id);
 		omni_error_detail(&error, "The request is not sent again.");
 		omni_error_hint(&error, "Look for a transaction that is open and has canceled the job.");
-		omni_work_conclude(work, "failed", &error);
+		omni_work_conclude(work, OMNI_NAME_FAILED, &error);
 		work->step = ANSWERED;
 	}
 	else if (work->row == OMNI_ROW_GONE)
@@ -451,7 +452,7 @@ send_request(OmniWork *work)
 	PG_CATCH();
 	{
 		omni_error_catch(&error, context);
-		omni_work_conclude(work, "failed", &error);
+		omni_work_conclude(work, OMNI_NAME_FAILED, &error);
 		work->step = ANSWERED;
 	}
 	PG_END_TRY();
@@ -547,7 +548,7 @@ record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
 static void
 finished(OmniWork *work)
 {
-	if (work->kind->has_caller && work->outcome.again && strcmp(work->outcome.status, "pending") == 0)
+	if (work->kind->has_caller && work->outcome.again && strcmp(work->outcome.status, OMNI_NAME_PENDING) == 0)
 	{
 		work->run_at = omni_clock() + work->outcome.delay;
 		work->write_at = 0;
@@ -602,7 +603,7 @@ withdraw(OmniWork *work)
 {
 	OmniError	error = work->outcome.error;	/* of the last attempt, if any */
 
-	omni_work_conclude(work, "canceled", &error);
+	omni_work_conclude(work, OMNI_NAME_CANCELED, &error);
 	work->step = ANSWERED;
 }
 

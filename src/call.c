@@ -75,7 +75,7 @@ omni_call_create(const OmniRequest *request, const char *lookup, dsm_segment **s
 	call = dsm_segment_address(*segment);
 	memset(call, 0, sizeof(OmniCall));
 	pg_atomic_init_u32(&call->state, OMNI_CALL_WAITING);
-	pg_atomic_init_u32(&call->forsaken, 0);
+	pg_atomic_init_u32(&call->abandoned, 0);
 	call->caller = omni_my_proc();
 	call->deadline = omni_clock() + OMNI_MS(omni_call_timeout);
 	call->request = *request;
@@ -213,7 +213,7 @@ abandon_call(dsm_segment *segment, Datum arg)
 	if (pg_atomic_read_u32(&call->state) == OMNI_CALL_DONE)
 		return;
 
-	pg_atomic_write_u32(&call->forsaken, 1);
+	pg_atomic_write_u32(&call->abandoned, 1);
 	omni_worker_abandon_call();
 }
 

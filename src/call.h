@@ -49,7 +49,7 @@ typedef enum OmniCallState
 typedef struct OmniCall
 {
 	pg_atomic_uint32 state;		/* OmniCallState */
-	pg_atomic_uint32 forsaken;	/* set when the caller has left */
+	pg_atomic_uint32 abandoned; /* set when the caller has left */
 	int			caller;			/* index of its PGPROC */
 	int64		deadline;		/* end of call_timeout, by omni_clock() */
 	OmniRequest request;		/* of a look-up: server and role only */

@@ -29,6 +29,7 @@
 #include "kind.h"
 #include "sent.h"
 #include "setting.h"
+#include "status.h"
 #include "throttle.h"
 #include "workerslot.h"
 #include "xact.h"
@@ -53,7 +54,7 @@ typedef struct Round
 	bool		wrapped;		/* it goes on from the start of the queue */
 	bool		any;			/* it has seen anything ... */
 	bool		several;		/* ... of more than one role and server */
-	bool		served;			/* it has taken something in hand ... */
+	bool		served;			/* it has taken something in flight ... */
 	OmniPlace	served_to;		/* ... behind which the next one begins */
 	TimestampTz next_due;		/* of what it has seen, and was not due */
 } Round;
@@ -86,7 +87,7 @@ static bool merge_ahead(void);
 static bool is_enabled(void);
 static void take(const OmniJob *job, const OmniWorkKind *kind);
 static bool is_alike_in_flight(const OmniJob *job);
-static bool is_in_hand(const OmniWorkKind *kind, int64 id);
+static bool is_in_flight(const OmniWorkKind *kind, int64 id);
 static int	compare_places(const OmniPlace *one, const OmniPlace *other);
 static int64 clock_of(TimestampTz when);
 
@@ -131,7 +132,7 @@ omni_dispatch_pause(int delay)
 	look_at = omni_clock() + OMNI_MS(delay);
 }
 
-/* Whether there may be something in the queue that is not in hand. */
+/* Whether there may be something in the queue that is not in flight. */
 bool
 omni_dispatch_any_left(void)
 {
@@ -160,7 +161,7 @@ omni_dispatch_delay(void)
 }
 
 /*
- * Takes in hand what of the queue can be sent now, and decides when to look again.
+ * Takes in flight what of the queue can be sent now, and decides when to look again.
  *
  * To look for what is new steals the processor from those whose commits have woken us.
  * So there is a pause after it, the longer the look has taken, and the longer the more
@@ -256,7 +257,7 @@ claim(void *unused)
 
 	running_left |= look_for_new;
 	if (running_left && !omni_track)
-		omni_job_stop_following();
+		omni_job_stop_polling();
 	else if (running_left && is_enabled())
 		more = claim_running();
 	if (running_left)
@@ -271,7 +272,7 @@ claim(void *unused)
 	}
 	more |= go_round();
 	if (!more && to_merge_ahead)
-		more = claimed_any() || merge_ahead();	/* not into what is in hand */
+		more = claimed_any() || merge_ahead();	/* not into what is in flight */
 	if (!circle.going)
 	{
 		next_due = Min(circle.next_due, next_running);
@@ -330,7 +331,7 @@ clock_of(TimestampTz when)
 void
 omni_dispatch_settle(void)
 {
-	int64	   *in_hand;
+	int64	   *in_flight;
 	int			count = 0;
 	dlist_iter	iter;
 
@@ -338,11 +339,11 @@ omni_dispatch_settle(void)
 		return;
 	dlist_foreach(iter, &omni_works)
 		count++;
-	in_hand = palloc((count + 1) * sizeof(int64));
+	in_flight = palloc((count + 1) * sizeof(int64));
 	count = 0;
 	dlist_foreach(iter, &omni_works)
-		in_hand[count++] = dlist_container(OmniWork, node, iter.cur)->job.id;
-	settled_now = omni_job_settle(in_hand, count);
+		in_flight[count++] = dlist_container(OmniWork, node, iter.cur)->job.id;
+	settled_now = omni_job_settle(in_flight, count);
 
 	omni_sent_recall();
 }
@@ -354,7 +355,7 @@ omni_dispatch_settled(void)
 	settled_all |= settled_now;
 }
 
-/* Takes in hand what is running and to be asked about.  Returns true if there may be more. */
+/* Takes in flight what is running and to be asked about.  Returns true if there may be more. */
 static bool
 claim_running(void)
 {
@@ -374,7 +375,7 @@ claim_running(void)
 			OmniJob    *job = &jobs[i].job;
 
 			/* a question does not change its row */
-			if (is_in_hand(&omni_poll_kind, job->id) ||
+			if (is_in_flight(&omni_poll_kind, job->id) ||
 				omni_works_count(&omni_poll_kind, &job->request.server) >= omni_max_in_flight)
 				continue;
 			take(job, &omni_poll_kind);
@@ -385,7 +386,7 @@ claim_running(void)
 }
 
 /*
- * Goes on around the queue, and takes in hand what can be sent now.  Returns true if there
+ * Goes on around the queue, and takes in flight what can be sent now.  Returns true if there
  * may be more.
  */
 static bool
@@ -484,7 +485,7 @@ note_heads(const OmniHead *heads, int count)
 }
 
 /*
- * Takes in hand what of some heads is due and may be sent now, once it is merged.  Returns
+ * Takes in flight what of some heads is due and may be sent now, once it is merged.  Returns
  * true if there may be more of it.
  */
 static bool
@@ -520,7 +521,7 @@ claim_heads(const OmniHead *heads, int count)
 	return claim_jobs(jobs, njobs) || more;
 }
 
-/* Takes in hand what of some jobs may be sent now.  Returns true if there may be more. */
+/* Takes in flight what of some jobs may be sent now.  Returns true if there may be more. */
 static bool
 claim_jobs(const OmniJobState *jobs, int count)
 {
@@ -651,7 +652,7 @@ is_alike_in_flight(const OmniJob *job)
 }
 
 static bool
-is_in_hand(const OmniWorkKind *kind, int64 id)
+is_in_flight(const OmniWorkKind *kind, int64 id)
 {
 	dlist_iter	iter;
 
@@ -665,7 +666,7 @@ is_in_hand(const OmniWorkKind *kind, int64 id)
 	return false;
 }
 
-/* There is room for more where a job was in hand, which may come back to the queue. */
+/* There is room for more where a job was in flight, which may come back to the queue. */
 void
 omni_dispatch_finished(const OmniWork *work)
 {
@@ -681,7 +682,7 @@ omni_dispatch_finished(const OmniWork *work)
 	{
 		look_at = Min(look_at, omni_clock() + outcome->delay);
 		queue_left = true;
-		if (strcmp(outcome->status, "running") == 0)
+		if (strcmp(outcome->status, OMNI_NAME_RUNNING) == 0)
 			running_left = true;
 		else
 			next_due = Min(next_due, omni_latest_now() + outcome->delay);

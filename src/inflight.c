@@ -11,10 +11,11 @@
 
 #include "clock.h"
 #include "inflight.h"
+#include "status.h"
 
 dlist_head	omni_works = DLIST_STATIC_INIT(omni_works);
 
-/* Takes work of a kind in hand. */
+/* Takes work of a kind in flight. */
 OmniWork *
 omni_work_begin(const OmniWorkKind *kind)
 {
@@ -61,7 +62,7 @@ void
 omni_work_conclude(OmniWork *work, const char *status, const OmniError *error)
 {
 	memset(&work->outcome, 0, sizeof(work->outcome));
-	work->outcome.status = work->may_have_arrived ? "unknown" : status;
+	work->outcome.status = work->may_have_arrived ? OMNI_NAME_UNKNOWN : status;
 	work->outcome.error = *error;
 	work->concluded = true;
 }
@@ -99,5 +100,5 @@ bool
 omni_work_is_abandoned(const OmniWork *work)
 {
 	return work->kind->has_caller &&
-		(work->segment == NULL || pg_atomic_read_u32(&work->call->forsaken) != 0);
+		(work->segment == NULL || pg_atomic_read_u32(&work->call->abandoned) != 0);
 }

@@ -85,8 +85,8 @@ struct OmniWork
 
 	/* over all attempts */
 	bool		may_have_arrived;	/* one ended without an answer */
-	OmniError	telling;		/* the error that tells most, ... */
-	int			telling_weight; /* ... and how much */
+	OmniError	best_error;		/* the error that tells most, ... */
+	int			best_weight;	/* ... and how much */
 	int			write_failures;
 
 	/* the attempt that is about to begin, or under way */

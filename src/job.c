@@ -63,7 +63,7 @@ static OmniStatement select_job = {
 static OmniStatement select_unfinished = {
 	.table = &omni_job_table,
 	.read = true,
-	.text = "SELECT FROM %s WHERE " IN_HAND " AND database = $1 UNION ALL"
+	.text = "SELECT FROM %s WHERE " IN_FLIGHT " AND database = $1 UNION ALL"
 	"  SELECT FROM %s WHERE " QUEUED " AND database = $1 LIMIT 1",
 	.nargs = 1,
 	.argtypes = {OIDOID}
@@ -86,7 +86,7 @@ static OmniStatement count_unfinished = {
 	"  count(*) FILTER (WHERE status = " OMNI_SQL(PENDING) " AND database = $1 AND run_at < clock_timestamp() - interval '5 min'),"
 	"  count(*) FILTER (WHERE database <> $1)"
 	" FROM (SELECT status, database, run_at FROM %s WHERE " QUEUED " UNION ALL"
-	"  SELECT status, database, run_at FROM %s WHERE " IN_HAND ") AS job",
+	"  SELECT status, database, run_at FROM %s WHERE " IN_FLIGHT ") AS job",
 	.nargs = 1,
 	.argtypes = {OIDOID}
 };

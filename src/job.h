@@ -126,7 +126,7 @@ extern Datum omni_job_form(const OmniJob *job, const char *status,
 /* in queue.c */
 extern OmniRow *omni_job_lock(const int64 *ids, int count);
 extern void omni_job_defer(int64 id, TimestampTz run_at);
-extern bool omni_job_settle(const int64 *in_hand, int count);
+extern bool omni_job_settle(const int64 *in_flight, int count);
 extern OmniHead *omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit,
 								  int due_limit, int due_limit_of_server, int *count);
 
@@ -138,7 +138,7 @@ extern OmniJobState *omni_queue_due(const OmniHead *heads, int nheads, int limit
 extern void omni_queue_cancel_copies(const OmniPlace *place);
 extern OmniJobState *omni_job_due_running(const OmniHeld *held, int limit, int *count);
 extern bool omni_job_next_running(bool *any_due, TimestampTz *next);
-extern void omni_job_stop_following(void);
+extern void omni_job_stop_polling(void);
 extern bool omni_job_prune(int64 *after, TimestampTz before, int limit);
 extern bool omni_job_cancel(const OmniJob *job, const char *by);
 extern void omni_job_recent(TimestampTz since,

@@ -13,6 +13,7 @@
 #include "kind.h"
 #include "retry.h"
 #include "setting.h"
+#include "status.h"
 
 /* No attempt begins with less time than that, in ms. */
 #define SHORTEST_ATTEMPT	100
@@ -31,7 +32,7 @@ omni_kind_consider_retry(OmniWork *work)
 
 	work->may_have_arrived |= outcome->may_have_arrived;
 	if (work->may_have_arrived && outcome->attempt_event != NULL)
-		outcome->status = "unknown";
+		outcome->status = OMNI_NAME_UNKNOWN;
 	if (!outcome->retryable && (work->kind->has_caller || outcome->http_status != 0))
 		return;
 
@@ -42,7 +43,7 @@ omni_kind_consider_retry(OmniWork *work)
 
 	if (omni_clock() + delay < work->deadline - OMNI_MS(SHORTEST_ATTEMPT) && !omni_work_is_abandoned(work))
 	{
-		outcome->status = "pending";
+		outcome->status = OMNI_NAME_PENDING;
 		outcome->again = true;
 		outcome->delay = delay;
 	}
@@ -68,13 +69,13 @@ omni_kind_keep_telling_error(OmniWork *work, const OmniAnswer *answer)
 	else
 		weight = answer->elapsed >= OMNI_MS(work->target.timeout) / 2 ? 1 : 0;
 
-	if (weight >= work->telling_weight)
+	if (weight >= work->best_weight)
 	{
-		work->telling = outcome->error;
-		work->telling_weight = weight;
+		work->best_error = outcome->error;
+		work->best_weight = weight;
 	}
 	else if (!outcome->again)
-		outcome->job_error = &work->telling;
+		outcome->job_error = &work->best_error;
 }
 
 /* Has an accepted job polled, if it can be and that is wanted. */
@@ -83,10 +84,10 @@ omni_kind_follow(OmniWork *work)
 {
 	OmniOutcome *outcome = &work->outcome;
 
-	if (!omni_track || !outcome->has_job_id || strcmp(outcome->status, "accepted") != 0)
+	if (!omni_track || !outcome->has_job_id || strcmp(outcome->status, OMNI_NAME_ACCEPTED) != 0)
 		return;
-	outcome->status = "running";
-	outcome->attempt_event = "accepted";
+	outcome->status = OMNI_NAME_RUNNING;
+	outcome->attempt_event = OMNI_NAME_ACCEPTED;
 	outcome->again = true;
 	outcome->delay = OMNI_MS(OMNI_POLL_FIRST);
 }

@@ -8,6 +8,7 @@
 #include "postgres.h"
 
 #include "kind.h"
+#include "status.h"
 
 static void prepare(OmniWork *work);
 static void begun(OmniWork *work);
@@ -44,7 +45,7 @@ prepare(OmniWork *work)
 	if (work->job.id != 0)
 	{
 		omni_call_lost(work->call, &error);
-		omni_work_conclude(work, "unknown", &error);
+		omni_work_conclude(work, OMNI_NAME_UNKNOWN, &error);
 	}
 }
 

@@ -12,6 +12,7 @@
 #include "clock.h"
 #include "kind.h"
 #include "retry.h"
+#include "status.h"
 
 static void prepare(OmniWork *work);
 static char *url(const OmniWork *work);
@@ -24,7 +25,7 @@ const OmniWorkKind omni_poll_kind = {
 	.class = OMNI_RATE_POLL,
 	.method = "GET",
 	.has_job = true,
-	.resting = "running",
+	.resting = OMNI_NAME_RUNNING,
 	.rests_quietly = true,
 	.prepare = prepare,
 	.url = url,
@@ -42,7 +43,7 @@ prepare(OmniWork *work)
 static char *
 url(const OmniWork *work)
 {
-	return omni_api_follow_url(work->target.base_url, &work->job.job_id);
+	return omni_api_poll_url(work->target.base_url, &work->job.job_id);
 }
 
 static void
@@ -54,7 +55,7 @@ refuse(OmniWork *work)
 static void
 judge(OmniWork *work, const OmniAnswer *answer)
 {
-	if (!omni_api_follow_outcome(&work->job.request, work->target.key, answer, &work->outcome))
+	if (!omni_api_poll_outcome(&work->job.request, work->target.key, answer, &work->outcome))
 		consider_next_poll(work);
 	work->outcome.elapsed = 0;	/* that of the poll is not the job's */
 }
@@ -84,7 +85,7 @@ consider_next_poll(OmniWork *work)
 	else if (omni_clock() >= work->deadline ||
 			 (outcome->http_status >= 400 && !outcome->retryable))
 	{
-		outcome->status = "unknown";
+		outcome->status = OMNI_NAME_UNKNOWN;
 		if (outcome->error.sqlstate == 0)
 		{
 			omni_error_set(&outcome->error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
@@ -93,7 +94,7 @@ consider_next_poll(OmniWork *work)
 		}
 		return;
 	}
-	outcome->status = "running";
+	outcome->status = OMNI_NAME_RUNNING;
 	outcome->quiet = true;
 	outcome->again = true;
 	outcome->delay = OMNI_MS(delay);

@@ -9,6 +9,7 @@
 
 #include "kind.h"
 #include "sent.h"
+#include "status.h"
 
 static void prepare(OmniWork *work);
 static void begun(OmniWork *work);
@@ -20,7 +21,7 @@ const OmniWorkKind omni_queued_kind = {
 	.method = "POST",
 	.has_row = true,
 	.has_job = true,
-	.resting = "pending",
+	.resting = OMNI_NAME_PENDING,
 	.prepare = prepare,
 	.url = omni_kind_job_url,
 	.begin = omni_kind_job_begin,

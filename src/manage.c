@@ -14,6 +14,7 @@
 
 #include "job.h"
 #include "request.h"
+#include "status.h"
 #include "wakeup.h"
 #include "workerslot.h"
 
@@ -56,8 +57,8 @@ omni_refresh_retry(PG_FUNCTION_ARGS)
 	OmniRequest *request = &own.job.request;
 
 	omni_job_find(id, &own, &carrier);
-	if (strcmp(carrier.status, "failed") != 0 && strcmp(carrier.status, "canceled") != 0 &&
-		strcmp(carrier.status, "unknown") != 0)
+	if (strcmp(carrier.status, OMNI_NAME_FAILED) != 0 && strcmp(carrier.status, OMNI_NAME_CANCELED) != 0 &&
+		strcmp(carrier.status, OMNI_NAME_UNKNOWN) != 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("job " INT64_FORMAT " is %s", carrier.job.id, carrier.status),

@@ -64,7 +64,7 @@
  * $2 has the ids of the jobs that this worker has in flight.
  */
 #define LEFT_BEHIND \
-	IN_HAND " AND (status <> " OMNI_SQL(RUNNING) " OR database <> $1) AND id <> ALL ($2)"
+	IN_FLIGHT " AND (status <> " OMNI_SQL(RUNNING) " OR database <> $1) AND id <> ALL ($2)"
 
 static OmniStatement select_left = {
 	.table = &omni_job_table,
@@ -246,7 +246,7 @@ static OmniStatement select_next_running = {
 	.argtypes = {OIDOID, TIMESTAMPTZOID}
 };
 
-static OmniStatement stop_following = {
+static OmniStatement stop_polling = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = " OMNI_SQL(ACCEPTED) ", finished_at = clock_timestamp(), error = NULL"
 	" WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED))"
@@ -399,16 +399,16 @@ decode_all(int *count)
 }
 
 /*
- * Settle a batch of jobs that an earlier worker has left behind; in_hand has the ids of
+ * Settle a batch of jobs that an earlier worker has left behind; in_flight has the ids of
  * the jobs that this worker has in flight.  Returns false if more such jobs remain, some
  * perhaps because another session has locked their rows.
  */
 bool
-omni_job_settle(const int64 *in_hand, int count)
+omni_job_settle(const int64 *in_flight, int count)
 {
 	Datum		values[3] = {
 		ObjectIdGetDatum(MyDatabaseId),
-		PointerGetDatum(make_bigints(in_hand, count)),
+		PointerGetDatum(make_bigints(in_flight, count)),
 		Int64GetDatum(SETTLE_LIMIT)
 	};
 	OmniJobState *left;
@@ -838,11 +838,11 @@ omni_job_next_running(bool *any_due, TimestampTz *next)
 
 /* Finish a batch of running jobs as "accepted", without polling them any longer. */
 void
-omni_job_stop_following(void)
+omni_job_stop_polling(void)
 {
 	Datum		values[2] = {ObjectIdGetDatum(MyDatabaseId), Int64GetDatum(SETTLE_LIMIT)};
 
-	(void) omni_run(&stop_following, values, NULL);
+	(void) omni_run(&stop_polling, values, NULL);
 	add_rows_events();
 }
 

@@ -20,6 +20,7 @@
 #include "job.h"
 #include "request.h"
 #include "setting.h"
+#include "status.h"
 
 /* Limit in bytes for a list with its duplicates, which are removed before the URL is measured */
 #define MAX_NAMES			1000000
@@ -116,7 +117,7 @@ call(OmniJob *job)
 	if (error.sqlstate != 0)
 		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
 	if (job->id == 0)
-		return omni_job_form(job, "failed", omni_error_text(&error));
+		return omni_job_form(job, OMNI_NAME_FAILED, omni_error_text(&error));
 
 	omni_tables_require();
 	return omni_job_read(job->id);

@@ -21,6 +21,7 @@
 #include "option.h"
 #include "request.h"
 #include "setting.h"
+#include "status.h"
 #include "wakeup.h"
 
 static bool is_own(const OmniRequest *request);
@@ -93,7 +94,7 @@ omni_queue_job(OmniJob *job)
 	if (!omni_may_request(job, &error))
 	{
 		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
-		return omni_job_form(job, "failed", omni_error_text(&error));
+		return omni_job_form(job, OMNI_NAME_FAILED, omni_error_text(&error));
 	}
 
 	row = omni_job_queue(job);
@@ -107,7 +108,7 @@ omni_job_form_disabled(const OmniJob *job)
 {
 	ereport(NOTICE,
 			(errmsg("the request was canceled because \"omni_refresh.enabled\" is off")));
-	return omni_job_form(job, "canceled", NULL);
+	return omni_job_form(job, OMNI_NAME_CANCELED, NULL);
 }
 
 /* Return the first argument, the id of a job, which must not be null. */

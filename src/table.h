@@ -90,7 +90,7 @@ typedef struct OmniTable
 #define QUEUED		"status = " OMNI_SQL(PENDING) " AND origin <> 'call'"
 
 /* The predicate of omni_refresh_job_active_idx: jobs that a worker has, or had, in flight */
-#define IN_HAND \
+#define IN_FLIGHT \
 	"(status = ANY ('{" OMNI_NAME_SENDING ", " OMNI_NAME_RUNNING "}')" \
 	" OR (status = " OMNI_SQL(PENDING) " AND origin = 'call'))"
 

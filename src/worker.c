@@ -296,7 +296,7 @@ has_queued(void)
 	return omni_dispatch_any_left() || omni_works_count(&omni_queued_kind, NULL) > 0 || omni_works_count(&omni_poll_kind, NULL) > 0;
 }
 
-/* Whether some caller waits for one of the jobs in hand. */
+/* Whether some caller waits for one of the jobs in flight. */
 static bool
 is_waited_for(void)
 {
@@ -313,7 +313,7 @@ is_waited_for(void)
 }
 
 /*
- * Moves all jobs in hand as far as they get without waiting.  Returns how long,
+ * Moves all jobs in flight as far as they get without waiting.  Returns how long,
  * in ms, to wait at most before the next time.
  */
 static long

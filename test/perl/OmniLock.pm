@@ -77,7 +77,7 @@ sub configure
 	return;
 }
 
-# Ends the worker; the next one finds what it had in hand.
+# Ends the worker; the next one finds what it had in flight.
 sub end_worker
 {
 	sql(q{SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker'});

@@ -36,13 +36,13 @@ sub make
 	$omni->reset;
 	$node->safe_psql('postgres', "CREATE DATABASE $db TEMPLATE pattern");
 	$node->safe_psql($db, $refresh);
-	if ($state eq 'hanging' || $state eq 'forsaken')
+	if ($state eq 'hanging' || $state eq 'abandoned')
 	{
 		$omni->fault('hang');
 		$held = OmniLife::session($node, $db);
 		$held->send("SET omni_refresh.call_timeout = '500 s'; $refresh");
 		$omni->wait_for_requests(2);
-		if ($state eq 'forsaken')
+		if ($state eq 'abandoned')
 		{
 			$node->safe_psql('postgres', "SELECT pg_terminate_backend($held->{pid}, 10000)");
 			$held = undef;
@@ -71,7 +71,7 @@ sub quickly
 
 # What cannot be done while somebody is connected
 
-for my $state ('idle', 'forsaken')
+for my $state ('idle', 'abandoned')
 {
 	my ($db) = make($state);
 	my $forks = OmniLife::forks($node);
@@ -139,7 +139,7 @@ for my $state ('hanging', 'busy')
 
 # What can be done at any time
 
-for my $state ('idle', 'forsaken', 'hanging', 'busy')
+for my $state ('idle', 'abandoned', 'hanging', 'busy')
 {
 	# Not relocatable
 	my ($db, $held) = make($state);

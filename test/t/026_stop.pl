@@ -38,13 +38,13 @@ sub bring
 
 	$omni->reset;
 	$node->safe_psql('postgres', $refresh);
-	if ($state eq 'hanging' || $state eq 'forsaken')
+	if ($state eq 'hanging' || $state eq 'abandoned')
 	{
 		$omni->fault('hang');
 		$held = OmniLife::session($node, 'postgres');
 		$held->send("SET omni_refresh.call_timeout = '500 s'; $refresh");
 		$omni->wait_for_requests(2);
-		$node->safe_psql('postgres', "SELECT pg_terminate_backend($held->{pid}, 10000)") if $state eq 'forsaken';
+		$node->safe_psql('postgres', "SELECT pg_terminate_backend($held->{pid}, 10000)") if $state eq 'abandoned';
 	}
 	elsif ($state eq 'busy')
 	{
@@ -58,7 +58,7 @@ sub bring
 
 for my $mode ('smart', 'fast', 'immediate')
 {
-	for my $state ('idle', 'forsaken', 'hanging', 'busy')
+	for my $state ('idle', 'abandoned', 'hanging', 'busy')
 	{
 		# Smart means to wait for those who are connected.
 		next if $mode eq 'smart' && ($state eq 'hanging' || $state eq 'busy');
@@ -69,7 +69,7 @@ for my $mode ('smart', 'fast', 'immediate')
 		is(OmniLife::forks($node), $forks, '... and starts no worker') if $state ne 'busy';
 		isnt(OmniLife::benched($held), 0, '... which the callers learn') if $state eq 'busy';
 		like(($held->answer)[1], qr/57P01|server closed|57P02/, '... which the caller learns') if $state eq 'hanging';
-		$held->quit if $state eq 'hanging' || $state eq 'forsaken';
+		$held->quit if $state eq 'hanging' || $state eq 'abandoned';
 		$omni->reset;
 		$node->start;
 		is($node->safe_psql('postgres', $refresh), 'accepted', '... and then calls go on');
@@ -89,7 +89,7 @@ SKIP:
 
 	append_to_file("$share/extension/omni_refresh--1.0--1.1.sql", "CREATE FUNCTION newer() RETURNS int LANGUAGE sql AS 'SELECT 1';\n");
 	append_to_file("$share/extension/omni_refresh--1.1--1.0.sql", "DROP FUNCTION newer();\n");
-	for my $state ('idle', 'forsaken', 'hanging', 'busy')
+	for my $state ('idle', 'abandoned', 'hanging', 'busy')
 	{
 		my $held = bring($state);
 		my ($out, $err);
@@ -107,7 +107,7 @@ SKIP:
 			like(($held->answer)[1], qr/ERROR:  57014/, '... or end as they would');
 		}
 		$omni->fault('none');
-		$held->quit if $state eq 'hanging' || $state eq 'forsaken';
+		$held->quit if $state eq 'hanging' || $state eq 'abandoned';
 		if ($state eq 'busy')
 		{
 			$node->safe_psql('postgres', q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pgbench'});

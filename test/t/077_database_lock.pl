@@ -1,5 +1,5 @@
 # Everybody may try to drop a database, and so take, or wait for, the lock by which its owner
-# keeps new sessions out of it: that does not end the worker, nor what it has in hand.
+# keeps new sessions out of it: that does not end the worker, nor what it has in flight.
 
 use strict;
 use warnings FATAL => 'all';
