@@ -34,32 +34,55 @@ COMMENT ON FOREIGN DATA WRAPPER omni_refresh IS
 	'Omni instances (servers: base_url, ...) and their API keys (user mappings: api_key or api_key_file)';
 
 /*
- * The jobs.  Each statement reads the checks of its table anew from the catalog:
- * an array is a third of the work that a list with IN would be.
+ * The values of some columns.  Domains check what SQL writes, at no cost for what the
+ * extension itself writes without SQL.  Each statement would read a table's CHECK
+ * constraint anew from the catalog.
+ */
+CREATE DOMAIN omni_refresh_job_status AS pg_catalog.text
+	CONSTRAINT omni_refresh_job_status_check
+	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{pending, sending, running, completed, failed,
+		accepted, canceled, merged, unknown}'));
+CREATE DOMAIN omni_refresh_job_kind AS pg_catalog.text
+	CONSTRAINT omni_refresh_job_kind_check
+	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{schema, cache}'));
+CREATE DOMAIN omni_refresh_job_origin AS pg_catalog.text
+	CONSTRAINT omni_refresh_job_origin_check
+	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{call, on_commit, ddl, retry}'));
+CREATE DOMAIN omni_refresh_event_kind AS pg_catalog.text
+	CONSTRAINT omni_refresh_event_event_check
+	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{requested, sending, accepted, attempt_failed, refused,
+		rate_limited, merged, released, canceled, recovered,
+		completed, failed, unknown}'));
+COMMENT ON DOMAIN omni_refresh_job_status IS 'a status of a job';
+COMMENT ON DOMAIN omni_refresh_job_kind IS 'what a job asks Omni for';
+COMMENT ON DOMAIN omni_refresh_job_origin IS 'what asked for a job';
+COMMENT ON DOMAIN omni_refresh_event_kind IS 'what happened to a job';
+COMMENT ON CONSTRAINT omni_refresh_job_status_check ON DOMAIN omni_refresh_job_status IS 'the statuses';
+COMMENT ON CONSTRAINT omni_refresh_job_kind_check ON DOMAIN omni_refresh_job_kind IS 'the kinds';
+COMMENT ON CONSTRAINT omni_refresh_job_origin_check ON DOMAIN omni_refresh_job_origin IS 'the origins';
+COMMENT ON CONSTRAINT omni_refresh_event_event_check ON DOMAIN omni_refresh_event_kind IS 'the events';
+
+/*
+ * The jobs.  Names are text, since a value of type name takes 64 bytes in each version of
+ * a row, however short it is.  Each row is updated once or twice, soon after it is
+ * inserted: with room for that on the same page, the update writes less.
  */
 CREATE TABLE omni_refresh_job (
 	id				bigint GENERATED ALWAYS AS IDENTITY (SEQUENCE NAME omni_refresh_job_id_seq)
 					CONSTRAINT omni_refresh_job_pkey PRIMARY KEY,
-	status			pg_catalog.text NOT NULL
-					CONSTRAINT omni_refresh_job_status_check
-					CHECK (status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running, completed, failed,
-						accepted, canceled, merged, unknown}')),
+	status			omni_refresh_job_status NOT NULL,
 	job_id			pg_catalog.uuid,
 	model_id		pg_catalog.uuid NOT NULL,
 	branch_id		pg_catalog.uuid,
-	kind			pg_catalog.text NOT NULL
-					CONSTRAINT omni_refresh_job_kind_check
-					CHECK (kind OPERATOR(pg_catalog.=) ANY ('{schema, cache}')),
+	kind			omni_refresh_job_kind NOT NULL,
 	hard			boolean,
 	schemas			pg_catalog.text[],
 	tables			pg_catalog.text[],
 	policy			pg_catalog.text,
 	reset_at		pg_catalog.timestamptz,
-	server			pg_catalog.name NOT NULL,
-	origin			pg_catalog.text NOT NULL
-					CONSTRAINT omni_refresh_job_origin_check
-					CHECK (origin OPERATOR(pg_catalog.=) ANY ('{call, on_commit, ddl, retry}')),
-	requested_by	pg_catalog.name NOT NULL,
+	server			pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
+	origin			omni_refresh_job_origin NOT NULL,
+	requested_by	pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
 	requested_by_oid pg_catalog.oid NOT NULL,
 	requested_at	pg_catalog.timestamptz NOT NULL,
 	run_at			pg_catalog.timestamptz NOT NULL,
@@ -70,7 +93,7 @@ CREATE TABLE omni_refresh_job (
 	renewed_at		pg_catalog.timestamptz,
 	database		pg_catalog.oid NOT NULL,
 	error			pg_catalog.text
-);
+) WITH (fillfactor = 50);
 COMMENT ON SEQUENCE omni_refresh_job_id_seq IS 'the numbers of the jobs';
 COMMENT ON TABLE omni_refresh_job IS 'requests to Omni, one row each';
 COMMENT ON COLUMN omni_refresh_job.id IS 'the number of this job in this database';
@@ -104,7 +127,7 @@ COMMENT ON COLUMN omni_refresh_job.error IS 'the last error: SQLSTATE, message, 
  * one goes from role to role and from model to model by steps, whatever else waits ...
  */
 CREATE INDEX omni_refresh_job_queue_idx ON omni_refresh_job
-	(requested_by_oid, (server::pg_catalog.text) COLLATE pg_catalog."C", model_id, run_at, id)
+	(requested_by_oid, server, model_id, run_at, id)
 	WHERE status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.<>) 'call';
 COMMENT ON INDEX omni_refresh_job_queue_idx IS 'the queue: jobs that are pending, and not of a call';
 
@@ -125,16 +148,10 @@ COMMENT ON INDEX omni_refresh_job_finished_idx IS 'the jobs that are at an end, 
 CREATE TABLE omni_refresh_event (
 	id				bigint GENERATED ALWAYS AS IDENTITY (SEQUENCE NAME omni_refresh_event_id_seq)
 					CONSTRAINT omni_refresh_event_pkey PRIMARY KEY,
-	job				bigint NOT NULL
-					CONSTRAINT omni_refresh_event_job_fkey
-					REFERENCES omni_refresh_job (id) ON DELETE CASCADE,
-	requested_by	pg_catalog.name NOT NULL,
+	job				bigint NOT NULL,
+	requested_by	pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
 	occurred_at		pg_catalog.timestamptz NOT NULL,
-	event			pg_catalog.text NOT NULL
-					CONSTRAINT omni_refresh_event_event_check
-					CHECK (event OPERATOR(pg_catalog.=) ANY ('{requested, sending, accepted, attempt_failed, refused,
-						rate_limited, merged, released, canceled, recovered,
-						completed, failed, unknown}')),
+	event			omni_refresh_event_kind NOT NULL,
 	attempt			int,
 	http_status		int,
 	duration		interval,
@@ -160,6 +177,22 @@ COMMENT ON INDEX omni_refresh_event_attempt_idx IS 'the attempts and their answe
 
 CREATE INDEX omni_refresh_event_job_idx ON omni_refresh_event (job);
 COMMENT ON INDEX omni_refresh_event_job_idx IS 'the events of a job';
+
+/*
+ * Delete events with their jobs.  A foreign key would do this, but would also cost each
+ * event a look-up and a lock of its job.
+ */
+CREATE FUNCTION omni_refresh_delete_events()
+	RETURNS pg_catalog.trigger
+	AS 'MODULE_PATHNAME', 'omni_refresh_delete_events'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_delete_events() IS 'deletes the events of jobs that are deleted';
+CREATE TRIGGER omni_refresh_job_delete_events AFTER DELETE ON omni_refresh_job
+	REFERENCING OLD TABLE AS jobs FOR EACH STATEMENT EXECUTE FUNCTION omni_refresh_delete_events();
+CREATE TRIGGER omni_refresh_job_truncate_events AFTER TRUNCATE ON omni_refresh_job
+	FOR EACH STATEMENT EXECUTE FUNCTION omni_refresh_delete_events();
+COMMENT ON TRIGGER omni_refresh_job_delete_events ON omni_refresh_job IS 'deletes the events of jobs that are deleted';
+COMMENT ON TRIGGER omni_refresh_job_truncate_events ON omni_refresh_job IS 'deletes all events if all jobs are deleted';
 
 /*
  * Keep out what logical replication applies: the jobs are another database's, which
@@ -191,12 +224,12 @@ ALTER TABLE omni_refresh_event ENABLE ROW LEVEL SECURITY;
 
 CREATE POLICY omni_refresh_job_own ON omni_refresh_job FOR SELECT
 	USING (requested_by OPERATOR(pg_catalog.=) ANY (ARRAY(
-		SELECT rolname FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+		SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
 CREATE POLICY omni_refresh_job_monitor ON omni_refresh_job FOR SELECT
 	TO pg_monitor USING (true);
 CREATE POLICY omni_refresh_event_own ON omni_refresh_event FOR SELECT
 	USING (requested_by OPERATOR(pg_catalog.=) ANY (ARRAY(
-		SELECT rolname FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+		SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
 CREATE POLICY omni_refresh_event_monitor ON omni_refresh_event FOR SELECT
 	TO pg_monitor USING (true);
 COMMENT ON POLICY omni_refresh_job_own ON omni_refresh_job IS 'the jobs of the roles whose privileges one has';
@@ -339,12 +372,12 @@ FROM pg_catalog.pg_foreign_server
 		FROM (
 			SELECT status, requested_at FROM omni_refresh_job
 			WHERE status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.<>) 'call'
-				AND server OPERATOR(pg_catalog.=) srvname
+				AND server OPERATOR(pg_catalog.=) srvname::pg_catalog.text
 			UNION ALL
 			SELECT status, requested_at FROM omni_refresh_job
 			WHERE (status OPERATOR(pg_catalog.=) ANY ('{sending, running}')
 					OR (status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.=) 'call'))
-				AND server OPERATOR(pg_catalog.=) srvname) AS job
+				AND server OPERATOR(pg_catalog.=) srvname::pg_catalog.text) AS job
 	) AS unfinished,
 	LATERAL (
 		SELECT
@@ -356,7 +389,7 @@ FROM pg_catalog.pg_foreign_server
 		FROM (VALUES ('completed'), ('accepted'), ('failed'), ('canceled'), ('unknown')) AS ends (name), LATERAL (
 			SELECT pg_catalog.count(*) AS number FROM omni_refresh_job
 			WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, failed, accepted, canceled, unknown}')
-				AND server OPERATOR(pg_catalog.=) srvname AND status OPERATOR(pg_catalog.=) name
+				AND server OPERATOR(pg_catalog.=) srvname::pg_catalog.text AND status OPERATOR(pg_catalog.=) name
 				AND finished_at OPERATOR(pg_catalog.>) (pg_catalog.statement_timestamp() OPERATOR(pg_catalog.-) interval '1 hour')) AS job
 	) AS finished,
 	LATERAL (
@@ -364,7 +397,7 @@ FROM pg_catalog.pg_foreign_server
 		FROM (VALUES ('completed'), ('accepted')) AS ends (name), LATERAL (
 			SELECT finished_at AS last FROM omni_refresh_job
 			WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, failed, accepted, canceled, unknown}')
-				AND server OPERATOR(pg_catalog.=) srvname AND status OPERATOR(pg_catalog.=) name
+				AND server OPERATOR(pg_catalog.=) srvname::pg_catalog.text AND status OPERATOR(pg_catalog.=) name
 			ORDER BY finished_at DESC LIMIT 1) AS job
 	) AS success
 	LEFT JOIN LATERAL (
@@ -372,7 +405,7 @@ FROM pg_catalog.pg_foreign_server
 		FROM (VALUES ('failed'), ('unknown')) AS ends (name), LATERAL (
 			SELECT finished_at AS last, error AS why FROM omni_refresh_job
 			WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, failed, accepted, canceled, unknown}')
-				AND server OPERATOR(pg_catalog.=) srvname AND status OPERATOR(pg_catalog.=) name
+				AND server OPERATOR(pg_catalog.=) srvname::pg_catalog.text AND status OPERATOR(pg_catalog.=) name
 			ORDER BY finished_at DESC LIMIT 1) AS job
 		ORDER BY last DESC LIMIT 1
 	) AS failure ON true,
@@ -384,7 +417,7 @@ FROM pg_catalog.pg_foreign_server
 				AND occurred_at OPERATOR(pg_catalog.>) (pg_catalog.statement_timestamp() OPERATOR(pg_catalog.-) interval '1 min')) AS requests_last_minute
 		FROM omni_refresh_event AS e JOIN omni_refresh_job AS j ON j.id OPERATOR(pg_catalog.=) e.job
 		WHERE occurred_at OPERATOR(pg_catalog.>) (pg_catalog.statement_timestamp() OPERATOR(pg_catalog.-) interval '1 hour')
-			AND (event OPERATOR(pg_catalog.=) 'sending' OR duration IS NOT NULL) AND server OPERATOR(pg_catalog.=) srvname
+			AND (event OPERATOR(pg_catalog.=) 'sending' OR duration IS NOT NULL) AND server OPERATOR(pg_catalog.=) srvname::pg_catalog.text
 	) AS answers,
 	LATERAL (
 		SELECT pg_catalog.max(pid) AS worker_pid FROM pg_catalog.pg_stat_activity

@@ -15,11 +15,14 @@
 
 #include <curl/curl.h>
 
+#include "executor/executor.h"
 #include "funcapi.h"
 #include "miscadmin.h"
+#include "parser/parse_relation.h"
 #include "storage/dsm.h"
 #include "storage/lwlock.h"
 #include "storage/shmem.h"
+#include "utils/relcache.h"
 #include "utils/guc.h"
 #include "utils/resowner.h"
 #include "utils/wait_event.h"
@@ -45,6 +48,35 @@
 	((void) (classid), pg_foreign_server_aclcheck(objectid, roleid, mode))
 #endif
 
+/* 16 added the fifth argument, the result relations */
+#if PG_VERSION_NUM < 160000
+#define EvalPlanQualInit(epqstate, parent, subplan, auxrowmarks, param, results) \
+	EvalPlanQualInit(epqstate, parent, subplan, auxrowmarks, param)
+#endif
+
+/*
+ * Make a table the only entry of a range table; updated has the numbers of the columns to
+ * update, as a Bitmapset is used for them.  16 moved them to an entry of their own, 18
+ * wants to know which tables were not pruned.
+ */
+static inline void
+init_range_table_compat(EState *estate, RangeTblEntry *rte, Bitmapset *updated)
+{
+#if PG_VERSION_NUM < 160000
+	rte->updatedCols = updated;
+	ExecInitRangeTable(estate, list_make1(rte));
+#else
+	List	   *permissions = NIL;
+
+	addRTEPermissionInfo(&permissions, rte)->updatedCols = updated;
+#if PG_VERSION_NUM < 180000
+	ExecInitRangeTable(estate, list_make1(rte), permissions);
+#else
+	ExecInitRangeTable(estate, list_make1(rte), permissions, bms_make_singleton(1));
+#endif
+#endif
+}
+
 /* 17 added named wait events for extensions */
 #if PG_VERSION_NUM < 170000
 #define WaitEventExtensionNew(name) ((uint32) PG_WAIT_EXTENSION)
@@ -60,6 +92,11 @@
 #if PG_VERSION_NUM < 180000
 #define PG_MODULE_MAGIC_EXT(...) PG_MODULE_MAGIC
 #define pg_noreturn pg_attribute_noreturn()
+#endif
+
+/* 18 added the second argument: whether a deferrable key will do */
+#if PG_VERSION_NUM < 180000
+#define RelationGetPrimaryKeyIndex(relation, deferrable_ok) RelationGetPrimaryKeyIndex(relation)
 #endif
 
 /* 19 can terminate background workers that block DROP DATABASE and similar commands */

@@ -7,8 +7,8 @@
  * failed, what became of it; the last event of a finished job bears the name of
  * its status.
  *
- * The events of a transaction are gathered in memory and written by one statement
- * at its end.  See table.c for what the functions need and raise.
+ * The events of a transaction are gathered in memory and written together at its end.
+ * See table.c for what the functions need and raise.
  *
  *-------------------------------------------------------------------------
  */
@@ -22,40 +22,7 @@
 
 #include "compat.h"
 #include "job.h"
-#include "table.h"
-
-#define COLUMNS				8
-
-/*
- * Insert "requested" only as the first event of a job.  Do not use EXISTS here: the
- * planner might hash the whole log to answer it for many jobs.
- */
-static OmniStatement insert_events = {
-	.table = &omni_event_table,
-	.text = "INSERT INTO %s (job, requested_by, occurred_at, event, attempt, http_status, duration, detail)"
-	" SELECT job, requested_by, occurred_at, event, attempt, http_status, duration, detail"
-	" FROM unnest($1, $2, $3, $4, $5, $6, $7, $8) WITH ORDINALITY"
-	"  AS new (job, requested_by, occurred_at, event, attempt, http_status, duration, detail, turn)"
-	" WHERE event <> " OMNI_SQL(REQUESTED) " OR (SELECT id FROM %s AS old WHERE old.job = new.job LIMIT 1) IS NULL"
-	" ORDER BY turn",
-	.nargs = COLUMNS,
-	.argtypes = {INT8ARRAYOID, NAMEARRAYOID, TIMESTAMPTZARRAYOID, TEXTARRAYOID, INT4ARRAYOID, INT4ARRAYOID,
-	INTERVALARRAYOID, TEXTARRAYOID}
-};
-
-static OmniStatement insert_merged = {
-	.table = &omni_event_table,
-	.text = "INSERT INTO %s (job, requested_by, occurred_at, event, detail)"
-	" SELECT job, requested_by, occurred_at, event, detail"
-	" FROM unnest($1, $2, $3, $4) AS merged (job, requested_by, requested_at, carrier),"
-	"  LATERAL (VALUES (1, " OMNI_SQL(REQUESTED) ", requested_at, NULL),"
-	"   (2, " OMNI_SQL(MERGED) ", clock_timestamp(), 'carried out by job ' || carrier))"
-	"  AS events (turn, event, occurred_at, detail)"
-	" WHERE event <> " OMNI_SQL(REQUESTED) " OR (SELECT id FROM %s AS old WHERE old.job = merged.job LIMIT 1) IS NULL"
-	" ORDER BY job, turn",
-	.nargs = 4,
-	.argtypes = {INT8ARRAYOID, NAMEARRAYOID, TIMESTAMPTZARRAYOID, INT8ARRAYOID}
-};
+#include "row.h"
 
 static OmniStatement select_recent = {
 	.table = &omni_event_table,
@@ -96,6 +63,23 @@ static OmniStatement delete_events = {
 	.argtypes = {INT8ARRAYOID}
 };
 
+/* Delete the events of jobs, and wait for those that another session has locked. */
+static OmniStatement delete_all_events = {
+	.table = &omni_event_table,
+	.text = "DELETE FROM %s WHERE job = ANY ($1)",
+	.nargs = 1,
+	.argtypes = {INT8ARRAYOID}
+};
+
+/* Not TRUNCATE, which fails if the command that fired our trigger truncates both tables. */
+static OmniStatement delete_every_event = {
+	.table = &omni_event_table,
+	.text = "DELETE FROM %s"
+};
+
+/*
+ * Do not use EXISTS here: the planner might hash the whole log to answer it for many jobs.
+ */
 static OmniStatement select_without = {
 	.table = &omni_event_table,
 	.text = "SELECT array_agg(id) FROM unnest($1) AS job (id)"
@@ -104,32 +88,45 @@ static OmniStatement select_without = {
 	.argtypes = {INT8ARRAYOID}
 };
 
-/* The events of this transaction that are still to be written, one array for each column */
-static ArrayBuildState *gathered[COLUMNS];
+/* The events of this transaction that are still to be written, each an OmniRowValues */
+static List *gathered = NIL;
 
-static void gather(int column, Datum value, bool isnull);
+/* The jobs of those events of which "requested" is left out if they have any events */
+static ArrayBuildState *to_check = NULL;
+
+static bool is_requested(const OmniRowValues *row);
+static bool is_next(ArrayType *jobs, int *next, Datum job);
+static ArrayType *find_without(ArrayType *jobs);
 
 /* Discard events of an earlier transaction that was rolled back, at the start of a new one. */
 void
 omni_events_begin(void)
 {
-	memset(gathered, 0, sizeof(gathered));
+	gathered = NIL;
+	to_check = NULL;
 }
 
 /* Add an event of a job, which omni_events_write() will write. */
 void
 omni_event_add(const OmniJob *job, const OmniEvent *event)
 {
-	Interval	duration = {.time = event->duration};
+	OmniRowValues *row = palloc0(sizeof(OmniRowValues));
+	Interval   *duration = palloc0(sizeof(Interval));
 
-	gather(0, Int64GetDatum(job->id), false);
-	gather(1, NameGetDatum(&job->request.requested_by), false);
-	gather(2, TimestampTzGetDatum(event->occurred_at), false);
-	gather(3, CStringGetTextDatum(event->event), false);
-	gather(4, Int32GetDatum(event->attempt), event->attempt == 0);
-	gather(5, Int32GetDatum(event->http_status), event->http_status == 0);
-	gather(6, IntervalPGetDatum(&duration), event->duration == 0);
-	gather(7, event->detail != NULL ? CStringGetTextDatum(event->detail) : (Datum) 0, event->detail == NULL);
+	duration->time = event->duration;
+	omni_set(row, OMNI_EVENT_job, Int64GetDatum(job->id));
+	omni_set(row, OMNI_EVENT_requested_by, CStringGetTextDatum(NameStr(job->request.requested_by)));
+	omni_set(row, OMNI_EVENT_occurred_at, TimestampTzGetDatum(event->occurred_at));
+	omni_set(row, OMNI_EVENT_event, CStringGetTextDatum(event->event));
+	if (event->attempt != 0)
+		omni_set(row, OMNI_EVENT_attempt, Int32GetDatum(event->attempt));
+	if (event->http_status != 0)
+		omni_set(row, OMNI_EVENT_http_status, Int32GetDatum(event->http_status));
+	if (event->duration != 0)
+		omni_set(row, OMNI_EVENT_duration, IntervalPGetDatum(duration));
+	if (event->detail != NULL)
+		omni_set(row, OMNI_EVENT_detail, CStringGetTextDatum(event->detail));
+	gathered = lappend(gathered, row);
 }
 
 /* Add the first event of a job; omni_events_write() leaves it out if the job has any. */
@@ -139,44 +136,66 @@ omni_event_add_requested(const OmniJob *job)
 	OmniEvent	event = {.occurred_at = job->request.requested_at,.event = OMNI_NAME_REQUESTED};
 
 	omni_event_add(job, &event);
+	to_check = accumArrayResult(to_check, Int64GetDatum(job->id), false, INT8OID, CurrentMemoryContext);
 }
 
-static void
-gather(int column, Datum value, bool isnull)
-{
-	static const Oid types[COLUMNS] = {
-		INT8OID, NAMEOID, TIMESTAMPTZOID, TEXTOID, INT4OID, INT4OID, INTERVALOID, TEXTOID
-	};
-
-	if (gathered[column] == NULL)
-		gathered[column] = initArrayResult(types[column], CurrentMemoryContext, false);
-	(void) accumArrayResult(gathered[column], value, isnull, types[column], CurrentMemoryContext);
-}
-
-/* Write the events of this transaction in one statement. */
+/* Write the events of this transaction. */
 void
 omni_events_write(void)
 {
-	Datum		values[COLUMNS];
+	List	   *events = gathered;
+	ArrayType  *new = NULL;
+	int			nnew = 0;
+	ListCell   *cell;
+	OmniWrite	write;
 
-	if (gathered[0] == NULL)
+	if (events == NIL)
 		return;
-	for (int i = 0; i < COLUMNS; i++)
-		values[i] = makeArrayResult(gathered[i], CurrentMemoryContext);
+	if (to_check != NULL)
+		new = find_without(DatumGetArrayTypeP(makeArrayResult(to_check, CurrentMemoryContext)));
 	omni_events_begin();
-	(void) omni_run(&insert_events, values, NULL);
+	omni_write_begin(&write, &omni_event_table, NULL);
+	foreach(cell, events)
+	{
+		OmniRowValues *row = lfirst(cell);
+
+		if (!is_requested(row) || is_next(new, &nnew, row->values[OMNI_EVENT_job]))
+			(void) omni_write_insert(&write, row);
+	}
+	omni_write_end(&write);
+}
+
+static bool
+is_requested(const OmniRowValues *row)
+{
+	return strcmp(TextDatumGetCString(row->values[OMNI_EVENT_event]), OMNI_NAME_REQUESTED) == 0;
+}
+
+/* Return whether a job is the next one in an array, which is in the order of the events. */
+static bool
+is_next(ArrayType *jobs, int *next, Datum job)
+{
+	if (jobs == NULL || *next == ARR_DIMS(jobs)[0] ||
+		((int64 *) ARR_DATA_PTR(jobs))[*next] != DatumGetInt64(job))
+		return false;
+	(*next)++;
+	return true;
 }
 
 /*
- * Write the events of merged jobs.  The four arrays have one element for each job: its id,
- * its requester, the time of the request and the carrier's id.
+ * Return the ids of those jobs that have no events, in the same order, or NULL if there are
+ * no such jobs.
  */
-void
-omni_events_merged(Datum jobs, Datum requesters, Datum requested_at, Datum carriers)
+static ArrayType *
+find_without(ArrayType *jobs)
 {
-	Datum		values[4] = {jobs, requesters, requested_at, carriers};
+	Datum		values[1] = {PointerGetDatum(jobs)};
+	Datum		without;
+	bool		isnull;
 
-	(void) omni_run(&insert_merged, values, NULL);
+	(void) omni_run(&select_without, values, NULL);
+	without = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
+	return isnull ? NULL : DatumGetArrayTypeP(without);
 }
 
 /*
@@ -187,13 +206,25 @@ ArrayType *
 omni_events_delete(ArrayType *jobs)
 {
 	Datum		values[1] = {PointerGetDatum(jobs)};
-	Datum		without;
-	bool		isnull;
 
 	(void) omni_run(&delete_events, values, NULL);
-	(void) omni_run(&select_without, values, NULL);
-	without = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
-	return isnull ? NULL : DatumGetArrayTypeP(without);
+	return find_without(jobs);
+}
+
+/* Delete all events of jobs. */
+void
+omni_events_delete_all(const int64 *jobs, int count)
+{
+	Datum		values[1] = {PointerGetDatum(omni_bigints(jobs, count))};
+
+	(void) omni_run(&delete_all_events, values, NULL);
+}
+
+/* Delete all events. */
+void
+omni_events_delete_every(void)
+{
+	(void) omni_run(&delete_every_event, NULL, NULL);
 }
 
 /* Return the ids of the jobs that were sent since a time, or NULL if there are none. */

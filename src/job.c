@@ -24,33 +24,10 @@
 #include "clock.h"
 #include "compat.h"
 #include "job.h"
-#include "table.h"
+#include "row.h"
 
 /* The latest time to accept from a row, in the year 2500, so that adding to it cannot overflow */
 #define MAX_TIME	(INT64CONST(500) * 366 * USECS_PER_DAY)
-
-#define INSERT_JOB \
-	"INSERT INTO %s AS job (status, model_id, branch_id, kind, hard, schemas, tables, policy, reset_at, server," \
-	" origin, requested_by, requested_by_oid, requested_at, run_at, sent_at, attempts, database)" \
-	" VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18)"
-#define INSERT_JOB_NARGS 18
-#define INSERT_JOB_ARGTYPES \
-	{TEXTOID, UUIDOID, UUIDOID, TEXTOID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, TEXTOID, TIMESTAMPTZOID, NAMEOID, \
-		TEXTOID, NAMEOID, OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, INT4OID, OIDOID}
-
-static OmniStatement insert_job = {
-	.table = &omni_job_table,
-	.text = INSERT_JOB " RETURNING id::bigint",
-	.nargs = INSERT_JOB_NARGS,
-	.argtypes = INSERT_JOB_ARGTYPES
-};
-
-static OmniStatement queue_job = {
-	.table = &omni_job_table,
-	.text = INSERT_JOB " RETURNING job",
-	.nargs = INSERT_JOB_NARGS,
-	.argtypes = INSERT_JOB_ARGTYPES
-};
 
 static OmniStatement select_job = {
 	.table = &omni_job_table,
@@ -91,27 +68,6 @@ static OmniStatement count_unfinished = {
 	.argtypes = {OIDOID}
 };
 
-/*
- * Skip a row that another session has locked, for example by omni_refresh_cancel() in an
- * open transaction: the worker must not wait for user transactions.
- */
-static OmniStatement update_job = {
-	.table = &omni_job_table,
-	.text = "UPDATE %s SET status = $2, job_id = coalesce($3, job_id), finished_at = $4, error = $5,"
-	" run_at = coalesce($6, run_at)"
-	" WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE id = $1 AND " IS_UNFINISHED " FOR NO KEY UPDATE SKIP LOCKED))",
-	.nargs = 6,
-	.argtypes = {INT8OID, TEXTOID, UUIDOID, TIMESTAMPTZOID, TEXTOID, TIMESTAMPTZOID}
-};
-
-static OmniStatement send_job = {
-	.table = &omni_job_table,
-	.text = "UPDATE %s SET status = " OMNI_SQL(SENDING) ", attempts = $2, sent_at = $3"
-	" WHERE id = $1 AND " IS_PENDING,
-	.nargs = 3,
-	.argtypes = {INT8OID, INT4OID, TIMESTAMPTZOID}
-};
-
 static OmniStatement delay_job = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET run_at = $2 WHERE id = $1 AND " IS_PENDING,
@@ -119,16 +75,11 @@ static OmniStatement delay_job = {
 	.argtypes = {INT8OID, TIMESTAMPTZOID}
 };
 
-/* After update_job has skipped a row: if the job is unfinished, the row is locked. */
-static OmniStatement look_for_job = {
-	.table = &omni_job_table,
-	.text = "SELECT FROM %s WHERE id = $1 AND " IS_UNFINISHED,
-	.nargs = 1,
-	.argtypes = {INT8OID}
-};
-
-static void insert(OmniStatement *statement, OmniJob *job, OmniStatus status, TimestampTz run_at,
-				   TimestampTz sent_at);
+static OmniRow update(int64 id, bool (*wanted) (OmniStatus status), const OmniRowValues *row);
+static bool is_unfinished(OmniStatus status);
+static void insert(OmniJob *job, OmniStatus status, TimestampTz run_at, TimestampTz sent_at);
+static void insert_into(OmniWrite *write, const OmniJob *job, OmniStatus status, TimestampTz run_at,
+						TimestampTz sent_at);
 static const char *kind_name(OmniKind kind);
 static ArrayType *keep_list(ArrayType *list);
 static TimestampTz to_finite(TimestampTz time);
@@ -150,16 +101,15 @@ omni_job_begin(OmniJob *job, const char *url)
 	};
 
 	if (job->id == 0)
-		insert(&insert_job, job, OMNI_STATUS_SENDING, now, now);
+		insert(job, OMNI_STATUS_SENDING, now, now);
 	else
 	{
-		Datum		values[3] = {
-			Int64GetDatum(job->id),
-			Int32GetDatum(job->attempts + 1),
-			TimestampTzGetDatum(now)
-		};
+		OmniRowValues row = {0};
 
-		if (omni_run(&send_job, values, NULL) == 0)
+		omni_set(&row, OMNI_JOB_status, CStringGetTextDatum(OMNI_NAME_SENDING));
+		omni_set(&row, OMNI_JOB_attempts, Int32GetDatum(job->attempts + 1));
+		omni_set(&row, OMNI_JOB_sent_at, TimestampTzGetDatum(now));
+		if (update(job->id, omni_status_is_pending, &row) != OMNI_ROW_OURS)
 			return false;
 	}
 	if (job->attempts == 0)
@@ -184,7 +134,7 @@ omni_job_delay(OmniJob *job, int64 wait)
 	};
 
 	if (job->id == 0)
-		insert(&insert_job, job, OMNI_STATUS_PENDING, run_at, 0);
+		insert(job, OMNI_STATUS_PENDING, run_at, 0);
 	else if (strcmp(job->origin, OMNI_ORIGIN_CALL) == 0)
 		omni_job_defer(job->id, run_at);
 	omni_event_add_requested(job);
@@ -209,73 +159,93 @@ omni_job_refuse(OmniJob *job, const OmniOutcome *outcome)
 {
 
 	if (job->id == 0)
-		insert(&insert_job, job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
+		insert(job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
 	omni_event_add_requested(job);
 	(void) omni_job_record(job, outcome);
 }
 
 /* In a backend: add a job to the queue and return its row, palloc'd. */
 Datum
-omni_job_queue(OmniJob *job)
+omni_job_queue(const OmniJob *job)
 {
+	OmniWrite	write;
 	Datum		row;
 
-	SPI_connect();
-	insert(&queue_job, job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
-	row = SPI_datumTransfer(omni_value(0, 0, get_rel_type_id(omni_job_table.oid)), false, -1);
-	SPI_finish();
+	insert_into(&write, job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
+	row = omni_written_row(&write);
+	omni_write_end(&write);
 	return row;
 }
 
-/* Insert a job, and set job->id if the statement is insert_job, which returns the id. */
+/* Insert a job, and set job->id.  sent_at is 0 if it is not sent yet. */
 static void
-insert(OmniStatement *statement, OmniJob *job, OmniStatus status, TimestampTz run_at,
-	   TimestampTz sent_at)
+insert(OmniJob *job, OmniStatus status, TimestampTz run_at, TimestampTz sent_at)
 {
-	OmniRequest *request = &job->request;
-	Datum		values[INSERT_JOB_NARGS] = {
-		CStringGetTextDatum(omni_status_name(status)),
-		UUIDPGetDatum(&request->model),
-		UUIDPGetDatum(&request->branch),
-		CStringGetTextDatum(kind_name(request->kind)),
-		BoolGetDatum(request->hard),
-		PointerGetDatum(job->request.schemas),
-		PointerGetDatum(job->request.tables),
-		CStringGetTextDatum(request->policy),
-		TimestampTzGetDatum(request->reset_at),
-		NameGetDatum(&request->server),
-		CStringGetTextDatum(job->origin),
-		NameGetDatum(&request->requested_by),
-		ObjectIdGetDatum(request->role),
-		TimestampTzGetDatum(request->requested_at),
-		TimestampTzGetDatum(run_at),
-		TimestampTzGetDatum(sent_at),
-		Int32GetDatum(sent_at != 0 ? 1 : 0),
-		ObjectIdGetDatum(MyDatabaseId)
-	};
-	char		nulls[INSERT_JOB_NARGS + 1] = "                  ";
+	OmniWrite	write;
 
-	if (!request->has_branch)
-		nulls[2] = 'n';
+	insert_into(&write, job, status, run_at, sent_at);
+	job->id = DatumGetInt64(omni_written_value(&write, OMNI_JOB_id));
+	omni_write_end(&write);
+}
+
+/* Begin a write and insert a job. */
+static void
+insert_into(OmniWrite *write, const OmniJob *job, OmniStatus status, TimestampTz run_at,
+			TimestampTz sent_at)
+{
+	const OmniRequest *request = &job->request;
+	OmniRowValues row = {0};
+
+	omni_set(&row, OMNI_JOB_status, CStringGetTextDatum(omni_status_name(status)));
+	omni_set(&row, OMNI_JOB_model_id, UUIDPGetDatum(&request->model));
+	if (request->has_branch)
+		omni_set(&row, OMNI_JOB_branch_id, UUIDPGetDatum(&request->branch));
+	omni_set(&row, OMNI_JOB_kind, CStringGetTextDatum(kind_name(request->kind)));
 	if (request->kind == OMNI_KIND_CACHE)
-		nulls[4] = 'n';
+		omni_set(&row, OMNI_JOB_policy, CStringGetTextDatum(request->policy));
 	else
-		nulls[7] = 'n';
-	if (job->request.schemas == NULL)
-		nulls[5] = 'n';
-	if (job->request.tables == NULL)
-		nulls[6] = 'n';
-	if (!request->has_reset_at)
-		nulls[8] = 'n';
-	if (sent_at == 0)
-		nulls[15] = 'n';
+		omni_set(&row, OMNI_JOB_hard, BoolGetDatum(request->hard));
+	if (request->schemas != NULL)
+		omni_set(&row, OMNI_JOB_schemas, PointerGetDatum(request->schemas));
+	if (request->tables != NULL)
+		omni_set(&row, OMNI_JOB_tables, PointerGetDatum(request->tables));
+	if (request->has_reset_at)
+		omni_set(&row, OMNI_JOB_reset_at, TimestampTzGetDatum(request->reset_at));
+	omni_set(&row, OMNI_JOB_server, CStringGetTextDatum(NameStr(request->server)));
+	omni_set(&row, OMNI_JOB_origin, CStringGetTextDatum(job->origin));
+	omni_set(&row, OMNI_JOB_requested_by, CStringGetTextDatum(NameStr(request->requested_by)));
+	omni_set(&row, OMNI_JOB_requested_by_oid, ObjectIdGetDatum(request->role));
+	omni_set(&row, OMNI_JOB_requested_at, TimestampTzGetDatum(request->requested_at));
+	omni_set(&row, OMNI_JOB_run_at, TimestampTzGetDatum(run_at));
+	if (sent_at != 0)
+		omni_set(&row, OMNI_JOB_sent_at, TimestampTzGetDatum(sent_at));
+	omni_set(&row, OMNI_JOB_attempts, Int32GetDatum(sent_at != 0 ? 1 : 0));
+	omni_set(&row, OMNI_JOB_database, ObjectIdGetDatum(MyDatabaseId));
 
-	if (omni_run(statement, values, nulls) != 1)
+	omni_write_begin(write, &omni_job_table, NULL);
+	if (!omni_write_insert(write, &row))
 		ereport(ERROR,
 				(errcode(ERRCODE_TRIGGERED_ACTION_EXCEPTION),
-				 errmsg("a trigger or rule of table \"%s\" kept a job from being written", omni_job_table.name)));
-	if (statement == &insert_job)
-		job->id = DatumGetInt64(omni_value(0, 0, INT8OID));
+				 errmsg("a trigger of table \"%s\" kept a job from being written", omni_job_table.name)));
+}
+
+/* Update one job; see omni_write_update(). */
+static OmniRow
+update(int64 id, bool (*wanted) (OmniStatus status), const OmniRowValues *row)
+{
+	OmniWrite	write;
+	OmniRow		result;
+
+	omni_write_begin(&write, &omni_job_table, row);
+	result = omni_write_update(&write, id, wanted, row);
+	omni_write_end(&write);
+	return result;
+}
+
+static bool
+is_unfinished(OmniStatus status)
+{
+	return !omni_status_is_final(status);
 }
 
 static const char *
@@ -295,15 +265,8 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 	bool		at_end = !outcome->again;
 	char	   *error = outcome->error.sqlstate != 0 ? omni_error_text(&outcome->error) : NULL;
 	char	   *job_error = outcome->job_error != NULL ? omni_error_text(outcome->job_error) : error;
-	Datum		values[6] = {
-		Int64GetDatum(job->id),
-		CStringGetTextDatum(outcome->status),
-		UUIDPGetDatum(&outcome->job_id),
-		TimestampTzGetDatum(now),
-		job_error != NULL ? CStringGetTextDatum(job_error) : (Datum) 0,
-		TimestampTzGetDatum(omni_latest_now() + outcome->delay)
-	};
-	char		nulls[7] = "      ";
+	OmniRowValues row = {0};
+	OmniRow		result;
 	OmniEvent	attempt = {
 		.occurred_at = now,
 		.event = outcome->attempt_event,
@@ -314,18 +277,21 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 	};
 	OmniEvent	end = {.occurred_at = now,.event = outcome->status};
 
-	if (!outcome->has_job_id)
-		nulls[2] = 'n';
-	if (!at_end)
-		nulls[3] = 'n';
-	if (job_error == NULL)
-		nulls[4] = 'n';
+	omni_set(&row, OMNI_JOB_status, CStringGetTextDatum(outcome->status));
+	if (outcome->has_job_id)
+		omni_set(&row, OMNI_JOB_job_id, UUIDPGetDatum(&outcome->job_id));
 	if (at_end)
-		nulls[5] = 'n';
+		omni_set(&row, OMNI_JOB_finished_at, TimestampTzGetDatum(now));
+	else
+		omni_set(&row, OMNI_JOB_run_at, TimestampTzGetDatum(omni_latest_now() + outcome->delay));
+	if (job_error != NULL)
+		omni_set(&row, OMNI_JOB_error, CStringGetTextDatum(job_error));
+	else
+		omni_set_null(&row, OMNI_JOB_error);
 
-	if (omni_run(&update_job, values, nulls) == 0)
-		return omni_run(&look_for_job, values, NULL) > 0 ? OMNI_ROW_LOCKED : OMNI_ROW_GONE;
-
+	result = update(job->id, is_unfinished, &row);
+	if (result != OMNI_ROW_OURS)
+		return result;
 	if (outcome->quiet)
 		return OMNI_ROW_OURS;
 	if (strcmp(outcome->status, OMNI_NAME_PENDING) != 0)
@@ -446,11 +412,11 @@ omni_job_decode(int row, OmniJobState *state)
 	request->has_reset_at = !isnull && !TIMESTAMP_NOT_FINITE(DatumGetTimestampTz(value));
 	if (request->has_reset_at)
 		request->reset_at = DatumGetTimestampTz(value);
-	request->server = *DatumGetName(VALUE(server, NAMEOID));
+	request->server = omni_name(VALUE(server, TEXTOID));
 	job->origin = strcmp(TextDatumGetCString(VALUE(origin, TEXTOID)), OMNI_ORIGIN_CALL) == 0 ?
 		OMNI_ORIGIN_CALL : OMNI_ORIGIN_ON_COMMIT;	/* or any other of a
 													 * queued job */
-	request->requested_by = *DatumGetName(VALUE(requested_by, NAMEOID));
+	request->requested_by = omni_name(VALUE(requested_by, TEXTOID));
 	request->role = DatumGetObjectId(VALUE(requested_by_oid, OIDOID));
 	request->requested_at = to_finite(DatumGetTimestampTz(VALUE(requested_at, TIMESTAMPTZOID)));
 	value = VALUE_OR_NULL(renewed_at, TIMESTAMPTZOID);
@@ -531,9 +497,9 @@ omni_job_form(const OmniJob *job, const char *status, const char *error)
 	SET("tables", PointerGetDatum(job->request.tables), job->request.tables == NULL);
 	SET("policy", CStringGetTextDatum(request->policy), request->kind != OMNI_KIND_CACHE);
 	SET("reset_at", TimestampTzGetDatum(request->reset_at), !request->has_reset_at);
-	SET("server", NameGetDatum(&request->server), false);
+	SET("server", CStringGetTextDatum(NameStr(request->server)), false);
 	SET("origin", CStringGetTextDatum(job->origin), false);
-	SET("requested_by", NameGetDatum(&request->requested_by), false);
+	SET("requested_by", CStringGetTextDatum(NameStr(request->requested_by)), false);
 	SET("requested_by_oid", ObjectIdGetDatum(request->role), false);
 	SET("requested_at", TimestampTzGetDatum(request->requested_at), false);
 	SET("run_at", TimestampTzGetDatum(request->requested_at), false);

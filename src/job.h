@@ -115,7 +115,7 @@ extern void omni_job_delay(OmniJob *job, int64 wait);
 extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
 extern OmniRow omni_job_record(OmniJob *job, const OmniOutcome *outcome);
 extern bool omni_job_any_unfinished(void);
-extern Datum omni_job_queue(OmniJob *job);
+extern Datum omni_job_queue(const OmniJob *job);
 extern Datum omni_job_read(int64 id);
 extern bool omni_job_look(int64 id, OmniJobState *state);
 extern Oid	omni_job_owner(void);

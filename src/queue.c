@@ -30,8 +30,8 @@
 #include "clock.h"
 #include "compat.h"
 #include "job.h"
+#include "row.h"
 #include "setting.h"
-#include "table.h"
 
 /* Jobs to merge in a statement, which takes some ten ms; calls are delayed meanwhile */
 #define MERGE_LIMIT			500
@@ -57,7 +57,7 @@
 #define DUE_NARGS			3
 
 /* The order of the index on the queue */
-#define LANE				"requested_by_oid, server::text COLLATE \"C\", model_id"
+#define LANE				"requested_by_oid, server, model_id"
 
 /*
  * Jobs that an earlier worker has left behind, or copies of another database's jobs.
@@ -108,7 +108,7 @@ static OmniStatement select_heads = {
 	"  FROM head, LATERAL ("
 	"   SELECT role, server, model, run_at, is_due AND NOT is_held AS is_due, is_held FROM ("
 	"    SELECT *, server = ANY ($10) OR concat_ws(' ', role, server) = ANY ($11) AS is_held FROM ("
-	"     SELECT requested_by_oid AS role, server::text COLLATE \"C\" AS server, model_id AS model, run_at, " DUE " AS is_due"
+	"     SELECT requested_by_oid AS role, server, model_id AS model, run_at, " DUE " AS is_due"
 	"     FROM %s AS job WHERE " QUEUED " AND (" LANE ") > (head.role, head.server,"
 	"      CASE WHEN head.is_held OR due_of_server >= $9 THEN 'ffffffff-ffff-ffff-ffff-ffffffffffff' ELSE head.model END)"
 	"     ORDER BY " LANE ", run_at, id LIMIT 1) AS first) AS first) AS next"
@@ -198,39 +198,11 @@ static OmniStatement look_for_jobs = {
 	.argtypes = {INT8ARRAYOID}
 };
 
-static OmniStatement widen_job = {
-	.table = &omni_job_table,
-	.text = "UPDATE %s SET hard = $2, schemas = $3, tables = $4, reset_at = $5, renewed_at = $6 WHERE id = $1",
-	.nargs = 6,
-	.argtypes = {INT8OID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, TIMESTAMPTZOID, TIMESTAMPTZOID}
-};
-
-/*
- * Join the locked rows by ctid: if another session has changed a row before this
- * statement locked it, the ctid names its old version, and the row is not merged.
- */
-static OmniStatement merge_jobs = {
-	.table = &omni_job_table,
-	.text = "WITH locked AS ("
-	"  SELECT job.ctid AS place, carrier FROM unnest($1, $2) AS members (id, carrier) JOIN %s AS job USING (id)"
-	"  WHERE " IS_PENDING " FOR NO KEY UPDATE OF job SKIP LOCKED"
-	" ), merged AS ("
-	"  UPDATE %s AS job SET status = " OMNI_SQL(MERGED) ", merged_into = carrier,"
-	"   finished_at = clock_timestamp(), error = NULL"
-	"  FROM locked WHERE job.ctid = place"
-	"  RETURNING job.id, job.requested_by, job.requested_at, carrier"
-	" )"
-	" SELECT array_agg(id), array_agg(requested_by), array_agg(requested_at), array_agg(carrier)"
-	" FROM merged",
-	.nargs = 2,
-	.argtypes = {INT8ARRAYOID, INT8ARRAYOID}
-};
-
 /* The running jobs to poll, except those of held servers ($4) and roles at servers ($5) */
 static OmniStatement select_due_running = {
 	.table = &omni_job_table,
 	.text = "SELECT " JOB_LIST " FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 AND (run_at <= $2 OR run_at > $3)"
-	"  AND server::text <> ALL ($4) AND concat_ws(' ', requested_by_oid, server) <> ALL ($5)"
+	"  AND server <> ALL ($4) AND concat_ws(' ', requested_by_oid, server) <> ALL ($5)"
 	" ORDER BY run_at, id LIMIT $6 FOR NO KEY UPDATE SKIP LOCKED",
 	.nargs = 6,
 	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TEXTARRAYOID, TEXTARRAYOID, INT8OID}
@@ -250,7 +222,7 @@ static OmniStatement stop_polling = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = " OMNI_SQL(ACCEPTED) ", finished_at = clock_timestamp(), error = NULL"
 	" WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED))"
-	" RETURNING id, requested_by, status, attempts, 'not followed to its end'",
+	" RETURNING id, requested_by, status, attempts, 'not followed to its end', requested_at",
 	.nargs = 2,
 	.argtypes = {OIDOID, INT8OID}
 };
@@ -290,7 +262,7 @@ static OmniStatement cancel_job = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = $3, finished_at = clock_timestamp(), error = NULL"
 	" WHERE id = $1 AND " IS_PENDING
-	" RETURNING id, requested_by, status, attempts, $2",
+	" RETURNING id, requested_by, status, attempts, $2, requested_at",
 	.nargs = 3,
 	.argtypes = {INT8OID, TEXTOID, TEXTOID}
 };
@@ -300,7 +272,7 @@ static OmniStatement release_jobs = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = " OMNI_SQL(PENDING) ", merged_into = NULL, finished_at = NULL"
 	" WHERE id > $1 AND merged_into = $1 AND status = " OMNI_SQL(MERGED)
-	" RETURNING id, requested_by, " OMNI_SQL(RELEASED) ", attempts, 'job ' || $1 || ' was canceled'",
+	" RETURNING id, requested_by, " OMNI_SQL(RELEASED) ", attempts, 'job ' || $1 || ' was canceled', requested_at",
 	.nargs = 1,
 	.argtypes = {INT8OID}
 };
@@ -322,7 +294,6 @@ typedef struct MergeSet
 	OmniPlace	place;
 } MergeSet;
 
-static ArrayType *make_bigints(const int64 *numbers, int count);
 static OmniJobState *decode_all(int *count);
 static void add_rows_events(void);
 static void settle(OmniJobState *left, int count);
@@ -331,12 +302,12 @@ static void set_due(Datum *values);
 static Datum text_array(List *texts);
 static void set_heads(Datum *values, const OmniHead *heads, int count);
 static MergeSet *read_sets(uint64 nrows, int *count);
-static int	count_members(const MergeSet *set, ArrayType *jobs);
-static int	compare_ids(const void *a, const void *b);
-static int	merge_set(const MergeSet *set, int *patience, int64 *members, int64 *carriers);
+static int	merge_set(const MergeSet *set, int *patience);
+static bool widen(OmniJob *carrier, const OmniRowValues *row);
+static int	merge_into(const OmniJob *carrier, const int64 *ids, int count);
+static char *jobs_text(const int64 *ids, int count);
+static bool unite(const int64 *ids, int count, bool whole, OmniRowValues *row);
 static void delete_old(Datum ids);
-static ArrayType *merge(const int64 *members, const int64 *carriers, int count);
-static bool unite(const int64 *ids, int count, bool whole, Datum *values, char *nulls);
 
 /*
  * Lock pending jobs until the end of the transaction, without waiting.  Returns a palloc'd
@@ -349,7 +320,7 @@ omni_job_lock(const int64 *ids, int count)
 	OmniRow    *rows = palloc(count * sizeof(OmniRow));
 	OmniStatement *statements[] = {&lock_jobs, &look_for_jobs};
 	OmniRow		meanings[] = {OMNI_ROW_OURS, OMNI_ROW_LOCKED};
-	Datum		values[1] = {PointerGetDatum(make_bigints(ids, count))};
+	Datum		values[1] = {PointerGetDatum(omni_bigints(ids, count))};
 	int			found = 0;
 
 	for (int i = 0; i < count; i++)
@@ -375,16 +346,6 @@ omni_job_lock(const int64 *ids, int count)
 	return rows;
 }
 
-static ArrayType *
-make_bigints(const int64 *numbers, int count)
-{
-	Datum	   *elements = palloc(Max(count, 1) * sizeof(Datum));
-
-	for (int i = 0; i < count; i++)
-		elements[i] = Int64GetDatum(numbers[i]);
-	return construct_array(elements, count, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE);
-}
-
 /* Decode all jobs that the last statement has returned; the result is palloc'd. */
 static OmniJobState *
 decode_all(int *count)
@@ -408,7 +369,7 @@ omni_job_settle(const int64 *in_flight, int count)
 {
 	Datum		values[3] = {
 		ObjectIdGetDatum(MyDatabaseId),
-		PointerGetDatum(make_bigints(in_flight, count)),
+		PointerGetDatum(omni_bigints(in_flight, count)),
 		Int64GetDatum(SETTLE_LIMIT)
 	};
 	OmniJobState *left;
@@ -498,7 +459,7 @@ recover(OmniJob *job)
 
 /*
  * Add an event for each row that the last statement has returned; its columns are job,
- * requester, event, attempts and detail.  Notify listeners of the job's status, which has
+ * requester, event, attempts, detail and the time of the request.  Notify listeners of the job's status, which has
  * the name of the event, unless that is "released".
  */
 static void
@@ -516,7 +477,9 @@ add_rows_events(void)
 			.detail = TextDatumGetCString(omni_value(row, 4, TEXTOID))
 		};
 
-		job.request.requested_by = *DatumGetName(omni_value(row, 1, NAMEOID));
+		job.request.requested_by = omni_name(omni_value(row, 1, TEXTOID));
+		job.request.requested_at = DatumGetTimestampTz(omni_value(row, 5, TIMESTAMPTZOID));
+		omni_event_add_requested(&job);
 		omni_event_add(&job, &event);
 		if (strcmp(event.event, OMNI_NAME_RELEASED) != 0)
 			omni_notify(job.id, event.event);
@@ -633,12 +596,8 @@ omni_queue_merge(OmniHead *heads, int nheads)
 	Datum		values[DUE_OF_HEADS_NARGS];
 	int			limit = Max(MERGE_LIMIT / nheads, MERGE_LEAST);
 	int			patience = MERGE_LIMIT / 20;
-	int64	   *members = palloc(nheads * limit * sizeof(int64));
-	int64	   *carriers = palloc(nheads * limit * sizeof(int64));
 	MergeSet   *sets;
-	ArrayType  *merged;
 	int			nsets;
-	int			count = 0;
 
 	for (int i = 0; i < nheads; i++)
 		heads[i].has_more = false;
@@ -646,12 +605,11 @@ omni_queue_merge(OmniHead *heads, int nheads)
 	set_heads(values, heads, nheads);
 	values[6] = Int64GetDatum(limit);
 	sets = read_sets(omni_run(&select_sets, values, NULL), &nsets);
+	omni_events_write();		/* so that the next "requested" is not written
+								 * twice */
 	for (int i = 0; i < nsets; i++)
-		count += merge_set(&sets[i], &patience, members + count, carriers + count);
-	merged = merge(members, carriers, count);
-	for (int i = 0; i < nsets && merged != NULL; i++)
 	{
-		int			n = count_members(&sets[i], merged);
+		int			n = merge_set(&sets[i], &patience);
 
 		for (int j = 0; j < nheads; j++)
 		{
@@ -660,30 +618,6 @@ omni_queue_merge(OmniHead *heads, int nheads)
 				heads[j].has_more = true;
 		}
 	}
-}
-
-/* How many of a set, which is in order, are among the jobs of an array. */
-static int
-count_members(const MergeSet *set, ArrayType *jobs)
-{
-	const int64 *ids = (int64 *) ARR_DATA_PTR(jobs);
-	int			n = 0;
-
-	for (int i = 0; i < ARR_DIMS(jobs)[0]; i++)
-	{
-		if (bsearch(&ids[i], set->ids, set->count, sizeof(int64), compare_ids) != NULL)
-			n++;
-	}
-	return n;
-}
-
-static int
-compare_ids(const void *a, const void *b)
-{
-	int64		left = *(const int64 *) a;
-	int64		right = *(const int64 *) b;
-
-	return (left > right) - (left < right);
 }
 
 /* Decode the rows that select_sets has returned. */
@@ -701,45 +635,20 @@ read_sets(uint64 nrows, int *count)
 		sets[i].count = ARR_DIMS(ids)[0];
 		sets[i].whole = DatumGetBool(omni_value(i, 1, BOOLOID));
 		sets[i].place.role = DatumGetObjectId(omni_value(i, 2, OIDOID));
-		sets[i].place.server = *DatumGetName(omni_value(i, 3, NAMEOID));
+		sets[i].place.server = omni_name(omni_value(i, 3, TEXTOID));
 		sets[i].place.model = *DatumGetUUIDP(omni_value(i, 4, UUIDOID));
 	}
 	return sets;
 }
 
 /*
- * Mark the jobs in members as merged into those in carriers, and add events for them.
- * Returns the jobs that were merged, or NULL if none: it skips locked rows.
- */
-static ArrayType *
-merge(const int64 *members, const int64 *carriers, int count)
-{
-	Datum		values[4] = {PointerGetDatum(make_bigints(members, count)), PointerGetDatum(make_bigints(carriers, count))};
-	bool		isnull;
-
-	if (count == 0)
-		return NULL;
-	omni_events_write();		/* earlier events of these jobs must have
-								 * lower ids */
-	(void) omni_run(&merge_jobs, values, NULL);
-	values[0] = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
-	if (isnull)
-		return NULL;
-	values[1] = omni_value(0, 1, NAMEARRAYOID);
-	values[2] = omni_value(0, 2, TIMESTAMPTZARRAYOID);
-	values[3] = omni_value(0, 3, INT8ARRAYOID);
-	omni_events_merged(values[0], values[1], values[2], values[3]);
-	return DatumGetArrayTypeP(values[0]);
-}
-
-/*
- * Widen the oldest job of a set, and append the ids of the others to members and its own
- * to carriers; returns how many were appended.  If the set does not fit into one request,
- * use several carriers; *patience limits how often to try a smaller number.  Stop at a
- * carrier that another session has locked, and leave the rest of the set unmerged.
+ * Widen the oldest job of a set, and merge the others into it; returns how many were
+ * merged.  If the set does not fit into one request, use several carriers; *patience
+ * limits how often to try a smaller number.  Stop at a carrier that another session has
+ * locked, and leave the rest of the set unmerged.
  */
 static int
-merge_set(const MergeSet *set, int *patience, int64 *members, int64 *carriers)
+merge_set(const MergeSet *set, int *patience)
 {
 	const int64 *ids = set->ids;
 	int			merged = 0;
@@ -747,14 +656,12 @@ merge_set(const MergeSet *set, int *patience, int64 *members, int64 *carriers)
 
 	for (int first = 0; first < set->count - 1; first = next)
 	{
-		Datum		values[6];
-		char		nulls[7] = "      ";
+		OmniRowValues row = {0};
+		OmniJob		carrier = {.id = ids[first]};
 		int			n = set->count - first;
 
 		next = first + 1;
-		if (*omni_job_lock(&ids[first], 1) != OMNI_ROW_OURS)
-			return merged;
-		while (n > 1 && !unite(&ids[first], n, set->whole, values, nulls))
+		while (n > 1 && !unite(&ids[first], n, set->whole, &row))
 		{
 			n /= 2;
 			if (--*patience <= 0)
@@ -762,42 +669,123 @@ merge_set(const MergeSet *set, int *patience, int64 *members, int64 *carriers)
 		}
 		if (n == 1)
 			continue;
-
-		values[0] = Int64GetDatum(ids[first]);
-		(void) omni_run(&widen_job, values, nulls);
+		if (!widen(&carrier, &row))
+			return merged;
+		merged += merge_into(&carrier, &ids[first + 1], n - 1);
 		next = first + n;
-		for (int i = first + 1; i < next; i++)
-		{
-			members[merged] = ids[i];
-			carriers[merged++] = ids[first];
-		}
 	}
 	return merged;
 }
 
 /*
- * Compute the union of what jobs request, as the arguments $2 to $6 of widen_job.
- * Returns false if the union does not fit into one request.
+ * Change what a job that is to carry others asks for, and read its requester from its row.
+ * Returns false if the job is no longer pending, or another session has locked it.
  */
 static bool
-unite(const int64 *ids, int count, bool whole, Datum *values, char *nulls)
+widen(OmniJob *carrier, const OmniRowValues *row)
 {
-	static const Oid types[] = {BOOLOID, TEXTARRAYOID, TEXTARRAYOID, TIMESTAMPTZOID, TIMESTAMPTZOID};
-	Datum		arguments[2] = {PointerGetDatum(make_bigints(ids, count)), BoolGetDatum(whole)};
+	OmniWrite	write;
+	bool		done;
+
+	omni_write_begin(&write, &omni_job_table, row);
+	done = omni_write_update(&write, carrier->id, omni_status_is_pending, row) == OMNI_ROW_OURS;
+	if (done)
+	{
+		carrier->request.requested_by = omni_name(omni_written_value(&write, OMNI_JOB_requested_by));
+		carrier->request.requested_at = DatumGetTimestampTz(omni_written_value(&write, OMNI_JOB_requested_at));
+	}
+	omni_write_end(&write);
+	return done;
+}
+
+/*
+ * Mark jobs as merged into their carrier, except those that another session has locked,
+ * and add an event of the carrier.  Returns how many were merged.
+ */
+static int
+merge_into(const OmniJob *carrier, const int64 *ids, int count)
+{
+	int64	   *merged = palloc(count * sizeof(int64));
+	int			nmerged = 0;
+	TimestampTz now = GetCurrentTimestamp();
+	OmniRowValues row = {0};
+	OmniWrite	write;
+
+	omni_set(&row, OMNI_JOB_status, CStringGetTextDatum(OMNI_NAME_MERGED));
+	omni_set(&row, OMNI_JOB_merged_into, Int64GetDatum(carrier->id));
+	omni_set(&row, OMNI_JOB_finished_at, TimestampTzGetDatum(now));
+	omni_set_null(&row, OMNI_JOB_error);
+	omni_write_begin(&write, &omni_job_table, &row);
+	for (int i = 0; i < count; i++)
+	{
+		if (omni_write_update(&write, ids[i], omni_status_is_pending, &row) == OMNI_ROW_OURS)
+			merged[nmerged++] = ids[i];
+	}
+	omni_write_end(&write);
+	if (nmerged > 0)
+	{
+		OmniEvent	event = {
+			.occurred_at = now,
+			.event = OMNI_NAME_MERGED,
+			.detail = psprintf("carries out %s, too", jobs_text(merged, nmerged))
+		};
+
+		omni_event_add_requested(carrier);
+		omni_event_add(carrier, &event);
+	}
+	return nmerged;
+}
+
+/* Name jobs, given in order, in a few words; the result is palloc'd. */
+static char *
+jobs_text(const int64 *ids, int count)
+{
+	int64		last = ids[count - 1];
+
+	if (count == 1)
+		return psprintf("job " INT64_FORMAT, last);
+	if (count == 2)
+		return psprintf("jobs " INT64_FORMAT " and " INT64_FORMAT, ids[0], last);
+	if (last - ids[0] == count - 1)
+		return psprintf("jobs " INT64_FORMAT " to " INT64_FORMAT, ids[0], last);
+	return psprintf("%d jobs from " INT64_FORMAT " to " INT64_FORMAT, count, ids[0], last);
+}
+
+/*
+ * Compute the union of what jobs request, as a change of the carrier's row.  Returns false
+ * if the union does not fit into one request.
+ */
+static bool
+unite(const int64 *ids, int count, bool whole, OmniRowValues *row)
+{
+	static const struct
+	{
+		int			column;
+		Oid			type;
+	}			columns[] = {
+		{OMNI_JOB_hard, BOOLOID},
+		{OMNI_JOB_schemas, TEXTARRAYOID},
+		{OMNI_JOB_tables, TEXTARRAYOID},
+		{OMNI_JOB_reset_at, TIMESTAMPTZOID},
+		{OMNI_JOB_renewed_at, TIMESTAMPTZOID}
+	};
+	Datum		arguments[2] = {PointerGetDatum(omni_bigints(ids, count)), BoolGetDatum(whole)};
 	OmniRequest request = {.has_branch = true,.hard_named = true};	/* the longest URL */
 
 	(void) omni_run(&unite_jobs, arguments, NULL);
-	for (int i = 0; i < lengthof(types); i++)
+	for (int i = 0; i < lengthof(columns); i++)
 	{
 		bool		isnull;
+		Datum		value = omni_value_or_null(0, i, columns[i].type, &isnull);
 
-		values[i + 1] = omni_value_or_null(0, i, types[i], &isnull);
-		nulls[i + 1] = isnull ? 'n' : ' ';
+		omni_set(row, columns[i].column, value);
+		if (isnull)
+			omni_set_null(row, columns[i].column);
 	}
-	if (nulls[2] != 'n')
-		request.schemas = DatumGetArrayTypeP(values[2]);
-	if (nulls[3] != 'n')
-		request.tables = DatumGetArrayTypeP(values[3]);
+	if (!row->nulls[OMNI_JOB_schemas])
+		request.schemas = DatumGetArrayTypeP(row->values[OMNI_JOB_schemas]);
+	if (!row->nulls[OMNI_JOB_tables])
+		request.tables = DatumGetArrayTypeP(row->values[OMNI_JOB_tables]);
 	return omni_api_fits(&request);
 }
 
@@ -904,7 +892,6 @@ omni_job_cancel(const OmniJob *job, const char *by)
 	omni_events_begin();
 	if (omni_run(&cancel_job, values, NULL) == 0)
 		return false;
-	omni_event_add_requested(job);
 	add_rows_events();
 	(void) omni_run(&release_jobs, values, NULL);
 	add_rows_events();

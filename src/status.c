@@ -43,3 +43,9 @@ omni_status_is_final(OmniStatus status)
 {
 	return status >= OMNI_STATUS_COMPLETED;
 }
+
+bool
+omni_status_is_pending(OmniStatus status)
+{
+	return status == OMNI_STATUS_PENDING;
+}

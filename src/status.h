@@ -57,5 +57,6 @@ typedef enum OmniStatus
 extern const char *omni_status_name(OmniStatus status);
 extern bool omni_status_find(const char *name, OmniStatus *status);
 extern bool omni_status_is_final(OmniStatus status);
+extern bool omni_status_is_pending(OmniStatus status);
 
 #endif							/* OMNI_STATUS_H */

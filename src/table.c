@@ -75,7 +75,6 @@ static void check_table(OmniTable *table);
 static const char *find_difference(const OmniTable *table, TupleDesc desc);
 static const char *find_nullable(const OmniTable *table, TupleDesc desc);
 static void forget_check(Datum arg, Oid relation);
-pg_noreturn static void table_differs(const OmniTable *table, const char *detail);
 
 /*
  * Looks where the extension's tables are at this moment.  Returns false if there
@@ -151,10 +150,9 @@ look_at_table(OmniTable *table)
 		return false;
 	class = (Form_pg_class) GETSTRUCT(tuple);
 	table->owner = class->relowner;
-	strlcpy(table->qualified,
-			quote_qualified_identifier(get_namespace_name(class->relnamespace),
-									   NameStr(class->relname)),
-			sizeof(table->qualified));
+	snprintf(table->qualified, sizeof(table->qualified), "ONLY %s",
+			 quote_qualified_identifier(get_namespace_name(class->relnamespace),
+										NameStr(class->relname)));
 	ReleaseSysCache(tuple);
 	return true;
 }
@@ -190,34 +188,48 @@ set_locally(const char *name, const char *value)
 }
 
 /*
+ * Check a table, and act as its owner until omni_as_before(), with no more rights than
+ * that and with settings that the owner's functions cannot misuse.  An error that ends
+ * the transaction or subtransaction ends this, too.
+ */
+void
+omni_as_owner(OmniTable *table, OmniOwner *before)
+{
+	check_table(table);
+	before->nest_level = NewGUCNestLevel();
+	if (!omni_in_worker)
+	{
+		set_locally("search_path", "pg_catalog, pg_temp");
+
+		/*
+		 * Otherwise the triggers that keep replicated rows out would take
+		 * ours for such rows.
+		 */
+		set_locally("session_replication_role", "origin");
+	}
+	GetUserIdAndSecContext(&before->user, &before->security_context);
+	SetUserIdAndSecContext(table->owner, before->security_context | SECURITY_RESTRICTED_OPERATION);
+}
+
+void
+omni_as_before(const OmniOwner *before)
+{
+	SetUserIdAndSecContext(before->user, before->security_context);
+	AtEOXact_GUC(false, before->nest_level);
+}
+
+/*
  * Runs a statement as the owner of its table and returns how many rows it had,
  * for omni_value().  nulls is as in SPI_execute_plan().
  */
 uint64
 omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 {
-	Oid			user;
-	int			security_context;
-	int			nest_level;
+	OmniOwner	before;
 	volatile int code = 0;
 
-	check_table(statement->table);
 	last_table = statement->table;
-	nest_level = NewGUCNestLevel();
-	if (!omni_in_worker)
-	{
-		set_locally("search_path", "pg_catalog, pg_temp");
-
-		/*
-		 * or the triggers that keep replicated rows out would take ours for
-		 * such
-		 */
-		set_locally("session_replication_role", "origin");
-	}
-
-	GetUserIdAndSecContext(&user, &security_context);
-	SetUserIdAndSecContext(statement->table->owner,
-						   security_context | SECURITY_RESTRICTED_OPERATION);
+	omni_as_owner(statement->table, &before);
 
 	if (statement->plan == NULL ||
 		strcmp(statement->planned_for, statement->table->qualified) != 0)
@@ -253,8 +265,7 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 		statement->running--;
 	}
 	PG_END_TRY();
-	SetUserIdAndSecContext(user, security_context);
-	AtEOXact_GUC(false, nest_level);
+	omni_as_before(&before);
 	if (code < 0)
 		elog(ERROR, "SPI_execute_snapshot failed: %s", SPI_result_code_string(code));
 	return SPI_processed;
@@ -286,6 +297,8 @@ check_table(OmniTable *table)
 	difference = find_difference(table, RelationGetDescr(relation));
 	nullable = find_nullable(table, RelationGetDescr(relation));
 	sequences = getOwnedSequences(table->oid);
+	for (int i = 0; i < table->ncolumns; i++)
+		table->numbers[i] = SPI_fnumber(RelationGetDescr(relation), table->columns[i].name);
 	table->sequence = sequences != NIL ? linitial_oid(sequences) : InvalidOid;
 	table->checked = difference == NULL;
 	table_close(relation, AccessShareLock);
@@ -296,7 +309,7 @@ check_table(OmniTable *table)
 				 errdetail_internal("%s", difference != NULL ? difference : nullable)));
 	table->complained = difference != NULL || nullable != NULL;
 	if (difference != NULL)
-		table_differs(table, difference);
+		omni_table_differs(table, difference);
 }
 
 /* Says in what a table differs from what the extension made; NULL if in nothing. */
@@ -312,7 +325,7 @@ find_difference(const OmniTable *table, TupleDesc desc)
 		if (number <= 0)
 			return psprintf("Column \"%s\" does not exist.", column->name);
 		attribute = TupleDescAttr(desc, number - 1);
-		if (attribute->atttypid != column->type)
+		if (getBaseType(attribute->atttypid) != column->type)
 			return psprintf("Column \"%s\" is of type %s, and should be of type %s.", column->name,
 							format_type_be(attribute->atttypid), format_type_be(column->type));
 	}
@@ -344,8 +357,8 @@ forget_check(Datum arg, Oid relation)
 		omni_event_table.checked = false;
 }
 
-static void
-table_differs(const OmniTable *table, const char *detail)
+void
+omni_table_differs(const OmniTable *table, const char *detail)
 {
 	ereport(ERROR,
 			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -362,7 +375,7 @@ omni_table_rowtype(OmniTable *table)
 	const char *difference = find_difference(table, rowtype);
 
 	if (difference != NULL)
-		table_differs(table, difference);
+		omni_table_differs(table, difference);
 	return rowtype;
 }
 
@@ -411,7 +424,7 @@ omni_value(int row, int column, Oid type)
 	Datum		value = omni_value_or_null(row, column, type, &isnull);
 
 	if (isnull)
-		table_differs(last_table, psprintf("Column %d of a statement's result is null.", column + 1));
+		omni_table_differs(last_table, psprintf("Column %d of a statement's result is null.", column + 1));
 	return value;
 }
 
@@ -422,10 +435,28 @@ omni_value_or_null(int row, int column, Oid type, bool *isnull)
 	SPITupleTable *rows = SPI_tuptable;
 
 	if (rows == NULL || row >= rows->numvals || column >= rows->tupdesc->natts)
-		table_differs(last_table, "A statement has returned nothing.");
-	if (SPI_gettypeid(rows->tupdesc, column + 1) != type)
-		table_differs(last_table, psprintf("Column %d of a statement's result is of type %s, and should be of type %s.",
-										   column + 1, format_type_be(SPI_gettypeid(rows->tupdesc, column + 1)),
-										   format_type_be(type)));
+		omni_table_differs(last_table, "A statement has returned nothing.");
+	if (getBaseType(SPI_gettypeid(rows->tupdesc, column + 1)) != type)
+		omni_table_differs(last_table, psprintf("Column %d of a statement's result is of type %s, and should be of type %s.",
+												column + 1, format_type_be(SPI_gettypeid(rows->tupdesc, column + 1)),
+												format_type_be(type)));
 	return SPI_getbinval(rows->vals[row], rows->tupdesc, column + 1, isnull);
+}
+
+/* Convert numbers to an array, palloc'd. */
+ArrayType *
+omni_bigints(const int64 *numbers, int count)
+{
+	Datum	   *elements = palloc(Max(count, 1) * sizeof(Datum));
+
+	for (int i = 0; i < count; i++)
+		elements[i] = Int64GetDatum(numbers[i]);
+	return construct_array(elements, count, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE);
+}
+
+/* Convert a text to a name; what is too long is cut off. */
+NameData
+omni_name(Datum text)
+{
+	return *DatumGetName(DirectFunctionCall1(text_name, text));
 }

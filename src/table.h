@@ -11,11 +11,12 @@
 
 #include "executor/spi.h"
 
+#include "compat.h"
 #include "job.h"
 #include "status.h"
 
-/* Bytes of a table's name, quoted and with its schema */
-#define OMNI_MAX_QUALIFIED	(2 * (2 * NAMEDATALEN + 3))
+/* Bytes of a table's name, quoted and with its schema, behind "ONLY" */
+#define OMNI_MAX_QUALIFIED	(5 + 2 * (2 * NAMEDATALEN + 3))
 
 /* A column that the statements use */
 typedef struct OmniColumn
@@ -25,11 +26,15 @@ typedef struct OmniColumn
 	bool		required;		/* NOT NULL */
 } OmniColumn;
 
+#define OMNI_MAX_COLUMNS	32
+
 typedef struct OmniTable
 {
 	const char *name;
 	const OmniColumn *columns;
 	int			ncolumns;
+	AttrNumber	numbers[OMNI_MAX_COLUMNS];	/* of the columns, once it is
+											 * checked */
 	Oid			sequence;		/* of its numbers, once it is checked */
 	Oid			oid;			/* the following are set by omni_tables_find() */
 	Oid			owner;
@@ -51,9 +56,9 @@ typedef struct OmniTable
 	X(tables, TEXTARRAYOID, false) \
 	X(policy, TEXTOID, false) \
 	X(reset_at, TIMESTAMPTZOID, false) \
-	X(server, NAMEOID, true) \
+	X(server, TEXTOID, true) \
 	X(origin, TEXTOID, true) \
-	X(requested_by, NAMEOID, true) \
+	X(requested_by, TEXTOID, true) \
 	X(requested_by_oid, OIDOID, true) \
 	X(requested_at, TIMESTAMPTZOID, true) \
 	X(run_at, TIMESTAMPTZOID, true) \
@@ -69,13 +74,27 @@ typedef struct OmniTable
 #define OMNI_EVENT_COLUMNS(X) \
 	X(id, INT8OID, true) \
 	X(job, INT8OID, true) \
-	X(requested_by, NAMEOID, true) \
+	X(requested_by, TEXTOID, true) \
 	X(occurred_at, TIMESTAMPTZOID, true) \
 	X(event, TEXTOID, true) \
 	X(attempt, INT4OID, false) \
 	X(http_status, INT4OID, false) \
 	X(duration, INTERVALOID, false) \
 	X(detail, TEXTOID, false)
+
+/* Places of the columns in OmniTable and OmniRowValues: OMNI_JOB_id, OMNI_EVENT_id and so on */
+#define OMNI_JOB_PLACE(name, type, required) OMNI_JOB_ ## name,
+#define OMNI_EVENT_PLACE(name, type, required) OMNI_EVENT_ ## name,
+enum
+{
+	OMNI_JOB_COLUMNS(OMNI_JOB_PLACE)
+	OMNI_JOB_NCOLUMNS
+};
+enum
+{
+	OMNI_EVENT_COLUMNS(OMNI_EVENT_PLACE)
+	OMNI_EVENT_NCOLUMNS
+};
 
 /* Jobs that agree in these columns may be merged, and share one min_interval. */
 #define ALIKE \
@@ -109,7 +128,7 @@ typedef struct OmniStatement
 	bool		read;			/* read-only, under the latest snapshot */
 	const char *text;
 	int			nargs;
-	Oid			argtypes[18];
+	Oid			argtypes[11];
 	SPIPlanPtr	plan;			/* for planned_for, or NULL */
 	int			running;		/* how often it is being executed */
 	char		planned_for[OMNI_MAX_QUALIFIED];
@@ -126,11 +145,24 @@ typedef struct OmniEvent
 	const char *detail;			/* may be NULL */
 } OmniEvent;
 
+/* What to change while a statement runs as the owner of its table */
+typedef struct OmniOwner
+{
+	Oid			user;
+	int			security_context;
+	int			nest_level;
+} OmniOwner;
+
 /* in table.c */
 extern OmniTable omni_job_table;
 extern OmniTable omni_event_table;
 extern uint64 omni_run(OmniStatement *statement, Datum *values, const char *nulls);
+extern void omni_as_owner(OmniTable *table, OmniOwner *before);
+extern void omni_as_before(const OmniOwner *before);
+pg_noreturn extern void omni_table_differs(const OmniTable *table, const char *detail);
 extern TupleDesc omni_table_rowtype(OmniTable *table);
+extern NameData omni_name(Datum text);
+extern ArrayType *omni_bigints(const int64 *numbers, int count);
 extern Datum omni_value(int row, int column, Oid type);
 extern Datum omni_value_or_null(int row, int column, Oid type, bool *isnull);
 
@@ -140,9 +172,10 @@ extern void omni_job_decode(int row, OmniJobState *state);
 /* in event.c */
 extern void omni_event_add(const OmniJob *job, const OmniEvent *event);
 extern void omni_event_add_requested(const OmniJob *job);
-extern void omni_events_merged(Datum jobs, Datum requesters, Datum requested_at, Datum carriers);
 extern int64 omni_events_recoveries(int64 job);
 extern ArrayType *omni_events_sent(TimestampTz since);
 extern ArrayType *omni_events_delete(ArrayType *jobs);
+extern void omni_events_delete_all(const int64 *jobs, int count);
+extern void omni_events_delete_every(void);
 
 #endif							/* OMNI_TABLE_H */

@@ -1,17 +1,33 @@
 /*-------------------------------------------------------------------------
  *
  * trigger.c
- *		omni_refresh_keep_out(): the trigger that keeps logical replication out of the
- *		extension's tables.
+ *		The triggers of the extension's tables: one keeps logical replication out, the
+ *		other deletes events with their jobs.
+ *
+ * The second takes the place of a foreign key, which would cost each event an index look-up
+ * and a lock when it is inserted.  It costs only when jobs are deleted.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
+#include "catalog/pg_type.h"
 #include "commands/trigger.h"
+#include "executor/spi.h"
+#include "executor/tuptable.h"
 #include "fmgr.h"
+#include "utils/rel.h"
+#include "utils/tuplestore.h"
+
+#include "table.h"
+
+/* Jobs whose events to delete by one statement */
+#define BATCH				1000
+
+static void delete_events(TupleDesc rowtype, Tuplestorestate *jobs);
 
 PG_FUNCTION_INFO_V1(omni_refresh_keep_out);
+PG_FUNCTION_INFO_V1(omni_refresh_delete_events);
 
 /*
  * BEFORE ROW trigger: skip the INSERT, UPDATE or DELETE.  On the extension's tables it is
@@ -25,4 +41,56 @@ omni_refresh_keep_out(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("omni_refresh_keep_out() must be called as a trigger")));
 	PG_RETURN_POINTER(NULL);
+}
+
+/*
+ * AFTER STATEMENT trigger of the table of jobs: delete the events of the jobs that were
+ * deleted; with TRUNCATE all events.  Refuse to be the trigger of any other table, whose
+ * owner may have no right to delete events.
+ */
+Datum
+omni_refresh_delete_events(PG_FUNCTION_ARGS)
+{
+	TriggerData *trigger = (TriggerData *) fcinfo->context;
+
+	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_FOR_STATEMENT(trigger->tg_event) ||
+		!omni_tables_find() || RelationGetRelid(trigger->tg_relation) != omni_job_table.oid)
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("omni_refresh_delete_events() must be called as a statement trigger of the table of jobs")));
+	SPI_connect();
+	if (TRIGGER_FIRED_BY_TRUNCATE(trigger->tg_event))
+		omni_events_delete_every();
+	else if (trigger->tg_oldtable != NULL)
+		delete_events(RelationGetDescr(trigger->tg_relation), trigger->tg_oldtable);
+	SPI_finish();
+	PG_RETURN_POINTER(NULL);
+}
+
+/* Delete the events of jobs, in batches. */
+static void
+delete_events(TupleDesc rowtype, Tuplestorestate *jobs)
+{
+	TupleTableSlot *slot = MakeSingleTupleTableSlot(rowtype, &TTSOpsMinimalTuple);
+	int			number = SPI_fnumber(rowtype, "id");
+	int64		ids[BATCH];
+	int			n = 0;
+
+	if (number <= 0 || SPI_gettypeid(rowtype, number) != INT8OID)
+		omni_table_differs(&omni_job_table, "Jobs have no numbers.");
+	while (tuplestore_gettupleslot(jobs, true, false, slot))
+	{
+		bool		isnull;
+		Datum		id = slot_getattr(slot, number, &isnull);
+
+		if (!isnull)
+			ids[n++] = DatumGetInt64(id);
+		if (n == BATCH)
+		{
+			omni_events_delete_all(ids, n);
+			n = 0;
+		}
+	}
+	omni_events_delete_all(ids, n);
+	ExecDropSingleTupleTableSlot(slot);
 }

@@ -6,7 +6,7 @@ SET client_min_messages = warning;
 
 BEGIN;
 CREATE EXTENSION pgtap;
-SELECT plan(91);
+SELECT plan(96);
 
 -- All there is of ours in the catalogs, except for what is pgTAP's, by kind and name
 CREATE VIEW pg_temp.ours AS
@@ -68,19 +68,19 @@ $$;
 
 SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_job')$$, $$VALUES
 	('id', 'bigint', true),
-	('status', 'text', true),
+	('status', 'omni_refresh_job_status', true),
 	('job_id', 'uuid', false),
 	('model_id', 'uuid', true),
 	('branch_id', 'uuid', false),
-	('kind', 'text', true),
+	('kind', 'omni_refresh_job_kind', true),
 	('hard', 'boolean', false),
 	('schemas', 'text[]', false),
 	('tables', 'text[]', false),
 	('policy', 'text', false),
 	('reset_at', 'timestamp with time zone', false),
-	('server', 'name', true),
-	('origin', 'text', true),
-	('requested_by', 'name', true),
+	('server', 'text', true),
+	('origin', 'omni_refresh_job_origin', true),
+	('requested_by', 'text', true),
 	('requested_by_oid', 'oid', true),
 	('requested_at', 'timestamp with time zone', true),
 	('run_at', 'timestamp with time zone', true),
@@ -95,9 +95,9 @@ SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_job')$$, $$VALUE
 SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_event')$$, $$VALUES
 	('id', 'bigint', true),
 	('job', 'bigint', true),
-	('requested_by', 'name', true),
+	('requested_by', 'text', true),
 	('occurred_at', 'timestamp with time zone', true),
-	('event', 'text', true),
+	('event', 'omni_refresh_event_kind', true),
 	('attempt', 'integer', false),
 	('http_status', 'integer', false),
 	('duration', 'interval', false),
@@ -151,9 +151,21 @@ FROM unnest('{requested,sending,accepted,attempt_failed,refused,rate_limited,mer
 SELECT throws_ok(format('SELECT pg_temp.add_event(%L)', event), '23514', NULL, format('An event cannot be %L', event))
 FROM unnest('{"",pending,running,sent}'::text[]) AS event;
 
-SELECT fk_ok('omni_refresh_event', 'job', 'omni_refresh_job', 'id', 'Each event has its job');
-DELETE FROM omni_refresh_job;
-SELECT is_empty('TABLE omni_refresh_event', 'With a job go its events');
+SELECT is(count(*), 16::bigint, 'There are jobs with events') FROM omni_refresh_event WHERE event = 'requested';
+DELETE FROM omni_refresh_job WHERE id % 2 = 0;
+SELECT is_empty('SELECT FROM omni_refresh_event WHERE job % 2 = 0', 'With a job go its events');
+SELECT isnt_empty('SELECT FROM omni_refresh_event WHERE job % 2 = 1', 'but not those of other jobs');
+DO $$ BEGIN PERFORM pg_temp.add_job('x') FROM generate_series(1, 2500); END $$;
+DELETE FROM omni_refresh_job WHERE requested_by = 'x' AND id > 20;
+SELECT is_empty('SELECT FROM omni_refresh_event WHERE job > 20', 'nor do those of many jobs stay');
+TRUNCATE omni_refresh_job;
+SELECT is_empty('TABLE omni_refresh_event', 'TRUNCATE takes all events');
+DO $$ BEGIN PERFORM pg_temp.add_job('x'); END $$;
+TRUNCATE omni_refresh_event, omni_refresh_job;
+SELECT is_empty('TABLE omni_refresh_event', 'so does that of both tables');
+CREATE TABLE pg_temp.mine (id bigint);
+CREATE TRIGGER mine AFTER INSERT ON pg_temp.mine FOR EACH STATEMENT EXECUTE FUNCTION omni_refresh_delete_events();
+SELECT throws_ok('INSERT INTO pg_temp.mine VALUES (1)', '39P01', NULL, 'Events are not deleted for other tables');
 SELECT is_empty($$SELECT 1 FROM pg_constraint
 	WHERE contype = 'f' AND conrelid = 'omni_refresh_job'::regclass$$,
 	'merged_into has no foreign key');
@@ -161,11 +173,11 @@ SELECT has_index('omni_refresh_event', 'omni_refresh_event_job_idx', ARRAY['job'
 	'The events of a job are found by an index');
 SELECT is((SELECT pg_get_expr(indpred, indrelid) FROM pg_index
 		   WHERE indexrelid = 'omni_refresh_job_queue_idx'::regclass),
-	$$((status = 'pending'::text) AND (origin <> 'call'::text))$$,
+	$$(((status)::text = 'pending'::text) AND ((origin)::text <> 'call'::text))$$,
 	'What is queued has an index of its own');
 SELECT is((SELECT pg_get_expr(indpred, indrelid) FROM pg_index
 		   WHERE indexrelid = 'omni_refresh_job_active_idx'::regclass),
-	$$((status = ANY ('{sending,running}'::text[])) OR ((status = 'pending'::text) AND (origin = 'call'::text)))$$,
+	$$(((status)::text = ANY ('{sending,running}'::text[])) OR (((status)::text = 'pending'::text) AND ((origin)::text = 'call'::text)))$$,
 	'So has what is being carried out');
 
 -- Functions

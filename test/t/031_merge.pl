@@ -186,9 +186,16 @@ for my $round (1 .. 3)
 	is($node->safe_psql('postgres', q{
 			SELECT count(*) FROM (
 				SELECT job.status, string_agg(event, ' ' ORDER BY e.id) AS story, min(e.occurred_at) = job.requested_at AS dated_back
-				FROM omni_refresh_job AS job JOIN omni_refresh_event AS e ON e.job = job.id GROUP BY job.id) AS s
-			WHERE NOT dated_back OR story <> CASE status WHEN 'merged' THEN 'requested merged' WHEN 'accepted' THEN 'requested sending accepted'
-				ELSE 'requested sending refused failed' END}), '0', '... as the events tell');
+				FROM omni_refresh_job AS job LEFT JOIN omni_refresh_event AS e ON e.job = job.id GROUP BY job.id) AS s
+			WHERE NOT dated_back OR (story ~ CASE status WHEN 'merged' THEN '^$' WHEN 'accepted' THEN '^requested( merged)* sending accepted$'
+				ELSE '^requested( merged)* sending refused failed$' END) IS DISTINCT FROM (status <> 'merged' OR NULL)}),
+		'0', '... as the events of those that were sent tell');
+	is($node->safe_psql('postgres', q{
+			SELECT count(*) FROM omni_refresh_job AS carrier,
+				LATERAL (SELECT string_agg(detail, '; ' ORDER BY id) AS told FROM omni_refresh_event WHERE job = carrier.id AND event = 'merged') AS e,
+				LATERAL (SELECT count(*) AS n, min(id) AS first, max(id) AS last FROM omni_refresh_job WHERE merged_into = carrier.id) AS m
+			WHERE carrier.status <> 'merged' AND n > 0 AND told !~ ('^carries out .*jobs? (' || first || '|.* ' || last || ')\M')
+				OR n = 0 AND told IS NOT NULL}), '0', '... and which they carry out');
 }
 
 # What stays apart

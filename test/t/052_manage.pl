@@ -142,13 +142,13 @@ is(sql("SELECT omni_refresh_cancel($merged[0])"), 't', 'the job that carries out
 is(job($merged[0], 'status, attempts > 0'), 'unknown|t', '... after an attempt that may have arrived');
 is(sql("SELECT string_agg(concat_ws(' ', status, merged_into, finished_at), ', ') FROM omni_refresh_job WHERE id IN ($merged[1], $merged[2])"),
 	'pending, pending', '... and the others are pending again');
-is(story($merged[1]), 'requested merged released', '... as the log says');
+is(story($merged[1]), 'requested released', '... as the log says');
 is(sql("SELECT detail FROM omni_refresh_event WHERE job = $merged[2] AND event = 'released'"), "job $merged[0] was canceled", '... and why');
 $omni->reset;
 hold(0);
 until_true('they are carried out, together', "string_agg(concat_ws(' ', status, merged_into), ', ' ORDER BY id) = 'accepted, merged $merged[1]'
 	FROM omni_refresh_job WHERE id IN ($merged[1], $merged[2])");
-is(story($merged[2]), 'requested merged released merged', '... as the log says');
+is(story($merged[2]), 'requested released', '... as the log says');
 my ($request) = $omni->requests(qr/refresh/);
 like($request->{query} // $request->{path}, qr/s2%2cs3/i, '... without the one that was canceled');
 unlike($request->{query} // $request->{path}, qr/s1/, '... indeed');
