@@ -29,14 +29,6 @@
 /* The latest time to accept from a row, in the year 2500, so that adding to it cannot overflow */
 #define MAX_TIME	(INT64CONST(500) * 366 * USECS_PER_DAY)
 
-static OmniStatement select_job = {
-	.table = &omni_job_table,
-	.read = true,
-	.text = "SELECT job FROM %s AS job WHERE id = $1",
-	.nargs = 1,
-	.argtypes = {INT8OID}
-};
-
 static OmniStatement select_unfinished = {
 	.table = &omni_job_table,
 	.read = true,
@@ -324,16 +316,12 @@ omni_job_any_unfinished(void)
 Datum
 omni_job_read(int64 id)
 {
-	Datum		values[1] = {Int64GetDatum(id)};
 	Datum		row;
 
-	SPI_connect();
-	if (omni_run(&select_job, values, NULL) != 1)
+	if (!omni_row_read(&omni_job_table, id, &row))
 		ereport(ERROR,
 				(errcode(ERRCODE_NO_DATA_FOUND),
 				 errmsg("job " INT64_FORMAT " was deleted while it was waited for", id)));
-	row = SPI_datumTransfer(omni_value(0, 0, get_rel_type_id(omni_job_table.oid)), false, -1);
-	SPI_finish();
 	return row;
 }
 

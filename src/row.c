@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * row.c
- *		Insert and update single rows of the two tables, without SQL.
+ *		Insert, update and read single rows of the two tables, without SQL.
  *
  * Each job costs a few such writes, and to start the executor for a statement would cost
  * more than the write itself.  So do as the apply worker of logical replication does: use
@@ -42,6 +42,8 @@ static Oid	find_index(const OmniTable *table, Relation relation);
 static void fill_default(OmniWrite *write, AttrNumber number);
 static void fill(OmniWrite *write, const OmniRowValues *row);
 static bool find_job(OmniWrite *write, int64 id, ItemPointer place, OmniStatus *status);
+static SysScanDesc begin_scan(const OmniTable *table, Relation relation, Oid index,
+							  Snapshot snapshot, int64 id);
 static bool lock_row(OmniWrite *write, ItemPointer place);
 
 /* Set a column. */
@@ -226,14 +228,9 @@ find_job(OmniWrite *write, int64 id, ItemPointer place, OmniStatus *status)
 {
 	OmniTable  *table = write->table;
 	bool		found = false;
-	ScanKeyData key;
-	SysScanDesc scan;
-	HeapTuple	tuple;
+	SysScanDesc scan = begin_scan(table, write->relation, write->by_id, write->estate->es_snapshot, id);
+	HeapTuple	tuple = systable_getnext(scan);
 
-	ScanKeyInit(&key, table->numbers[OMNI_JOB_id], BTEqualStrategyNumber, F_INT8EQ, Int64GetDatum(id));
-	scan = systable_beginscan(write->relation, write->by_id, OidIsValid(write->by_id),
-							  write->estate->es_snapshot, 1, &key);
-	tuple = systable_getnext(scan);
 	if (HeapTupleIsValid(tuple))
 	{
 		bool		isnull;
@@ -245,6 +242,16 @@ find_job(OmniWrite *write, int64 id, ItemPointer place, OmniStatus *status)
 	}
 	systable_endscan(scan);
 	return found;
+}
+
+/* Begin a scan for a job, by an index unless that is invalid. */
+static SysScanDesc
+begin_scan(const OmniTable *table, Relation relation, Oid index, Snapshot snapshot, int64 id)
+{
+	ScanKeyData key;
+
+	ScanKeyInit(&key, table->numbers[OMNI_JOB_id], BTEqualStrategyNumber, F_INT8EQ, Int64GetDatum(id));
+	return systable_beginscan(relation, index, OidIsValid(index), snapshot, 1, &key);
 }
 
 /* Lock a version of a row and read it; false if another session has locked or changed it. */
@@ -310,4 +317,28 @@ omni_write_end(OmniWrite *write)
 	table_close(write->relation, NoLock);
 	omni_as_before(&write->before);
 	CommandCounterIncrement();
+}
+
+/*
+ * Return a job as a value of the table's row type, palloc'd, under the latest snapshot.
+ * Returns false if there is none.  No code of the table's owner is run.
+ */
+bool
+omni_row_read(OmniTable *table, int64 id, Datum *row)
+{
+	Relation	relation;
+	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
+	SysScanDesc scan;
+	HeapTuple	tuple;
+
+	omni_check_table(table);
+	relation = table_open(table->oid, AccessShareLock);
+	scan = begin_scan(table, relation, find_index(table, relation), snapshot, id);
+	tuple = systable_getnext(scan);
+	if (HeapTupleIsValid(tuple))
+		*row = heap_copy_tuple_as_datum(tuple, RelationGetDescr(relation));
+	systable_endscan(scan);
+	table_close(relation, AccessShareLock);
+	UnregisterSnapshot(snapshot);
+	return HeapTupleIsValid(tuple);
 }

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * row.h
- *		Insert and update single rows of the two tables.  See row.c.
+ *		Insert, update and read single rows of the two tables.  See row.c.
  *
  *-------------------------------------------------------------------------
  */
@@ -44,5 +44,6 @@ extern OmniRow omni_write_update(OmniWrite *write, int64 id, bool (*wanted) (Omn
 extern Datum omni_written_value(const OmniWrite *write, int column);
 extern Datum omni_written_row(const OmniWrite *write);
 extern void omni_write_end(OmniWrite *write);
+extern bool omni_row_read(OmniTable *table, int64 id, Datum *row);
 
 #endif							/* OMNI_ROW_H */

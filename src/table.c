@@ -71,7 +71,6 @@ static OmniTable *last_table;
 static bool look_at_extension(Oid *schema, char *version);
 static bool look_at_table(OmniTable *table);
 static bool lock_table(OmniTable *table);
-static void check_table(OmniTable *table);
 static const char *find_difference(const OmniTable *table, TupleDesc desc);
 static const char *find_nullable(const OmniTable *table, TupleDesc desc);
 static void forget_check(Datum arg, Oid relation);
@@ -176,7 +175,7 @@ lock_table(OmniTable *table)
 {
 	if (!ConditionalLockRelationOid(table->oid, RowExclusiveLock))
 		return false;
-	check_table(table);
+	omni_check_table(table);
 	return !OidIsValid(table->sequence) || ConditionalLockRelationOid(table->sequence, RowExclusiveLock);
 }
 
@@ -195,7 +194,7 @@ set_locally(const char *name, const char *value)
 void
 omni_as_owner(OmniTable *table, OmniOwner *before)
 {
-	check_table(table);
+	omni_check_table(table);
 	before->nest_level = NewGUCNestLevel();
 	if (!omni_in_worker)
 	{
@@ -278,8 +277,8 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
  * that has a NULL is an error when it is read.  The worker says in the log, once, what it
  * has found.
  */
-static void
-check_table(OmniTable *table)
+void
+omni_check_table(OmniTable *table)
 {
 	static bool registered = false;
 	Relation	relation;

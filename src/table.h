@@ -157,6 +157,7 @@ typedef struct OmniOwner
 extern OmniTable omni_job_table;
 extern OmniTable omni_event_table;
 extern uint64 omni_run(OmniStatement *statement, Datum *values, const char *nulls);
+extern void omni_check_table(OmniTable *table);
 extern void omni_as_owner(OmniTable *table, OmniOwner *before);
 extern void omni_as_before(const OmniOwner *before);
 pg_noreturn extern void omni_table_differs(const OmniTable *table, const char *detail);
