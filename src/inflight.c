@@ -32,6 +32,26 @@ omni_work_begin(const OmniWorkKind *kind)
 	return work;
 }
 
+/*
+ * Put a queued or running job in flight, as work of a kind.  A copy of the job is made.  end
+ * is the deadline, in the time of rows.
+ */
+void
+omni_work_begin_job(const OmniWorkKind *kind, const OmniJob *job, TimestampTz end)
+{
+	OmniWork   *work = omni_work_begin(kind);
+	MemoryContext context = MemoryContextSwitchTo(work->context);
+	OmniRequest *request = &work->job.request;
+
+	work->job = *job;
+	if (request->schemas != NULL)
+		request->schemas = DatumGetArrayTypePCopy(PointerGetDatum(request->schemas));
+	if (request->tables != NULL)
+		request->tables = DatumGetArrayTypePCopy(PointerGetDatum(request->tables));
+	work->deadline = omni_clock() + (end - omni_earliest_now());
+	MemoryContextSwitchTo(context);
+}
+
 /* Ends work, whatever has become of it; a caller without a reply learns that it was lost. */
 void
 omni_work_end(OmniWork *work)
@@ -93,6 +113,30 @@ omni_works_count(const OmniWorkKind *kind, const NameData *server)
 			n++;
 	}
 	return n;
+}
+
+/*
+ * Return whether work has just been taken from a table, in this turn of the loop: its attempt
+ * has not begun.
+ */
+bool
+omni_work_is_claimed(const OmniWork *work)
+{
+	return !work->kind->has_caller && work->step == NEW;
+}
+
+/* Return whether there is such work. */
+bool
+omni_works_any_claimed(void)
+{
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &omni_works)
+	{
+		if (omni_work_is_claimed(dlist_container(OmniWork, node, iter.cur)))
+			return true;
+	}
+	return false;
 }
 
 /* Whether the caller has left. */

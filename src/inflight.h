@@ -103,11 +103,14 @@ struct OmniWork
 extern dlist_head omni_works;
 
 extern OmniWork *omni_work_begin(const OmniWorkKind *kind);
+extern void omni_work_begin_job(const OmniWorkKind *kind, const OmniJob *job, TimestampTz end);
 extern void omni_work_end(OmniWork *work);
 extern void omni_work_forget_attempt(OmniWork *work);
 extern void omni_work_conclude(OmniWork *work, const char *status, const OmniError *error);
 extern void omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error);
 extern int	omni_works_count(const OmniWorkKind *kind, const NameData *server);
+extern bool omni_work_is_claimed(const OmniWork *work);
+extern bool omni_works_any_claimed(void);
 extern bool omni_work_is_abandoned(const OmniWork *work);
 
 #endif							/* OMNI_INFLIGHT_H */

@@ -250,7 +250,7 @@ turn(void)
 	{
 		long		idle_left = omni_clock_until(busy_at + OMNI_MS(omni_idle_timeout));
 
-		if (idle_left <= 0 && omni_clock() - omni_dispatch_looked_at() > OMNI_MS(LOOK_ROUND))
+		if (idle_left <= 0 && omni_clock() - omni_dispatch_read_at() > OMNI_MS(LOOK_ROUND))
 			omni_dispatch_soon();	/* once more: COMMIT PREPARED wakes nobody */
 		else if (idle_left <= 0 && omni_worker_leave_if_idle())
 			return false;
