@@ -46,8 +46,7 @@ typedef struct Round
 	bool		any;
 	bool		several;		/* of more than one role and server */
 	OmniPlace	last;			/* if any */
-	TimestampTz next_due;		/* of the jobs that are not due, the first
-								 * run_at */
+	TimestampTz next_due;		/* the lowest run_at of jobs that are not due */
 
 	/* the jobs that it has put in flight */
 	bool		served;			/* any */
@@ -61,10 +60,7 @@ typedef struct MergeAhead
 	OmniPlace	at;				/* where the next step begins */
 } MergeAhead;
 
-static Round current =
-{
-	.next_due = DT_NOEND
-};								/* or the last, if complete */
+static Round current;			/* or the last one, if that is complete */
 static MergeAhead ahead;
 
 static void begin_round(void);
