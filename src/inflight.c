@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * inflight.c
- *		What the worker has in flight: one list, of jobs, polls and look-ups.
+ *		The work that is in flight: one list of calls, queued jobs, polls and look-ups.
  *
  *-------------------------------------------------------------------------
  */
@@ -15,7 +15,7 @@
 
 dlist_head	omni_works = DLIST_STATIC_INIT(omni_works);
 
-/* Takes work of a kind in flight. */
+/* Put work of a kind in flight.  It lasts until omni_work_end(). */
 OmniWork *
 omni_work_begin(const OmniWorkKind *kind)
 {
@@ -52,7 +52,7 @@ omni_work_begin_job(const OmniWorkKind *kind, const OmniJob *job, TimestampTz en
 	MemoryContextSwitchTo(context);
 }
 
-/* Ends work, whatever has become of it; a caller without a reply learns that it was lost. */
+/* End work, whatever its state.  A caller without a reply learns that its call was lost. */
 void
 omni_work_end(OmniWork *work)
 {
@@ -63,7 +63,7 @@ omni_work_end(OmniWork *work)
 	MemoryContextDelete(work->context);
 }
 
-/* Forgets an attempt; its transfer ends with its memory, and the key is wiped out. */
+/* Forget an attempt: erase the key, and free the memory, with which the transfer ends. */
 void
 omni_work_forget_attempt(OmniWork *work)
 {
@@ -75,8 +75,8 @@ omni_work_forget_attempt(OmniWork *work)
 }
 
 /*
- * Sets an outcome that does not come from Omni.  If an earlier attempt may have arrived,
- * the end is unknown.
+ * Set the outcome to one that does not come from Omni.  If an earlier attempt may have
+ * reached Omni, the status becomes "unknown" instead.
  */
 void
 omni_work_conclude(OmniWork *work, const char *status, const OmniError *error)
@@ -87,7 +87,7 @@ omni_work_conclude(OmniWork *work, const char *status, const OmniError *error)
 	work->concluded = true;
 }
 
-/* Replies to the caller, if there is one, and ends the work. */
+/* Reply to the caller, if there is one, and end the work. */
 void
 omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error)
 {
@@ -97,7 +97,7 @@ omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error)
 	omni_work_end(work);
 }
 
-/* How much work of a kind is in flight for a server, or for all if that is NULL. */
+/* Count the work of a kind that is in flight for a server, or for all servers if it is NULL. */
 int
 omni_works_count(const OmniWorkKind *kind, const NameData *server)
 {
@@ -115,10 +115,7 @@ omni_works_count(const OmniWorkKind *kind, const NameData *server)
 	return n;
 }
 
-/*
- * Return whether work has just been taken from a table, in this turn of the loop: its attempt
- * has not begun.
- */
+/* Return whether work was taken from a table in this turn of the loop, and has not begun. */
 bool
 omni_work_is_claimed(const OmniWork *work)
 {
@@ -139,7 +136,7 @@ omni_works_any_claimed(void)
 	return false;
 }
 
-/* Whether the caller has left. */
+/* Return whether work is abandoned: its caller has left or no longer waits. */
 bool
 omni_work_is_abandoned(const OmniWork *work)
 {
