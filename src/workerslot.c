@@ -42,7 +42,7 @@
 #include "workerslot.h"
 
 /* Raise the number with each change of the structs below, or of OmniCall */
-#define SHARED_NAME			"omni_refresh layout 4"
+#define SHARED_NAME			"omni_refresh layout 5"
 
 /* Keep the total under 20 kB, which PostgreSQL 16 and older have to spare */
 #define MAX_DATABASES		96
@@ -83,7 +83,6 @@ typedef struct Slot
 typedef struct Shared
 {
 	LWLock		lock;			/* protects all of this */
-	int			tranche;
 	uint64		generation;		/* of the newest slot */
 	ConditionVariable room;		/* some ring was full and no longer is */
 	Slot		slots[MAX_DATABASES];
@@ -642,10 +641,8 @@ omni_worker_next_call(void)
 void
 omni_workerslots_attach(void)
 {
-	if (shared != NULL)
-		return;
-	shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
-	LWLockRegisterTranche_compat(shared->tranche, OMNI_EXTENSION);
+	if (shared == NULL)
+		shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
 }
 
 static void
@@ -654,8 +651,7 @@ init_shared(OMNI_SHARED_INIT_ARGS)
 	Shared	   *new = memory;
 
 	memset(new, 0, sizeof(Shared));
-	new->tranche = LWLockNewTrancheId_compat(OMNI_EXTENSION);
-	LWLockInitialize(&new->lock, new->tranche);
+	LWLockInitialize(&new->lock, LWLockNewTrancheId(OMNI_EXTENSION));
 	ConditionVariableInit(&new->room);
 }
 
