@@ -56,7 +56,7 @@ omni_tables_require(void)
 }
 
 /*
- * Whether the requester may send requests to the job's server.  Sets *error if not.  The
+ * Return whether the requester may send requests to the job's server.  Sets *error if not.  The
  * worker checks again, with its own view of the catalogs.
  */
 bool
@@ -158,7 +158,7 @@ omni_job_find(int64 id, OmniJobState *own, OmniJobState *carrier)
 }
 
 /*
- * Whether the current user has the privileges of the requester or of the table's owner.
+ * Return whether the current user has the privileges of the requester or of the table's owner.
  * Compare the name, too: the OID of a dropped role may be in use again.
  */
 static bool

@@ -170,7 +170,7 @@ take_step(bool enabled, bool *more, bool *any_locked)
 	return at_end;
 }
 
-/* Leave out the heads behind the place where the round began.  Returns whether there are any. */
+/* Leave out the heads behind the place where the round began.  Returns whether any are. */
 static bool
 has_reached_start(const OmniHead *heads, int *count)
 {
@@ -184,8 +184,8 @@ has_reached_start(const OmniHead *heads, int *count)
 }
 
 /*
- * Leave out the heads from which on more than OMNI_MERGE_HEADS have jobs to merge.  Returns
- * whether there are any: they are for the next step.
+ * If more than OMNI_MERGE_HEADS heads have jobs to merge, leave out the first one that is too
+ * many and those behind it, for the next step.  Returns whether any are left out.
  */
 static bool
 has_more_to_merge(const OmniHead *heads, int *count)
@@ -338,8 +338,8 @@ place_of(const OmniJob *job)
 }
 
 /*
- * Return whether a request like a job's is in flight, and the job must wait for it: one that
- * was tried before has a time of its own to wait for.
+ * Return whether a job like this one is in flight, and this one must wait for it.  A job that
+ * was tried before backs off instead.
  */
 static bool
 is_alike_in_flight(const OmniJob *job)

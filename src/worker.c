@@ -70,7 +70,7 @@ typedef struct Worker
 
 	/* deletion of old jobs */
 	int64		prune_at;		/* the next time */
-	int64		pruned_to;		/* jobs up to this id were looked at */
+	int64		pruned_to;		/* jobs up to this id are done */
 	bool		prune_more;		/* there may be old ones above it */
 } Worker;
 
@@ -237,7 +237,7 @@ prune_some(void *unused)
 	return true;
 }
 
-/* Run one turn of the loop.  Returns false if the worker is to leave. */
+/* Run one turn of the loop.  Returns false if the worker must leave. */
 static bool
 turn(void)
 {

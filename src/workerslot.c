@@ -319,7 +319,7 @@ start_in_slot(Oid database, int owner, const StartInfo *info, BackgroundWorkerHa
 	return HANDED_OVER;
 }
 
-/* Whether an unwatched start has taken too long.  Called with the lock held. */
+/* Return whether an unwatched start has taken too long.  Called with the lock held. */
 static bool
 start_has_failed(const Slot *slot)
 {
@@ -466,7 +466,7 @@ omni_worker_keep(void)
 }
 
 /*
- * Whether another process waits for this worker to leave: a worker of another version of
+ * Return whether another process waits for this worker to leave: a worker of another version of
  * the library, or a session that drops, renames or copies the database.  Sets *again if
  * that is not certain, so that the caller asks again soon.
  *
@@ -488,8 +488,8 @@ omni_worker_is_unwanted(bool *again)
 }
 
 /*
- * Whether a session holds a lock on the database that keeps new sessions out, to drop,
- * rename or copy it; sets *holder to the first such session's transaction.
+ * Return whether a session holds a lock on the database that keeps new sessions out, to
+ * drop, rename or copy it; sets *holder to the first such session's transaction.
  */
 static bool
 lock_on_database(VirtualTransactionId *holder)
@@ -593,7 +593,7 @@ report_successor(OmniHandOver result)
 				 errhint("Call omni_refresh_wake() when a background worker is available.")));
 }
 
-/* Whether a job was queued since the last call of this function. */
+/* Return whether a job was queued since the last call of this function. */
 bool
 omni_worker_take_flag(void)
 {
