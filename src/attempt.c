@@ -161,7 +161,7 @@ begin(void *only)
 	if (!omni_tables_find())
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("extension \"%s\" does not exist any more", OMNI_EXTENSION)));
+				 errmsg("extension \"%s\" no longer exists", OMNI_EXTENSION)));
 	if (!is_lookup(only))
 	{
 		if (!omni_tables_lock())
@@ -310,7 +310,7 @@ find_server(OmniWork *work, OmniError *error)
 	omni_error_set(error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
 				   "the background worker may not use server \"%s\" on behalf of \"%s\"",
 				   NameStr(request->server), NameStr(request->requested_by));
-	omni_error_detail(error, "It sees only what is committed: %s.", why);
+	omni_error_detail(error, "The worker sees only what is committed: %s.", why);
 	omni_error_hint(error,
 					"If this transaction has created or granted what is missing, commit first.");
 	return false;
@@ -422,10 +422,11 @@ finish_begin(OmniWork *work, OmniTransacted result, const OmniError *error)
 		OmniError	late;
 
 		omni_error_set(&late, ERRCODE_LOCK_NOT_AVAILABLE,
-					   "could not write down the request in time");
-		omni_error_detail(&late, "Another session holds a lock on the tables of omni_refresh.%s",
-						  work->step == NEW ? "  Nothing was sent." : "");
-		omni_error_hint(&late, "Look for it in pg_locks.");
+					   "could not record the request in time");
+		omni_error_detail(&late, work->step == NEW ?
+						  "Another session holds a lock on the tables of omni_refresh.  Nothing was sent." :
+						  "Another session holds a lock on the tables of omni_refresh.");
+		omni_error_hint(&late, "Look for the lock in pg_locks.");
 		not_begun(work, &late);
 	}
 }
@@ -725,7 +726,7 @@ record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
 	if (work->write_failures == 0)
 		ereport(LOG,
 				(errcode(error.sqlstate),
-				 errmsg("could not write down the outcome of job " INT64_FORMAT ", will try again: %s",
+				 errmsg("could not record the outcome of job " INT64_FORMAT ", will try again: %s",
 						work->job.id, error.message)));
 	work->write_at = omni_clock() + OMNI_MS(delay);
 	work->write_failures++;
@@ -740,9 +741,9 @@ reply_unrecorded(OmniWork *work, const OmniError *why)
 	OmniError	error;
 
 	omni_error_set(&error, why->sqlstate,
-				   "could not write down the outcome of job " INT64_FORMAT ": %s",
+				   "could not record the outcome of job " INT64_FORMAT ": %s",
 				   work->job.id, why->message);
-	omni_error_hint(&error, "It will be in the row of the job as soon as possible.");
+	omni_error_hint(&error, "The outcome will be recorded as soon as possible.");
 	omni_call_finish(work->segment, work->job.id, &error);
 	work->segment = NULL;
 }

@@ -254,7 +254,7 @@ give_up_reading(OmniTransacted result, const OmniError *error, int64 began)
 		dispatch.complained = true;
 		ereport(LOG,
 				(errcode(error->sqlstate),
-				 errmsg("could not look at the queue of omni_refresh, will try again: %s",
+				 errmsg("could not read the queue of omni_refresh, will try again: %s",
 						error->message),
 				 error->detail[0] != '\0' ? errdetail_internal("%s", error->detail) : 0));
 	}

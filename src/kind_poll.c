@@ -90,7 +90,7 @@ consider_next_poll(OmniWork *work)
 		{
 			omni_error_set(&outcome->error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
 						   "Omni has not finished the job within \"omni_refresh.track_timeout\"");
-			omni_error_hint(&outcome->error, "It may go on: look at the model in Omni.");
+			omni_error_hint(&outcome->error, "The job may go on: look at the model in Omni.");
 		}
 		return;
 	}

@@ -154,7 +154,7 @@ omni_job_find(int64 id, OmniJobState *own, OmniJobState *carrier)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("permission denied for job " INT64_FORMAT, id),
-				 errhint("It is for those who have the privileges of the role that requested it, or of the owner of the table.")));
+				 errdetail("Only roles with the privileges of the role that requested it, or of the owner of the table, may use it.")));
 }
 
 /*

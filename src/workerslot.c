@@ -201,7 +201,7 @@ omni_worker_explain(OmniHandOver result, const OmniError *start_error, OmniError
 	{
 		omni_error_set(error, ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
 					   "too many databases use omni_refresh at once");
-		omni_error_detail(error, "There may be %d at a time.", MAX_DATABASES);
+		omni_error_detail(error, "At most %d databases can have a background worker at a time.", MAX_DATABASES);
 		omni_error_hint(error, "Try again when a worker has left; the setting \"omni_refresh.idle_timeout\" says when it does.");
 	}
 	else
@@ -397,7 +397,7 @@ omni_not_in_worker(void)
 	if (has_work != NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("cannot wait for the background worker of omni_refresh within it"),
+				 errmsg("the background worker of omni_refresh cannot wait for itself"),
 				 errhint("In a trigger of its tables, call omni_refresh_on_commit().")));
 }
 
