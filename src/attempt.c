@@ -47,7 +47,7 @@ static void lock_rows(OmniWork *only);
 static void begin_one(OmniWork *work);
 static bool find_target(OmniWork *work, OmniError *error);
 static bool check_role(OmniWork *work, OmniError *error);
-static bool find_server(OmniWork *work, OmniError *error);
+static bool resolve_server(OmniWork *work, OmniError *error);
 static void refuse_without_target(OmniWork *work, const OmniError *error);
 static void reserve_place(OmniWork *work);
 static void refuse_without_place(OmniWork *work, int64 when, bool blocked);
@@ -259,7 +259,7 @@ static bool
 find_target(OmniWork *work, OmniError *error)
 {
 	MemoryContext context = MemoryContextSwitchTo(work->attempt);
-	bool		found = check_role(work, error) && find_server(work, error) &&
+	bool		found = check_role(work, error) && resolve_server(work, error) &&
 	omni_target_read_key(&work->target, error);
 
 	if (found)
@@ -297,7 +297,7 @@ check_role(OmniWork *work, OmniError *error)
  * another one has just committed.
  */
 static bool
-find_server(OmniWork *work, OmniError *error)
+resolve_server(OmniWork *work, OmniError *error)
 {
 	OmniRequest *request = &work->job.request;
 	char	   *why;
