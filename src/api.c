@@ -668,7 +668,8 @@ read_reset(const OmniRequest *request, const char *key,
 	if (json == NULL)
 		set_not_json(request, key, answer, why, outcome);
 	else if (!JB_ROOT_IS_OBJECT(json) ||
-			 getKeyJsonValueFromContainer(&json->root, "success", strlen("success"), &success) == NULL ||
+			 getKeyJsonValueFromContainer(&json->root, "success", strlen("success"),
+										  &success) == NULL ||
 			 success.type != jbvBool)
 		set_malformed(request, outcome, "The answer is JSON, but does not have the expected form.");
 	else if (success.val.boolean)

@@ -50,7 +50,8 @@ static List *queued = NIL;		/* of Queued, in TopTransactionContext */
 
 static void queue_notice(int64 job, const char *status);
 static void at_transaction_end(XactEvent event, void *arg);
-static void at_subtransaction_end(SubXactEvent event, SubTransactionId own, SubTransactionId parent, void *arg);
+static void at_subtransaction_end(SubXactEvent event, SubTransactionId own,
+								  SubTransactionId parent, void *arg);
 static void send_notice(int64 job, const char *status);
 
 /* Discard notices of an earlier transaction that was rolled back, at the start of a new one. */
