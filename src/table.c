@@ -63,13 +63,16 @@ OmniTable	omni_event_table = {
 
 bool		omni_in_worker = false;
 
-static OmniTable *last_table;	/* of the last statement, for messages */
-static char first_version[MAX_VERSION] = "";	/* see
-												 * omni_extension_is_same() */
+/* The table of the last statement, for messages */
+static OmniTable *last_table;
+
+/* The version of the extension at the first call of omni_extension_is_same() */
+static char first_version[MAX_VERSION] = "";
 
 static bool find_extension(Oid *schema, char *version);
 static bool find_table(OmniTable *table);
 static bool lock_table(OmniTable *table);
+static void plan_statement(OmniStatement *statement);
 static void check_table(OmniTable *table);
 static const char *find_difference(const OmniTable *table, TupleDesc desc);
 static const char *find_nullable(const OmniTable *table, TupleDesc desc);
@@ -212,7 +215,7 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 	{
 		set_locally("search_path", "pg_catalog, pg_temp");
 
-		/* with "replica", omni_refresh_keep_out() would reject our rows */
+		/* with "replica", omni_refresh_keep_out() would skip our rows */
 		set_locally("session_replication_role", "origin");
 	}
 
@@ -220,28 +223,7 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 	SetUserIdAndSecContext(statement->table->owner,
 						   security_context | SECURITY_RESTRICTED_OPERATION);
 
-	if (statement->plan == NULL ||
-		strcmp(statement->planned_for, statement->table->qualified) != 0)
-	{
-		const char *name = statement->table->qualified;
-		SPIPlanPtr	plan = SPI_prepare(psprintf(statement->text, name, name, name, name),
-									   statement->nargs, statement->argtypes);
-
-		if (plan == NULL)
-			elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
-		SPI_keepplan(plan);
-
-		/*
-		 * If a trigger of this very statement has renamed the table, the old
-		 * plan is still being executed.  Leak it then.
-		 */
-		if (statement->plan != NULL && statement->running == 0)
-			SPI_freeplan(statement->plan);
-		statement->plan = plan;
-		strlcpy(statement->planned_for, statement->table->qualified,
-				sizeof(statement->planned_for));
-	}
-
+	plan_statement(statement);
 	statement->running++;
 	PG_TRY();
 	{
@@ -259,6 +241,31 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 	if (code < 0)
 		elog(ERROR, "SPI_execute_snapshot failed: %s", SPI_result_code_string(code));
 	return SPI_processed;
+}
+
+/* Plan a statement, unless it has a plan for the present name of its table. */
+static void
+plan_statement(OmniStatement *statement)
+{
+	const char *name = statement->table->qualified;
+	SPIPlanPtr	plan;
+
+	if (statement->plan != NULL && strcmp(statement->planned_for, name) == 0)
+		return;
+	plan = SPI_prepare(psprintf(statement->text, name, name, name, name),
+					   statement->nargs, statement->argtypes);
+	if (plan == NULL)
+		elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
+	SPI_keepplan(plan);
+
+	/*
+	 * If a trigger of this very statement has renamed the table, the old plan
+	 * is still being executed.  Leak it then.
+	 */
+	if (statement->plan != NULL && statement->running == 0)
+		SPI_freeplan(statement->plan);
+	statement->plan = plan;
+	strlcpy(statement->planned_for, name, sizeof(statement->planned_for));
 }
 
 /*
