@@ -157,8 +157,8 @@ omni_dispatch_delay(void)
 }
 
 /*
- * Work is finished: its server may have room for another job in flight, and the job may have
- * to be tried again, or polled.
+ * Decide what finished work means for the queue: read it in the next turn if the server has
+ * room for more jobs now, and when the job is due again if it is to be tried again or polled.
  */
 void
 omni_dispatch_finished(const OmniWork *work)
@@ -204,9 +204,9 @@ read_queue(void)
 }
 
 /*
- * After a reading for new jobs: do not read for new jobs again for a while.  Reading takes
- * processor time from the sessions whose commits have woken the worker, so the pause is the
- * longer, the longer the reading has taken, and the more readings in a row were in vain.
+ * After a reading for new jobs, do not read for new jobs again for a while.  Reading takes
+ * processor time from the sessions whose commits have woken the worker, so the pause grows
+ * with the time that the reading has taken, and with the number of readings in vain.
  */
 static void
 pause_reading(int64 began)
@@ -449,7 +449,7 @@ omni_dispatch_settle(void)
 	omni_sent_recall();
 }
 
-/* The transaction that has called omni_dispatch_settle() has committed. */
+/* Note that the transaction that has called omni_dispatch_settle() has committed. */
 void
 omni_dispatch_settled(void)
 {

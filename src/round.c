@@ -88,10 +88,11 @@ omni_round_restart(bool merge_ahead)
 }
 
 /*
- * Go on with the current round, or begin one, until something must be done before the next
- * step.  Unless enabled, put nothing in flight and only see what there is.  Returns whether
- * the next step may put more in flight.  Sets *any_locked if another session has locked the
- * row of a due job.
+ * Take the next step of the current round, or the first step of a new one.  If it comes to
+ * the end of the queue, and the round began elsewhere, go on from the start of the queue.
+ * Unless enabled, put nothing in flight and only find out what there is.  Returns whether the
+ * next call may put more in flight.  Sets *any_locked if another session has locked the row
+ * of a due job.
  */
 bool
 omni_round_go_on(bool enabled, bool *any_locked)
@@ -137,8 +138,8 @@ omni_round_is_complete(bool *any, TimestampTz *next_due)
 
 /*
  * Take one step of the round.  Returns whether it has come to the end of the queue, or to
- * the place where the round began.  Sets *more if there is more to put in flight behind the
- * heads that the step has read.
+ * the place where the round began.  Sets *more if the heads that it has read may have more
+ * jobs to put in flight.
  */
 static bool
 take_step(bool enabled, bool *more, bool *any_locked)
