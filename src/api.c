@@ -355,7 +355,7 @@ omni_api_poll_outcome(const OmniRequest *request, const char *key,
 	json = omni_api_json(answer->body, answer->length, &why);
 	status = json != NULL ? omni_api_member(&json->root, "status") : NULL;
 	if (status == NULL)
-		set_malformed(request, outcome, "The answer about a job is not of the shape that Omni's has.");
+		set_malformed(request, outcome, "The answer about a job does not have the expected form.");
 	else if (pg_strcasecmp(status, "completed") == 0)
 	{
 		outcome->status = OMNI_NAME_COMPLETED;
@@ -393,7 +393,7 @@ omni_api_probe_outcome(const OmniRequest *request, const char *key,
 	if (json == NULL)
 		set_not_json(request, key, answer, why, outcome);
 	else if (!JB_ROOT_IS_OBJECT(json) || !has_value(json, "records"))
-		set_malformed(request, outcome, "The answer is JSON, but not of the shape that Omni's has.");
+		set_malformed(request, outcome, "The answer is JSON, but does not have the expected form.");
 }
 
 /*
@@ -447,12 +447,12 @@ read_failure(const OmniRequest *request, const char *key,
 		[OMNI_PHASE_WAIT] = {
 			"could not reach server \"%s\" after " INT64_FORMAT " ms of waiting for the answer",
 			"timed out on server \"%s\" after " INT64_FORMAT " ms of waiting for the answer",
-			"Omni may have got the request: look there before you send it again. The option \"timeout\" says how long to wait."
+			"Omni may have got the request: look there before you send it again.  The option \"timeout\" says how long to wait."
 		},
 		[OMNI_PHASE_READ] = {
 			"could not reach server \"%s\" after " INT64_FORMAT " ms of reading the answer",
 			"timed out on server \"%s\" after " INT64_FORMAT " ms of reading the answer",
-			"Omni has got the request: look there before you send it again. The option \"timeout\" says how long to wait."
+			"Omni has got the request: look there before you send it again.  The option \"timeout\" says how long to wait."
 		},
 	};
 
@@ -568,13 +568,14 @@ read_refusal(const OmniRequest *request, const char *key,
 		host = host != NULL ? quote(host, strlen(host), key) : NULL;
 		set_malformed(request, outcome, host != NULL ?
 					  psprintf("The server redirects to %s.", host) :
-					  psprintf("HTTP status %d.", answer->status));
+					  psprintf("The server answered with HTTP status %d.", answer->status));
 		omni_error_hint(&outcome->error, "Redirects are not followed, since the API key is for one host only; set \"base_url\" to the login host of the instance.");
 		return;
 	}
 	if (answer->status < 400)
 	{
-		set_malformed(request, outcome, psprintf("HTTP status %d.", answer->status));
+		set_malformed(request, outcome,
+					  psprintf("The server answered with HTTP status %d.", answer->status));
 		return;
 	}
 
@@ -626,7 +627,7 @@ read_acceptance(const OmniRequest *request, const char *key,
 	job_id = omni_api_member(&json->root, "jobId");
 	if (status == NULL || (job_id != NULL ? !looks_like_uuid(job_id) : has_value(json, "jobId")))
 	{
-		set_malformed(request, outcome, "The answer is JSON, but not of the shape that Omni's has.");
+		set_malformed(request, outcome, "The answer is JSON, but does not have the expected form.");
 		return;
 	}
 
@@ -667,9 +668,10 @@ read_reset(const OmniRequest *request, const char *key,
 	if (json == NULL)
 		set_not_json(request, key, answer, why, outcome);
 	else if (!JB_ROOT_IS_OBJECT(json) ||
-			 getKeyJsonValueFromContainer(&json->root, "success", strlen("success"), &success) == NULL ||
+			 getKeyJsonValueFromContainer(&json->root, "success", strlen("success"),
+										  &success) == NULL ||
 			 success.type != jbvBool)
-		set_malformed(request, outcome, "The answer is JSON, but not of the shape that Omni's has.");
+		set_malformed(request, outcome, "The answer is JSON, but does not have the expected form.");
 	else if (success.val.boolean)
 		outcome->status = OMNI_NAME_COMPLETED;
 	else

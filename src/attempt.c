@@ -1,12 +1,11 @@
 /*-------------------------------------------------------------------------
  *
  * attempt.c
- *		The steps of an attempt, whatever the kind of work: it begins, is sent, and its
- *		outcome is recorded.  What differs between kinds is in their files, kind_*.c.
+ *		The steps of an attempt, whatever the kind of work: it begins, its request is
+ *		sent, and its outcome is recorded.  What differs between the kinds is in kind_*.c.
  *
- * All attempts that begin in a turn of the loop share one transaction and so one flush
- * of the WAL, and all whose answers have come share another.  If that fails, each gets
- * one of its own, so that nobody suffers for another one's error.
+ * All attempts that begin in a turn of the loop share one transaction, and so one flush of
+ * the WAL; all attempts whose outcomes are recorded share another.
  *
  *-------------------------------------------------------------------------
  */
@@ -27,31 +26,70 @@
 #include "throttle.h"
 #include "xact.h"
 
-static bool is_about_resources(int sqlstate);
-static bool is_late(OmniWork *work);
-static bool choose(OmniWork *work);
+/* A transaction that work shares */
+typedef struct SharedTransaction
+{
+	/* Return whether work takes part in this turn of the loop. */
+	bool		(*takes_part) (const OmniWork *work);
+	/* The body: for some work, or for all that takes part if only is NULL */
+	bool		(*body) (void *only);
+	bool		flush;			/* as in omni_transact() */
+	/* Act on the result; *error is set if that is FAILED. */
+	void		(*finish) (OmniWork *work, OmniTransacted result, const OmniError *error);
+} SharedTransaction;
+
+static OmniTransacted share_transaction(const SharedTransaction *shared);
+static void choose(OmniWork *work);
+static bool is_beginning(const OmniWork *work);
 static bool begin(void *only);
 static bool is_lookup(const OmniWork *only);
 static void lock_rows(OmniWork *only);
 static void begin_one(OmniWork *work);
-static void refuse(OmniWork *work);
 static bool find_target(OmniWork *work, OmniError *error);
+static bool check_role(OmniWork *work, OmniError *error);
+static bool resolve_server(OmniWork *work, OmniError *error);
+static void refuse_without_target(OmniWork *work, const OmniError *error);
+static void reserve_place(OmniWork *work);
+static void refuse_without_place(OmniWork *work, int64 when, bool blocked);
+static void refuse(OmniWork *work);
+static void finish_begin(OmniWork *work, OmniTransacted result, const OmniError *error);
+static bool is_about_resources(int sqlstate);
+static bool is_late(const OmniWork *work);
+static void not_begun(OmniWork *work, const OmniError *error);
 static void begun(OmniWork *work);
+static void wait_for_row(OmniWork *work);
 static void send_request(OmniWork *work);
-static void record_later(OmniWork *work, OmniTransacted result, const OmniError *why);
-static void finished(OmniWork *work);
+static bool is_wanted(void *work);
+static bool is_recording(const OmniWork *work);
 static bool record(void *only);
 static void decide(OmniWork *work);
+static void finish_record(OmniWork *work, OmniTransacted result, const OmniError *error);
+static void finished(OmniWork *work);
+static void record_later(OmniWork *work, OmniTransacted result, const OmniError *why);
+static void reply_unrecorded(OmniWork *work, const OmniError *why);
 static void withdraw(OmniWork *work);
-static bool is_wanted(void *work);
+
+static const SharedTransaction beginning = {
+	.takes_part = is_beginning,
+	.body = begin,
+	.flush = true,
+	.finish = finish_begin
+};
+
+static const SharedTransaction recording = {
+	.takes_part = is_recording,
+	.body = record,
+	.finish = finish_record
+};
 
 /*
- * Writes down the attempts that should begin, in one transaction.  If that fails,
- * each gets one of its own, so that nobody suffers for another one's error.
- * Returns false if it must be tried again.
+ * Run a transaction for all work that takes part.  If it fails, run one for each, so that no
+ * work suffers for the error of other work.  Locks on the tables do not concern look-ups:
+ * if there are any, run a transaction for each look-up.  Returns the result of the
+ * transaction for all.
  */
-bool
-omni_attempts_begin(void)
+static OmniTransacted
+share_transaction(const SharedTransaction *shared)
 {
 	dlist_mutable_iter iter;
 	OmniError	error;
@@ -60,95 +98,61 @@ omni_attempts_begin(void)
 
 	dlist_foreach_modify(iter, &omni_works)
 	{
-		if (choose(dlist_container(OmniWork, node, iter.cur)))
+		if (shared->takes_part(dlist_container(OmniWork, node, iter.cur)))
 			count++;
 	}
 	if (count > 0)
-		result = omni_transact(begin, NULL, true, &error);
+		result = omni_transact(shared->body, NULL, shared->flush, &error);
 
 	dlist_foreach_modify(iter, &omni_works)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 		OmniTransacted own = result;
 
-		if (!work->beginning)
+		if (!shared->takes_part(work))
 			continue;
 		if ((own == FAILED && count > 1) || (own == NOT_NOW && !work->kind->has_job))
-			own = omni_transact(begin, work, true, &error);
-
-		if (!work->kind->has_caller && (own == NOT_NOW || (own == FAILED && is_about_resources(error.sqlstate))))
-		{
-			omni_work_end(work);	/* it stays in the queue */
-			omni_dispatch_pause(own == NOT_NOW ? OMNI_LOCAL_DELAY : OMNI_LOCAL_DELAY_MAX / 10);
-			continue;
-		}
-		if (own == NOT_NOW && is_late(work))
-		{
-			omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
-						   "could not write down the request in time");
-			omni_error_detail(&error, "Another session holds a lock on the tables of omni_refresh.%s",
-							  work->step == NEW ? "  Nothing was sent." : "");
-			omni_error_hint(&error, "Look for it in pg_locks.");
-			own = FAILED;
-		}
-
-		if (own == COMMITTED)
-			begun(work);
-		else if (own == FAILED && work->call != NULL && work->step == NEW)
-		{
-			/* an earlier worker's job, which may have been sent, is there */
-			if (work->call->job_id != 0)
-				omni_call_lost(work->call, &error);
-			omni_work_reply(work, work->call->job_id, &error);
-		}
-		else if (own == FAILED)
-		{
-			omni_work_conclude(work, OMNI_NAME_FAILED, &error);
-			work->step = ANSWERED;
-		}
+			own = omni_transact(shared->body, work, shared->flush, &error);
+		shared->finish(work, own, &error);
 	}
-	return result != NOT_NOW;
+	return result;
 }
 
-/* Whether an error is this server's state, and not the job's fault. */
-static bool
-is_about_resources(int sqlstate)
+/*
+ * Begin the attempts that are due, and record that before anything is sent.  Returns false if
+ * that must be tried again, because another session is in the way.
+ */
+bool
+omni_attempts_begin(void)
 {
-	int			category = ERRCODE_TO_CATEGORY(sqlstate);
+	dlist_mutable_iter iter;
 
-	return category == ERRCODE_INSUFFICIENT_RESOURCES ||
-		category == ERRCODE_OPERATOR_INTERVENTION || category == ERRCODE_SYSTEM_ERROR;
+	dlist_foreach_modify(iter, &omni_works)
+		choose(dlist_container(OmniWork, node, iter.cur));
+	return share_transaction(&beginning) != NOT_NOW;
 }
 
-/* Whether an attempt has waited too long for our tables. */
-static bool
-is_late(OmniWork *work)
-{
-	int64		now = omni_clock();
-
-	return now >= work->deadline ||
-		now - (work->step == NEW ? work->taken_at : work->run_at) > OMNI_MS(OMNI_LOCK_PATIENCE);
-}
-
-/* Decides whether an attempt should begin in this turn, or never. */
-static bool
+/* Decide whether an attempt begins in this turn.  Ends or withdraws abandoned calls. */
+static void
 choose(OmniWork *work)
 {
 	work->beginning = false;
-	if (omni_work_is_abandoned(work))
-	{
-		if (work->step == NEW)
-			omni_work_end(work);	/* nothing is written */
-		else if (work->step == PENDING)
-			withdraw(work);
-		return false;
-	}
+	if (!omni_work_is_abandoned(work))
+		work->beginning = work->step == NEW ||
+			(work->step == PENDING && work->run_at <= omni_clock());
+	else if (work->step == NEW)
+		omni_work_end(work);	/* nothing is recorded */
+	else if (work->step == PENDING)
+		withdraw(work);
+}
 
-	work->beginning = work->step == NEW || (work->step == PENDING && work->run_at <= omni_clock());
+static bool
+is_beginning(const OmniWork *work)
+{
 	return work->beginning;
 }
 
-/* The body of that transaction, for one job, or for all if only is NULL. */
+/* The body of the transaction.  Returns false if the tables are locked. */
 static bool
 begin(void *only)
 {
@@ -157,7 +161,7 @@ begin(void *only)
 	if (!omni_tables_find())
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("extension \"%s\" does not exist any more", OMNI_EXTENSION)));
+				 errmsg("extension \"%s\" no longer exists", OMNI_EXTENSION)));
 	if (!is_lookup(only))
 	{
 		if (!omni_tables_lock())
@@ -175,14 +179,17 @@ begin(void *only)
 	return true;
 }
 
-/* Whether a transaction is for a look-up only, which is not written down: it needs no locks. */
+/* Return whether a transaction is for one look-up, which has no row and needs no locks. */
 static bool
 is_lookup(const OmniWork *only)
 {
 	return only != NULL && !only->kind->has_job;
 }
 
-/* Locks the rows of the jobs that are to begin, and are queued or have begun before. */
+/*
+ * Lock the rows of the jobs whose attempts begin, except those of new calls, which have none
+ * yet, and of polls, which change nothing.  Sets row of all work.
+ */
 static void
 lock_rows(OmniWork *only)
 {
@@ -213,16 +220,13 @@ lock_rows(OmniWork *only)
 }
 
 /*
- * Writes down that an attempt begins, or why not.  What that means for the job is
- * decided here but takes effect in begun(), after the commit.
+ * Begin an attempt: record that it begins, or that it must wait, or why it does not begin at
+ * all.  The work moves on only in begun(), after the commit.
  */
 static void
 begin_one(OmniWork *work)
 {
-	int64		now = omni_clock();
 	OmniError	error;
-	int64		when;
-	bool		blocked;
 
 	omni_work_forget_attempt(work);
 	work->concluded = false;
@@ -232,7 +236,7 @@ begin_one(OmniWork *work)
 		return;
 	if (!work->kind->has_caller)
 	{
-		/* set just now, by others of its kind */
+		/* other work may have been throttled in this transaction */
 		work->delayed_until = omni_throttled_until(work);
 		if (work->delayed_until != 0)
 			return;
@@ -241,23 +245,108 @@ begin_one(OmniWork *work)
 		work->kind->prepare(work);
 	if (work->concluded)
 		return;
-	if (!find_target(work, &error))
-	{
-		omni_work_conclude(work, OMNI_NAME_FAILED, &error);
-		if (!work->kind->has_caller && work->target.key_file != NULL && now < work->deadline)
-		{
-			/* the file cannot be read, but may come back */
-			work->outcome.quiet = work->kind->rests_quietly;
-			work->outcome.status = work->kind->resting;
-			work->outcome.attempt_event = OMNI_NAME_ATTEMPT_FAILED;
-			work->outcome.again = true;
-			work->outcome.delay = OMNI_MS(OMNI_BACKOFF_MAX);
-		}
-		refuse(work);
-		return;
-	}
+	if (find_target(work, &error))
+		reserve_place(work);
+	else
+		refuse_without_target(work, &error);
+}
 
-	when = omni_rate_take(work->rate_id, work->kind->class, work->target.rate_limit, &blocked);
+/*
+ * Find out where to send the request, in the committed view, and with which key.  Returns
+ * false and sets *error if it cannot be sent.
+ */
+static bool
+find_target(OmniWork *work, OmniError *error)
+{
+	MemoryContext context = MemoryContextSwitchTo(work->attempt);
+	bool		found = check_role(work, error) && resolve_server(work, error) &&
+	omni_target_read_key(&work->target, error);
+
+	if (found)
+	{
+		work->rate_id = omni_rate_id(omni_api_host(work->target.base_url, false),
+									 work->target.key);
+		work->url = work->kind->url(work);
+	}
+	MemoryContextSwitchTo(context);
+	return found;
+}
+
+/*
+ * Check that the requesting role still has its name: the key of a new role with the same name
+ * or OID must not be used.
+ */
+static bool
+check_role(OmniWork *work, OmniError *error)
+{
+	OmniRequest *request = &work->job.request;
+	char	   *rolename = GetUserNameFromId(request->role, true);
+
+	if (rolename != NULL && strcmp(rolename, NameStr(request->requested_by)) == 0)
+		return true;
+	omni_error_set(error, ERRCODE_UNDEFINED_OBJECT,
+				   "role \"%s\" was dropped or renamed", NameStr(request->requested_by));
+	if (work->kind->has_caller)
+		omni_error_hint(error, "If this transaction has created or renamed it, commit first.");
+	return false;
+}
+
+/*
+ * Find the server and the user mapping.  A caller has found them in its own view, with the
+ * privilege to use them.  If they are missing here, its transaction has not committed yet, or
+ * another one has just committed.
+ */
+static bool
+resolve_server(OmniWork *work, OmniError *error)
+{
+	OmniRequest *request = &work->job.request;
+	char	   *why;
+
+	if (omni_target_find(NameStr(request->server), request->role, &work->target, error))
+		return true;
+	if (!work->kind->has_caller)
+		return false;
+	why = pstrdup(error->message);
+	omni_error_set(error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+				   "the background worker may not use server \"%s\" on behalf of \"%s\"",
+				   NameStr(request->server), NameStr(request->requested_by));
+	omni_error_detail(error, "The worker sees only what is committed: %s.", why);
+	omni_error_hint(error,
+					"If this transaction has created or granted what is missing, commit first.");
+	return false;
+}
+
+/*
+ * Conclude work whose request cannot be sent.  A queued job or poll whose key file cannot be
+ * read is tried again instead, since the file may come back.
+ */
+static void
+refuse_without_target(OmniWork *work, const OmniError *error)
+{
+	omni_work_conclude(work, OMNI_NAME_FAILED, error);
+	if (!work->kind->has_caller && work->target.key_file != NULL &&
+		omni_clock() < work->deadline)
+	{
+		work->outcome.quiet = work->kind->rests_quietly;
+		work->outcome.status = work->kind->resting;
+		work->outcome.attempt_event = OMNI_NAME_ATTEMPT_FAILED;
+		work->outcome.again = true;
+		work->outcome.delay = OMNI_MS(OMNI_BACKOFF_MAX);
+	}
+	refuse(work);
+}
+
+/*
+ * Reserve a place within the rate limit, and record that the attempt begins.  If the limit is
+ * reached, record that it must wait; conclude a call that would wait beyond its deadline.
+ */
+static void
+reserve_place(OmniWork *work)
+{
+	bool		blocked;
+	int64		when = omni_rate_take(work->rate_id, work->kind->class, work->target.rate_limit,
+									  &blocked);
+
 	if (when == 0)
 	{
 		if (work->kind->begin != NULL && !work->kind->begin(work))
@@ -267,33 +356,46 @@ begin_one(OmniWork *work)
 	{
 		work->delayed_until = when;
 		if (work->kind->delay != NULL)
-			work->kind->delay(work, when - now);
+			work->kind->delay(work, when - omni_clock());
 		if (!work->kind->has_caller)
 			omni_throttle(work, when);
 	}
-	else if (work->job.attempts > 0)
-	{
-		error = work->best_error;
-		omni_work_conclude(work, OMNI_NAME_FAILED, &error);
-		refuse(work);
-	}
 	else
-	{
-		omni_error_set(&error, ERRCODE_INSUFFICIENT_RESOURCES,
-					   "the rate limit of server \"%s\" leaves no room for this request before %s",
-					   NameStr(work->job.request.server), timestamptz_to_str(GetCurrentTimestamp() + (when - now)));
-		omni_error_detail(&error, "That would be after the end of \"omni_refresh.call_timeout\"; the request was not sent.");
-		if (blocked)
-			omni_error_hint(&error, "Omni has asked for a pause with this key; others may be using it, too.");
-		else
-			omni_error_hint(&error, "The option \"rate_limit\" of the server allows %d requests a minute with one key, from all databases.",
-							work->target.rate_limit);
-		omni_work_conclude(work, OMNI_NAME_CANCELED, &error);
-		refuse(work);
-	}
+		refuse_without_place(work, when, blocked);
 }
 
-/* Writes that an attempt does not even begin, for kinds that are written down. */
+/*
+ * Conclude a call that may not be sent before a time of omni_clock() that is too late: with
+ * the error of the last attempt, if there was one.
+ */
+static void
+refuse_without_place(OmniWork *work, int64 when, bool blocked)
+{
+	OmniError	error = work->best_error;
+
+	if (work->job.attempts == 0)
+	{
+		TimestampTz until = GetCurrentTimestamp() + (when - omni_clock());
+
+		omni_error_set(&error, ERRCODE_INSUFFICIENT_RESOURCES,
+					   "the rate limit of server \"%s\" leaves no room for this request before %s",
+					   NameStr(work->job.request.server), timestamptz_to_str(until));
+		omni_error_detail(&error,
+						  "That would be after the end of \"omni_refresh.call_timeout\"; the request was not sent.");
+		if (blocked)
+			omni_error_hint(&error,
+							"Omni has asked for a pause with this key; others may be using it, too.");
+		else
+			omni_error_hint(&error,
+							"The option \"rate_limit\" of the server allows %d requests a minute with one key, from all databases.",
+							work->target.rate_limit);
+	}
+	omni_work_conclude(work, work->job.attempts == 0 ? OMNI_NAME_CANCELED : OMNI_NAME_FAILED,
+					   &error);
+	refuse(work);
+}
+
+/* Record a conclusion, for kinds that are recorded. */
 static void
 refuse(OmniWork *work)
 {
@@ -301,50 +403,78 @@ refuse(OmniWork *work)
 		work->kind->refuse(work);
 }
 
-/*
- * Finds out where the request goes, in the committed view.  The caller of a call has
- * seen server and mapping, and that he may use them: if we do not, his transaction is
- * not committed, or another one just was.
- */
-static bool
-find_target(OmniWork *work, OmniError *error)
+/* Act on the result of the transaction in which an attempt was to begin. */
+static void
+finish_begin(OmniWork *work, OmniTransacted result, const OmniError *error)
 {
-	OmniRequest *request = &work->job.request;
-	MemoryContext context = MemoryContextSwitchTo(work->attempt);
-	char	   *rolename;
-	bool		found;
+	if (result == COMMITTED)
+		begun(work);
+	else if (!work->kind->has_caller &&
+			 (result == NOT_NOW || is_about_resources(error->sqlstate)))
+	{
+		omni_work_end(work);	/* the job stays in its table */
+		omni_dispatch_pause(result == NOT_NOW ? OMNI_LOCAL_DELAY : OMNI_LOCAL_DELAY_MAX / 10);
+	}
+	else if (result == FAILED)
+		not_begun(work, error);
+	else if (is_late(work))
+	{
+		OmniError	late;
 
-	rolename = GetUserNameFromId(request->role, true);
-	found = rolename != NULL && strcmp(rolename, NameStr(request->requested_by)) == 0;
-	if (!found)
-	{
-		/* a new namesake must not lend its key */
-		omni_error_set(error, ERRCODE_UNDEFINED_OBJECT,
-					   "role \"%s\" was dropped or renamed", NameStr(request->requested_by));
-		if (work->kind->has_caller)
-			omni_error_hint(error, "If this transaction has created or renamed it, commit first.");
+		omni_error_set(&late, ERRCODE_LOCK_NOT_AVAILABLE,
+					   "could not record the request in time");
+		omni_error_detail(&late, work->step == NEW ?
+						  "Another session holds a lock on the tables of omni_refresh.  Nothing was sent." :
+						  "Another session holds a lock on the tables of omni_refresh.");
+		omni_error_hint(&late, "Look for the lock in pg_locks.");
+		not_begun(work, &late);
 	}
-	else if (!(found = omni_target_find(NameStr(request->server), request->role, &work->target, error)) &&
-			 work->kind->has_caller)
-	{
-		char	   *why = pstrdup(error->message);
-
-		omni_error_set(error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-					   "the background worker may not use server \"%s\" on behalf of \"%s\"",
-					   NameStr(request->server), NameStr(request->requested_by));
-		omni_error_detail(error, "It sees only what is committed: %s.", why);
-		omni_error_hint(error, "If this transaction has created or granted what is missing, commit first.");
-	}
-	else if (found && (found = omni_target_read_key(&work->target, error)))
-	{
-		work->rate_id = omni_rate_id(omni_api_host(work->target.base_url, false), work->target.key);
-		work->url = work->kind->url(work);
-	}
-	MemoryContextSwitchTo(context);
-	return found;
 }
 
-/* What begin_one() did is committed. */
+/* Return whether an error is due to the state of the server, and not to the job. */
+static bool
+is_about_resources(int sqlstate)
+{
+	int			category = ERRCODE_TO_CATEGORY(sqlstate);
+
+	return category == ERRCODE_INSUFFICIENT_RESOURCES ||
+		category == ERRCODE_OPERATOR_INTERVENTION || category == ERRCODE_SYSTEM_ERROR;
+}
+
+/* Return whether an attempt has waited too long for locks on the tables. */
+static bool
+is_late(const OmniWork *work)
+{
+	int64		now = omni_clock();
+	int64		since = work->step == NEW ? work->taken_at : work->run_at;
+
+	return now >= work->deadline || now - since > OMNI_MS(OMNI_LOCK_PATIENCE);
+}
+
+/*
+ * An attempt could not begin: reply to the caller of a new call, and conclude any other work.
+ * If a new call has a job already, an earlier worker may have sent the request.
+ */
+static void
+not_begun(OmniWork *work, const OmniError *error)
+{
+	OmniError	lost;
+
+	if (work->call == NULL || work->step != NEW)
+	{
+		omni_work_conclude(work, OMNI_NAME_FAILED, error);
+		work->step = ANSWERED;
+		return;
+	}
+	if (work->call->job_id != 0)
+	{
+		omni_call_lost(work->call, &lost);
+		error = &lost;
+	}
+	omni_work_reply(work, work->call->job_id, error);
+}
+
+/* The transaction of begin_one() has committed: move the work on. */
 static void
 begun(OmniWork *work)
 {
@@ -356,29 +486,19 @@ begun(OmniWork *work)
 
 	if (work->row != OMNI_ROW_OURS && work->call == NULL)
 	{
-		/* somebody has changed it meanwhile, or is about to */
+		/* another session has changed the row, or is about to */
 		omni_dispatch_by(omni_clock() + OMNI_MS(OMNI_LOCAL_DELAY));
 		omni_work_end(work);
 	}
-	else if (work->row == OMNI_ROW_LOCKED && omni_clock() < work->deadline)
-		work->run_at = omni_clock() + OMNI_MS(OMNI_LOCAL_DELAY);
 	else if (work->row == OMNI_ROW_LOCKED)
-	{
-		OmniError	error;
-
-		omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
-					   "another session holds a lock on the row of job " INT64_FORMAT, work->job.id);
-		omni_error_detail(&error, "The request is not sent again.");
-		omni_error_hint(&error, "Look for a transaction that is open and has canceled the job.");
-		omni_work_conclude(work, OMNI_NAME_FAILED, &error);
-		work->step = ANSWERED;
-	}
+		wait_for_row(work);
 	else if (work->row == OMNI_ROW_GONE)
 	{
 		OmniError	error;
 
 		omni_error_set(&error, ERRCODE_NO_DATA_FOUND,
-					   "job " INT64_FORMAT " was deleted or ended by another session before it was sent", work->job.id);
+					   "job " INT64_FORMAT " was deleted or ended by another session before it was sent",
+					   work->job.id);
 		omni_work_reply(work, work->job.id, &error);
 	}
 	else if (work->concluded)
@@ -401,7 +521,26 @@ begun(OmniWork *work)
 	}
 }
 
-/* Sends the requests of the attempts that have begun. */
+/* The row of a call is locked: try again soon, or conclude the call after its deadline. */
+static void
+wait_for_row(OmniWork *work)
+{
+	OmniError	error;
+
+	if (omni_clock() < work->deadline)
+	{
+		work->run_at = omni_clock() + OMNI_MS(OMNI_LOCAL_DELAY);
+		return;
+	}
+	omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
+				   "another session holds a lock on the row of job " INT64_FORMAT, work->job.id);
+	omni_error_detail(&error, "The request is not sent again.");
+	omni_error_hint(&error, "Look for a transaction that is open and has canceled the job.");
+	omni_work_conclude(work, OMNI_NAME_FAILED, &error);
+	work->step = ANSWERED;
+}
+
+/* Send the requests of the attempts that have begun, and see which transfers are done. */
 void
 omni_attempts_send(void)
 {
@@ -418,12 +557,14 @@ omni_attempts_send(void)
 	}
 }
 
-/* Sends the request of a job; when it comes to that, unless its caller has left. */
+/*
+ * Start the transfer of a request.  It may be some time until libcurl sends the request; then
+ * is_wanted() tells whether the work is abandoned.
+ */
 static void
 send_request(OmniWork *work)
 {
 	MemoryContext context = CurrentMemoryContext;
-	long		left = omni_clock_until(work->deadline);
 	OmniHttpRequest request = {
 		.method = work->kind->method,
 		.url = work->url,
@@ -432,7 +573,7 @@ send_request(OmniWork *work)
 		.ca_file = work->target.ca_file,
 		.proxy = work->target.proxy,
 		.connect_timeout = work->target.connect_timeout,
-		.timeout = !work->kind->has_caller ? work->target.timeout : Max(Min(work->target.timeout, left), 1),
+		.timeout = work->target.timeout,
 		.is_wanted = is_wanted,
 		.arg = work
 	};
@@ -443,6 +584,8 @@ send_request(OmniWork *work)
 		withdraw(work);
 		return;
 	}
+	if (work->kind->has_caller)
+		request.timeout = Max(Min(request.timeout, omni_clock_until(work->deadline)), 1);
 	PG_TRY();
 	{
 		MemoryContextSwitchTo(work->attempt);
@@ -459,114 +602,41 @@ send_request(OmniWork *work)
 	MemoryContextSwitchTo(context);
 }
 
-/*
- * Writes down what became of attempts, in one transaction for all whose answers
- * have come meanwhile.  If that fails, each gets one of its own.
- */
+/* Callback of OmniHttpRequest: return whether the request is still to be sent. */
+static bool
+is_wanted(void *work)
+{
+	return !omni_work_is_abandoned(work);
+}
+
+/* Record the outcomes of attempts, and finish the work. */
 void
 omni_attempts_record(void)
 {
-	dlist_mutable_iter iter;
-	OmniError	error;
-	OmniTransacted result = COMMITTED;
-	int			count = 0;
+	dlist_iter	iter;
 
-	dlist_foreach_modify(iter, &omni_works)
+	dlist_foreach(iter, &omni_works)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 
 		work->recording = work->step == ANSWERED && work->write_at <= omni_clock();
-		if (work->recording)
-			count++;
 	}
-	if (count > 0)
-		result = omni_transact(record, NULL, false, &error);
-
-	dlist_foreach_modify(iter, &omni_works)
-	{
-		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
-		OmniTransacted own = result;
-
-		if (!work->recording)
-			continue;
-		if ((own == FAILED && count > 1) || (own == NOT_NOW && !work->kind->has_job))
-			own = omni_transact(record, work, false, &error);
-		work->recording = false;
-		if (own == COMMITTED && work->row != OMNI_ROW_LOCKED)
-			finished(work);
-		else
-		{
-			if (own == COMMITTED)
-				own = NOT_NOW;
-			record_later(work, own, &error);
-		}
-	}
+	share_transaction(&recording);
 }
 
-/*
- * The outcome of a job could not be written: the job stays in our hands and is not
- * sent again until it is.
- */
-static void
-record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
+static bool
+is_recording(const OmniWork *work)
 {
-	OmniError	error;
-	int			delay;
-
-	if (result == NOT_NOW)
-		omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
-					   work->row == OMNI_ROW_LOCKED ? "another session holds a lock on its row" :
-					   "another session holds a lock on the tables of omni_refresh");
-	else
-		error = *why;
-	if (work->write_failures == 0)
-		ereport(LOG,
-				(errcode(error.sqlstate),
-				 errmsg("could not write down the outcome of job " INT64_FORMAT ", will try again: %s",
-						work->job.id, error.message)));
-	delay = result == NOT_NOW ? OMNI_LOCAL_DELAY :
-		Min(OMNI_LOCAL_DELAY << Min(work->write_failures, 10), OMNI_LOCAL_DELAY_MAX);
-	work->write_at = omni_clock() + OMNI_MS(delay);
-	work->write_failures++;
-	if (work->segment != NULL && omni_clock() >= work->deadline)
-	{
-		OmniError	late;
-
-		omni_error_set(&late, error.sqlstate,
-					   "could not write down the outcome of job " INT64_FORMAT ": %s",
-					   work->job.id, error.message);
-		omni_error_hint(&late, "It will be in the row of the job as soon as possible.");
-		omni_call_finish(work->segment, work->job.id, &late);
-		work->segment = NULL;
-	}
+	return work->recording;
 }
 
-/*
- * The outcome is committed: tells the caller of a job that is at its end and lets go
- * of it.
- */
-static void
-finished(OmniWork *work)
-{
-	if (work->kind->has_caller && work->outcome.again && strcmp(work->outcome.status, OMNI_NAME_PENDING) == 0)
-	{
-		work->run_at = omni_clock() + work->outcome.delay;
-		work->write_at = 0;
-		work->write_failures = 0;
-		work->step = PENDING;
-		return;
-	}
-	omni_dispatch_finished(work);
-	omni_work_reply(work, work->job.id, work->outcome.job_error != NULL ? work->outcome.job_error : &work->outcome.error);
-}
-
-/* The body of that transaction, for one job, or for all if only is NULL. */
+/* The body of the transaction.  Returns false if the tables are locked. */
 static bool
 record(void *only)
 {
+	bool		exists = omni_tables_find();	/* if not, there is nothing to
+												 * record in */
 	dlist_iter	iter;
-	bool		exists = omni_tables_find();	/* else the log was dropped
-												 * with the extension */
 
 	if (exists && !is_lookup(only) && !omni_tables_lock())
 		return false;
@@ -577,12 +647,14 @@ record(void *only)
 		if (!work->recording || (only != NULL && only != work))
 			continue;
 		decide(work);
-		work->row = exists && work->kind->has_job ? omni_job_record(&work->job, &work->outcome) : OMNI_ROW_OURS;
+		work->row = OMNI_ROW_OURS;
+		if (exists && work->kind->has_job)
+			work->row = omni_job_record(&work->job, &work->outcome);
 	}
 	return true;
 }
 
-/* Decides, once, what the answer to an attempt means. */
+/* Decide what the answer to an attempt means, unless an earlier try to record it did. */
 static void
 decide(OmniWork *work)
 {
@@ -597,7 +669,86 @@ decide(OmniWork *work)
 	work->kind->judge(work, answer);
 }
 
-/* Ends a job whose caller has left before its attempt was sent. */
+/* Act on the result of the transaction in which an outcome was to be recorded. */
+static void
+finish_record(OmniWork *work, OmniTransacted result, const OmniError *error)
+{
+	work->recording = false;
+	if (result != COMMITTED)
+		record_later(work, result, error);
+	else if (work->row == OMNI_ROW_LOCKED)
+		record_later(work, NOT_NOW, error);
+	else
+		finished(work);
+}
+
+/* The outcome is committed: let a call wait for its next attempt, and end any other work. */
+static void
+finished(OmniWork *work)
+{
+	const OmniOutcome *outcome = &work->outcome;
+
+	if (work->kind->has_caller && outcome->again &&
+		strcmp(outcome->status, OMNI_NAME_PENDING) == 0)
+	{
+		work->run_at = omni_clock() + outcome->delay;
+		work->write_at = 0;
+		work->write_failures = 0;
+		work->step = PENDING;
+		return;
+	}
+	omni_dispatch_finished(work);
+	omni_work_reply(work, work->job.id,
+					outcome->job_error != NULL ? outcome->job_error : &outcome->error);
+}
+
+/*
+ * An outcome could not be recorded: keep the work in flight, so that the job is not sent
+ * again, and try to record the outcome later.
+ */
+static void
+record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
+{
+	int			delay = OMNI_LOCAL_DELAY;
+	OmniError	error;
+
+	if (result == FAILED)
+	{
+		error = *why;
+		delay = Min(OMNI_LOCAL_DELAY << Min(work->write_failures, 10), OMNI_LOCAL_DELAY_MAX);
+	}
+	else if (work->row == OMNI_ROW_LOCKED)
+		omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
+					   "another session holds a lock on its row");
+	else
+		omni_error_set_locked(&error);
+
+	if (work->write_failures == 0)
+		ereport(LOG,
+				(errcode(error.sqlstate),
+				 errmsg("could not record the outcome of job " INT64_FORMAT ", will try again: %s",
+						work->job.id, error.message)));
+	work->write_at = omni_clock() + OMNI_MS(delay);
+	work->write_failures++;
+	if (work->segment != NULL && omni_clock() >= work->deadline)
+		reply_unrecorded(work, &error);
+}
+
+/* Reply to a caller whose deadline has come before its outcome could be recorded. */
+static void
+reply_unrecorded(OmniWork *work, const OmniError *why)
+{
+	OmniError	error;
+
+	omni_error_set(&error, why->sqlstate,
+				   "could not record the outcome of job " INT64_FORMAT ": %s",
+				   work->job.id, why->message);
+	omni_error_hint(&error, "The outcome will be recorded as soon as possible.");
+	omni_call_finish(work->segment, work->job.id, &error);
+	work->segment = NULL;
+}
+
+/* Conclude an abandoned call whose next request was not sent. */
 static void
 withdraw(OmniWork *work)
 {
@@ -605,11 +756,4 @@ withdraw(OmniWork *work)
 
 	omni_work_conclude(work, OMNI_NAME_CANCELED, &error);
 	work->step = ANSWERED;
-}
-
-/* The same question, for libcurl's callback. */
-static bool
-is_wanted(void *work)
-{
-	return !omni_work_is_abandoned(work);
 }

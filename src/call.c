@@ -180,8 +180,10 @@ omni_call_lost(const OmniCall *call, OmniError *error)
 	omni_error_set(error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
 				   "the background worker ended before job " INT64_FORMAT " was finished",
 				   call->job_id);
-	omni_error_detail(error, "Whether Omni has received the request is not known if the job's status is now \"unknown\"; it was not sent if that is \"canceled\".");
-	omni_error_hint(error, "Look in Omni before you send it again.  The server's log says why the worker ended.");
+	omni_error_detail(error,
+					  "If the job's status is now \"unknown\", Omni may have received the request; if it is \"canceled\", the request was not sent.");
+	omni_error_hint(error,
+					"Look in Omni before you send it again.  The server's log says why the worker ended.");
 }
 
 /* Wait for this process's latch, for up to timeout ms (-1 means no limit), and reset it. */

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * call.h
- *		Calls on their way from a backend to the worker and back.  See call.c.
+ *		Calls: handed over by a backend, answered by the worker.  See call.c.
  *
  *-------------------------------------------------------------------------
  */
@@ -14,7 +14,7 @@
 #include "api.h"
 #include "error.h"
 
-/* How a connection to Omni was made, as plain data */
+/* The result of a probe: how the connection to Omni was made.  Plain data. */
 typedef struct OmniProbe
 {
 	bool		begun;			/* if not, the error says why */
@@ -23,12 +23,13 @@ typedef struct OmniProbe
 	int			http_status;
 	int64		elapsed;		/* microseconds */
 	int			rate_limit;		/* requests a minute, 0 means no limit */
-	int			rate_left;		/* of them, for now */
+	int			rate_left;		/* how many of them are left now */
 	char		address[64];
-	bool		secure;			/* by TLS */
-	char		issuer[256];	/* empty where libcurl forgets it with the
-								 * connection */
-	char		expires[64];
+	bool		secure;			/* with TLS */
+	char		issuer[256];	/* of the server's certificate; empty if the
+								 * connection was reused and libcurl no longer
+								 * knows it */
+	char		expires[64];	/* likewise */
 } OmniProbe;
 
 /* The state of a call between backend and worker */
@@ -41,23 +42,23 @@ typedef enum OmniCallState
 } OmniCallState;
 
 /*
- * A call on its way from a backend to the worker and back: the head of a DSM
- * segment that the backend made.  The backend writes all but the results before
- * it hands the segment over; the worker writes the results before it sets the
- * state to OMNI_CALL_DONE.
+ * A call: the head of a DSM segment that a backend makes.  The backend writes all fields but
+ * the results before it hands the segment over to the worker; the worker writes the results
+ * before it sets the state to OMNI_CALL_DONE.
  */
 typedef struct OmniCall
 {
 	pg_atomic_uint32 state;		/* OmniCallState */
-	pg_atomic_uint32 abandoned; /* set when the caller has left */
+	pg_atomic_uint32 abandoned; /* not 0: the caller has left */
 	int			caller;			/* index of its PGPROC */
 	int64		deadline;		/* end of call_timeout, by omni_clock() */
 	OmniRequest request;		/* of a look-up: server and role only */
 	Size		schemas;		/* offset of a flat text[] in the segment, 0
 								 * if NULL */
 	Size		tables;			/* likewise */
-	Size		lookup;			/* offset of what to look up, as in
-								 * "models?name=x"; 0: it is a job */
+	Size		lookup;			/* offset of the part of the URL that says
+								 * what to look up, as in "models?name=x"; 0
+								 * if this is no look-up */
 	Size		answer;			/* of a look-up: offset of room for the answer */
 	bool		probe;			/* of a look-up: describe the connection */
 

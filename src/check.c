@@ -128,8 +128,10 @@ check_way(ReturnSetInfo *result, OmniJob *job)
 			check_connection(result, call);
 		}
 		else
-			say_error(result, call->error.sqlstate == ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION ? "api key" :
-					  call->error.sqlstate == ERRCODE_INSUFFICIENT_RESOURCES ? "rate limit" : "request", &call->error);
+			say_error(result,
+					  call->error.sqlstate == ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION ? "api key" :
+					  call->error.sqlstate == ERRCODE_INSUFFICIENT_RESOURCES ? "rate limit" :
+					  "request", &call->error);
 	}
 	omni_call_end(segment);
 }
@@ -158,8 +160,8 @@ check_connection(ReturnSetInfo *result, const OmniCall *call)
 	if (!probed->answered)
 		say_error(result, names[phase], &call->error);
 	else
-		say(result, names[phase], true, "HTTP status %d after " INT64_FORMAT " ms", probed->http_status,
-			probed->elapsed / 1000);
+		say(result, names[phase], true, "HTTP status %d after " INT64_FORMAT " ms",
+			probed->http_status, probed->elapsed / 1000);
 	if (probed->answered && call->error.sqlstate == 0)
 		say(result, "authorization", true, "Omni accepts the API key");
 	else if (probed->answered)
@@ -168,8 +170,10 @@ check_connection(ReturnSetInfo *result, const OmniCall *call)
 	if (probed->rate_limit == 0)
 		say(result, "rate limit", true, "none");
 	else
-		say(result, "rate limit", probed->rate_left > 0, "%d of %d requests a minute are left%s", probed->rate_left,
-			probed->rate_limit, probed->rate_left > 0 ? "" : "; wait for a minute, or let fewer requests use this key");
+		say(result, "rate limit", probed->rate_left > 0, probed->rate_left > 0 ?
+			"%d of %d requests a minute are left" :
+			"%d of %d requests a minute are left; wait for a minute, or let fewer requests use this key",
+			probed->rate_left, probed->rate_limit);
 }
 
 static void

@@ -27,6 +27,8 @@
 #include "utils/resowner.h"
 #include "utils/wait_event.h"
 
+#include "omni_refresh.h"
+
 #if PG_VERSION_NUM < 150000
 #error "omni_refresh needs PostgreSQL 15 or newer"
 #endif
@@ -104,29 +106,18 @@ init_range_table_compat(EState *estate, RangeTblEntry *rte, Bitmapset *updated)
 #define BGWORKER_INTERRUPTIBLE 0
 #endif
 
-/* 19 names a tranche when it allocates the id; in older releases each process must do so */
-static inline int
-LWLockNewTrancheId_compat(const char *name)
-{
+/* 19 names a tranche when it allocates the id */
 #if PG_VERSION_NUM < 190000
-	return LWLockNewTrancheId();
-#else
-	return LWLockNewTrancheId(name);
+#define LWLockNewTrancheId(name) ((void) (name), LWLockNewTrancheId())
 #endif
-}
-
-static inline void
-LWLockRegisterTranche_compat(int tranche_id, const char *name)
-{
-#if PG_VERSION_NUM < 190000
-	LWLockRegisterTranche(tranche_id, name);
-#endif
-}
 
 /*
  * Return the address of a named piece of shared memory; the first process that asks
- * allocates and initializes it.  17 added a registry for this.  In older releases, take it
- * from the spare part of the main segment, as pg_prewarm did.  May raise an error.
+ * allocates and initializes it.  It must begin with an LWLock, whose tranche gets the name
+ * of the extension.  May raise an error.
+ *
+ * 17 added a registry for this.  In older releases, take the memory from the spare part of
+ * the main segment, as pg_prewarm did.  Before 19, each process must name the tranche.
  */
 #if PG_VERSION_NUM >= 170000
 #include "storage/dsm_registry.h"
@@ -142,22 +133,24 @@ static inline void *
 shared_memory_compat(const char *name, Size size,
 					 void (*init) (OMNI_SHARED_INIT_ARGS))
 {
+	void	   *shared;
 	bool		found;
 
 #if PG_VERSION_NUM < 170000
-	void	   *shared;
-
 	LWLockAcquire(AddinShmemInitLock, LW_EXCLUSIVE);
 	shared = ShmemInitStruct(name, size, &found);
 	if (!found)
 		init(shared);
 	LWLockRelease(AddinShmemInitLock);
-	return shared;
 #elif PG_VERSION_NUM < 190000
-	return GetNamedDSMSegment(name, size, init, &found);
+	shared = GetNamedDSMSegment(name, size, init, &found);
 #else
-	return GetNamedDSMSegment(name, size, init, &found, NULL);
+	shared = GetNamedDSMSegment(name, size, init, &found, NULL);
 #endif
+#if PG_VERSION_NUM < 190000
+	LWLockRegisterTranche(((LWLock *) shared)->tranche, OMNI_EXTENSION);
+#endif
+	return shared;
 }
 
 /* libcurl 7.85 replaced the bit mask of protocols by a string */

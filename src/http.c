@@ -85,18 +85,28 @@ typedef struct Connection
 	int			transfers;		/* number of transfers that use it now */
 } Connection;
 
-static CURLM *multi = NULL;
-static int64 timer = -1;		/* when libcurl wants to be called, in ms by
+/* The state of libcurl and of the event loop.  The arrays are malloc'd. */
+typedef struct EventLoop
+{
+	CURLM	   *multi;			/* NULL until the first request */
+	int64		timer;			/* when libcurl wants to be called, in ms by
 								 * omni_clock(); -1: never */
-static Watch *watches = NULL;	/* malloc'd */
-static int	nwatches = 0;
-static int	watches_capacity = 0;
-static bool watches_changed = false;
-static Connection *connections = NULL;	/* malloc'd */
-static int	nconnections = 0;
-static int	connections_capacity = 0;
-static uint64 last_connection = 0;	/* the highest number given */
-static WaitEventSet *wait_set = NULL;	/* the latch and the watches */
+
+	/* the sockets to wait for */
+	Watch	   *watches;
+	int			nwatches;
+	int			watches_capacity;
+	bool		watches_changed;	/* since wait_set was made */
+	WaitEventSet *wait_set;		/* the latch and the watches */
+
+	/* the connections that are open */
+	Connection *connections;
+	int			nconnections;
+	int			connections_capacity;
+	uint64		last_connection;	/* the highest number given */
+} EventLoop;
+
+static EventLoop loop = {.timer = -1};
 
 static void start_libcurl(void);
 static void add_header(Transfer *transfer, const char *header);
@@ -185,7 +195,8 @@ omni_http_start(const OmniHttpRequest *request)
 	add_header(transfer, authorization);
 	explicit_bzero(authorization, strlen(authorization));
 	add_header(transfer, "Accept: application/json");
-	add_header(transfer, request->body != NULL ? "Content-Type: application/json" : "Content-Type:");
+	add_header(transfer,
+			   request->body != NULL ? "Content-Type: application/json" : "Content-Type:");
 	SETOPT(CURLOPT_HTTPHEADER, transfer->headers);
 	SETOPT(CURLOPT_USERAGENT, "omni_refresh/" OMNI_REFRESH_VERSION
 		   " (PostgreSQL " PG_VERSION "; libcurl " LIBCURL_VERSION ")");
@@ -202,7 +213,8 @@ omni_http_start(const OmniHttpRequest *request)
 	CHECK_EASY(curl_allow_protocols_compat(transfer->easy));
 	SETOPT(CURLOPT_FOLLOWLOCATION, 0L);
 	SETOPT(CURLOPT_PROXY, request->proxy != NULL ? request->proxy : "");
-	transfer->socks_proxy = request->proxy != NULL && pg_strncasecmp(request->proxy, "socks", 5) == 0;
+	transfer->socks_proxy = request->proxy != NULL &&
+		pg_strncasecmp(request->proxy, "socks", 5) == 0;
 	transfer->http_proxy = request->proxy != NULL && !transfer->socks_proxy;
 	SETOPT(CURLOPT_NOPROXY, "");
 	SETOPT(CURLOPT_HEADEROPT, (long) CURLHEADER_SEPARATE);
@@ -236,8 +248,8 @@ omni_http_start(const OmniHttpRequest *request)
 	transfer->arg = request->arg;
 	CHECK_EASY(curl_before_request_compat(transfer->easy, allow_request, transfer));
 
-	CHECK_MULTI(curl_multi_add_handle(multi, transfer->easy));
-	timer = -1;
+	CHECK_MULTI(curl_multi_add_handle(loop.multi, transfer->easy));
+	loop.timer = -1;
 	drive(CURL_SOCKET_TIMEOUT, 0);
 	collect_done();
 	return &transfer->public;
@@ -254,17 +266,17 @@ omni_http_wait(long timeout, uint32 wait_event)
 	WaitEvent	events[16];
 	int			nevents;
 
-	if (timer >= 0)
+	if (loop.timer >= 0)
 	{
-		long		until_timer = Max(timer - omni_clock() / 1000, 0);
+		long		until_timer = Max(loop.timer - omni_clock() / 1000, 0);
 
 		if (timeout < 0 || until_timer < timeout)
 			timeout = until_timer;
 	}
 
-	if (wait_set == NULL || watches_changed)
+	if (loop.wait_set == NULL || loop.watches_changed)
 		make_wait_set();
-	nevents = WaitEventSetWait(wait_set, timeout, events, lengthof(events), wait_event);
+	nevents = WaitEventSetWait(loop.wait_set, timeout, events, lengthof(events), wait_event);
 
 	for (int i = 0; i < nevents; i++)
 	{
@@ -282,12 +294,12 @@ omni_http_wait(long timeout, uint32 wait_event)
 		drive(events[i].fd, mask);
 	}
 
-	if (timer >= 0 && timer <= omni_clock() / 1000)
+	if (loop.timer >= 0 && loop.timer <= omni_clock() / 1000)
 	{
-		timer = -1;
+		loop.timer = -1;
 		drive(CURL_SOCKET_TIMEOUT, 0);
 	}
-	if (multi != NULL)
+	if (loop.multi != NULL)
 		collect_done();
 }
 
@@ -298,18 +310,18 @@ omni_http_wait(long timeout, uint32 wait_event)
 static void
 start_libcurl(void)
 {
-	if (multi != NULL)
+	if (loop.multi != NULL)
 		return;
 
 	CHECK_EASY(curl_global_init(CURL_GLOBAL_DEFAULT));
-	multi = curl_multi_init();
-	if (multi == NULL)
+	loop.multi = curl_multi_init();
+	if (loop.multi == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_OUT_OF_MEMORY),
 				 errmsg("out of memory")));
-	CHECK_MULTI(curl_multi_setopt(multi, CURLMOPT_SOCKETFUNCTION, note_socket));
-	CHECK_MULTI(curl_multi_setopt(multi, CURLMOPT_TIMERFUNCTION, note_timer));
-	CHECK_MULTI(curl_multi_setopt(multi, CURLMOPT_MAXCONNECTS, (long) MAX_CONNECTIONS));
+	CHECK_MULTI(curl_multi_setopt(loop.multi, CURLMOPT_SOCKETFUNCTION, note_socket));
+	CHECK_MULTI(curl_multi_setopt(loop.multi, CURLMOPT_TIMERFUNCTION, note_timer));
+	CHECK_MULTI(curl_multi_setopt(loop.multi, CURLMOPT_MAXCONNECTS, (long) MAX_CONNECTIONS));
 }
 
 static void
@@ -333,7 +345,7 @@ release_transfer(void *arg)
 	leave_connection(transfer);
 	if (transfer->easy != NULL)
 	{
-		curl_multi_remove_handle(multi, transfer->easy);
+		curl_multi_remove_handle(loop.multi, transfer->easy);
 		curl_easy_cleanup(transfer->easy);
 	}
 	for (struct curl_slist *header = transfer->headers; header != NULL; header = header->next)
@@ -348,31 +360,31 @@ note_socket(CURL *easy, curl_socket_t socket, int what, void *arg, void *socket_
 {
 	int			i = 0;
 
-	while (i < nwatches && watches[i].socket != socket)
+	while (i < loop.nwatches && loop.watches[i].socket != socket)
 		i++;
 
-	watches_changed = true;
+	loop.watches_changed = true;
 	if (what == CURL_POLL_REMOVE)
 	{
-		if (i < nwatches)
-			watches[i] = watches[--nwatches];
+		if (i < loop.nwatches)
+			loop.watches[i] = loop.watches[--loop.nwatches];
 		return 0;
 	}
 
-	if (i == watches_capacity)
+	if (i == loop.watches_capacity)
 	{
-		int			capacity = 2 * watches_capacity + 8;
-		Watch	   *larger = realloc(watches, capacity * sizeof(Watch));
+		int			capacity = 2 * loop.watches_capacity + 8;
+		Watch	   *larger = realloc(loop.watches, capacity * sizeof(Watch));
 
 		if (larger == NULL)
 			return -1;
-		watches = larger;
-		watches_capacity = capacity;
+		loop.watches = larger;
+		loop.watches_capacity = capacity;
 	}
-	if (i == nwatches)
-		nwatches++;
-	watches[i].socket = socket;
-	watches[i].events = ((what & CURL_POLL_IN) ? WL_SOCKET_READABLE : 0) |
+	if (i == loop.nwatches)
+		loop.nwatches++;
+	loop.watches[i].socket = socket;
+	loop.watches[i].events = ((what & CURL_POLL_IN) ? WL_SOCKET_READABLE : 0) |
 		((what & CURL_POLL_OUT) ? WL_SOCKET_WRITEABLE : 0);
 	return 0;
 }
@@ -383,19 +395,19 @@ note_open(void *arg, curl_socket_t socket, curlsocktype purpose)
 {
 	Connection *connection;
 
-	if (nconnections == connections_capacity)
+	if (loop.nconnections == loop.connections_capacity)
 	{
-		int			capacity = 2 * connections_capacity + 8;
-		Connection *larger = realloc(connections, capacity * sizeof(Connection));
+		int			capacity = 2 * loop.connections_capacity + 8;
+		Connection *larger = realloc(loop.connections, capacity * sizeof(Connection));
 
 		if (larger == NULL)
 			return CURL_SOCKOPT_ERROR;
-		connections = larger;
-		connections_capacity = capacity;
+		loop.connections = larger;
+		loop.connections_capacity = capacity;
 	}
-	connection = &connections[nconnections++];
+	connection = &loop.connections[loop.nconnections++];
 	memset(connection, 0, sizeof(Connection));
-	connection->number = ++last_connection;
+	connection->number = ++loop.last_connection;
 	connection->socket = socket;
 	return CURL_SOCKOPT_OK;
 }
@@ -404,11 +416,11 @@ note_open(void *arg, curl_socket_t socket, curlsocktype purpose)
 static int
 note_close(void *arg, curl_socket_t socket)
 {
-	for (int i = 0; i < nconnections; i++)
+	for (int i = 0; i < loop.nconnections; i++)
 	{
-		if (connections[i].socket == socket)
+		if (loop.connections[i].socket == socket)
 		{
-			connections[i] = connections[--nconnections];
+			loop.connections[i] = loop.connections[--loop.nconnections];
 			break;
 		}
 	}
@@ -425,17 +437,17 @@ find_connection(const char *host, const char *local_host, int port, int local_po
 {
 	if (host == NULL || local_host == NULL)
 		return NULL;
-	for (int i = 0; i < nconnections; i++)
+	for (int i = 0; i < loop.nconnections; i++)
 	{
-		Connection *connection = &connections[i];
+		Connection *connection = &loop.connections[i];
 
 		if (connection->used && connection->port == port && connection->local_port == local_port &&
 			strcmp(connection->host, host) == 0 && strcmp(connection->local_host, local_host) == 0)
 			return connection;
 	}
-	for (int i = 0; i < nconnections; i++)
+	for (int i = 0; i < loop.nconnections; i++)
 	{
-		Connection *connection = &connections[i];
+		Connection *connection = &loop.connections[i];
 
 		if (!connection->used && is_bound_to(connection->socket, local_host, local_port))
 		{
@@ -494,10 +506,10 @@ has_ended(curl_socket_t socket)
 static void
 leave_connection(Transfer *transfer)
 {
-	for (int i = 0; i < nconnections; i++)
+	for (int i = 0; i < loop.nconnections; i++)
 	{
-		if (connections[i].number == transfer->connection)
-			connections[i].transfers--;
+		if (loop.connections[i].number == transfer->connection)
+			loop.connections[i].transfers--;
 	}
 	transfer->connection = 0;
 }
@@ -537,7 +549,7 @@ allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 static int
 note_timer(CURLM *unused, long timeout, void *arg)
 {
-	timer = timeout < 0 ? -1 : omni_clock() / 1000 + timeout;
+	loop.timer = timeout < 0 ? -1 : omni_clock() / 1000 + timeout;
 	return 0;
 }
 
@@ -599,7 +611,7 @@ drive(curl_socket_t socket, int mask)
 
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, &old);
-	(void) curl_multi_socket_action(multi, socket, mask, &running);
+	(void) curl_multi_socket_action(loop.multi, socket, mask, &running);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 }
 
@@ -609,7 +621,7 @@ collect_done(void)
 	CURLMsg    *message;
 	int			left;
 
-	while ((message = curl_multi_info_read(multi, &left)) != NULL)
+	while ((message = curl_multi_info_read(loop.multi, &left)) != NULL)
 	{
 		Transfer   *transfer;
 		CURLcode	code = message->data.result;
@@ -619,7 +631,7 @@ collect_done(void)
 		if (transfer->stale && start_over(transfer))
 			continue;
 		fill_answer(transfer, code);
-		curl_multi_remove_handle(multi, transfer->easy);
+		curl_multi_remove_handle(loop.multi, transfer->easy);
 		transfer->public.done = true;
 	}
 }
@@ -628,12 +640,12 @@ collect_done(void)
 static bool
 start_over(Transfer *transfer)
 {
-	curl_multi_remove_handle(multi, transfer->easy);
+	curl_multi_remove_handle(loop.multi, transfer->easy);
 	transfer->stale = false;
 	transfer->error[0] = '\0';
 	return curl_easy_setopt(transfer->easy, CURLOPT_FORBID_REUSE, 0L) == CURLE_OK &&
 		curl_easy_setopt(transfer->easy, CURLOPT_FRESH_CONNECT, 1L) == CURLE_OK &&
-		curl_multi_add_handle(multi, transfer->easy) == CURLM_OK;
+		curl_multi_add_handle(loop.multi, transfer->easy) == CURLM_OK;
 }
 
 /* Fill in the answer of a transfer that has ended. */
@@ -641,8 +653,12 @@ static void
 fill_answer(Transfer *transfer, CURLcode code)
 {
 	/* messages of OpenSSL and GnuTLS */
-	static const char *const version[] = {"protocol version", "unsupported protocol", "unsupported version", NULL};
-	static const char *const no_tls[] = {"wrong version number", "packet length too long", "unexpected TLS packet", NULL};
+	static const char *const version[] = {
+		"protocol version", "unsupported protocol", "unsupported version", NULL
+	};
+	static const char *const no_tls[] = {
+		"wrong version number", "packet length too long", "unexpected TLS packet", NULL
+	};
 	OmniAnswer *answer = &transfer->public.answer;
 	CURL	   *easy = transfer->easy;
 	long		status = 0;
@@ -778,17 +794,19 @@ phase_reached(Transfer *transfer, CURLcode code)
 static void
 make_wait_set(void)
 {
-	if (wait_set != NULL)
-		FreeWaitEventSet(wait_set);
-	wait_set = NULL;			/* in case the next line raises an error */
-	wait_set = CreateWaitEventSet(NULL, nwatches + 2);
+	if (loop.wait_set != NULL)
+		FreeWaitEventSet(loop.wait_set);
+	loop.wait_set = NULL;		/* in case the next line raises an error */
+	loop.wait_set = CreateWaitEventSet(NULL, loop.nwatches + 2);
 
-	AddWaitEventToSet(wait_set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
-	AddWaitEventToSet(wait_set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
-	for (int i = 0; i < nwatches; i++)
+	AddWaitEventToSet(loop.wait_set, WL_LATCH_SET, PGINVALID_SOCKET, MyLatch, NULL);
+	AddWaitEventToSet(loop.wait_set, WL_EXIT_ON_PM_DEATH, PGINVALID_SOCKET, NULL, NULL);
+	for (int i = 0; i < loop.nwatches; i++)
 	{
-		if (watches[i].events != 0)
-			AddWaitEventToSet(wait_set, watches[i].events, watches[i].socket, NULL, NULL);
+		Watch	   *watch = &loop.watches[i];
+
+		if (watch->events != 0)
+			AddWaitEventToSet(loop.wait_set, watch->events, watch->socket, NULL, NULL);
 	}
-	watches_changed = false;
+	loop.watches_changed = false;
 }

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * inflight.c
- *		What the worker has in flight: one list, of jobs, polls and look-ups.
+ *		The work that is in flight: one list of calls, queued jobs, polls and look-ups.
  *
  *-------------------------------------------------------------------------
  */
@@ -15,7 +15,7 @@
 
 dlist_head	omni_works = DLIST_STATIC_INIT(omni_works);
 
-/* Takes work of a kind in flight. */
+/* Put work of a kind in flight.  It lasts until omni_work_end(). */
 OmniWork *
 omni_work_begin(const OmniWorkKind *kind)
 {
@@ -32,7 +32,27 @@ omni_work_begin(const OmniWorkKind *kind)
 	return work;
 }
 
-/* Ends work, whatever has become of it; a caller without a reply learns that it was lost. */
+/*
+ * Put a queued or running job in flight, as work of a kind.  A copy of the job is made.  end
+ * is the deadline, in the time of rows.
+ */
+void
+omni_work_begin_job(const OmniWorkKind *kind, const OmniJob *job, TimestampTz end)
+{
+	OmniWork   *work = omni_work_begin(kind);
+	MemoryContext context = MemoryContextSwitchTo(work->context);
+	OmniRequest *request = &work->job.request;
+
+	work->job = *job;
+	if (request->schemas != NULL)
+		request->schemas = DatumGetArrayTypePCopy(PointerGetDatum(request->schemas));
+	if (request->tables != NULL)
+		request->tables = DatumGetArrayTypePCopy(PointerGetDatum(request->tables));
+	work->deadline = omni_clock() + (end - omni_earliest_now());
+	MemoryContextSwitchTo(context);
+}
+
+/* End work, whatever its state.  A caller without a reply learns that its call was lost. */
 void
 omni_work_end(OmniWork *work)
 {
@@ -43,7 +63,7 @@ omni_work_end(OmniWork *work)
 	MemoryContextDelete(work->context);
 }
 
-/* Forgets an attempt; its transfer ends with its memory, and the key is wiped out. */
+/* Forget an attempt: erase the key, and free the memory, with which the transfer ends. */
 void
 omni_work_forget_attempt(OmniWork *work)
 {
@@ -55,8 +75,8 @@ omni_work_forget_attempt(OmniWork *work)
 }
 
 /*
- * Sets an outcome that does not come from Omni.  If an earlier attempt may have arrived,
- * the end is unknown.
+ * Set the outcome to one that does not come from Omni.  If an earlier attempt may have
+ * reached Omni, the status becomes "unknown" instead.
  */
 void
 omni_work_conclude(OmniWork *work, const char *status, const OmniError *error)
@@ -67,7 +87,7 @@ omni_work_conclude(OmniWork *work, const char *status, const OmniError *error)
 	work->concluded = true;
 }
 
-/* Replies to the caller, if there is one, and ends the work. */
+/* Reply to the caller, if there is one, and end the work. */
 void
 omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error)
 {
@@ -77,7 +97,7 @@ omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error)
 	omni_work_end(work);
 }
 
-/* How much work of a kind is in flight for a server, or for all if that is NULL. */
+/* Count the work of a kind that is in flight for a server, or for all servers if it is NULL. */
 int
 omni_works_count(const OmniWorkKind *kind, const NameData *server)
 {
@@ -95,7 +115,28 @@ omni_works_count(const OmniWorkKind *kind, const NameData *server)
 	return n;
 }
 
-/* Whether the caller has left. */
+/* Return whether work was taken from a table in this turn of the loop, and has not begun. */
+bool
+omni_work_is_claimed(const OmniWork *work)
+{
+	return !work->kind->has_caller && work->step == NEW;
+}
+
+/* Return whether there is such work. */
+bool
+omni_works_any_claimed(void)
+{
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &omni_works)
+	{
+		if (omni_work_is_claimed(dlist_container(OmniWork, node, iter.cur)))
+			return true;
+	}
+	return false;
+}
+
+/* Return whether work is abandoned: its caller has left or no longer waits. */
 bool
 omni_work_is_abandoned(const OmniWork *work)
 {

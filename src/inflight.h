@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * inflight.h
- *		What the worker has in flight.  See inflight.c.
+ *		The work that is in flight.  See inflight.c.
  *
  *-------------------------------------------------------------------------
  */
@@ -16,7 +16,7 @@
 #include "option.h"
 #include "rate.h"
 
-/* How far a piece of work has come; see worker.c */
+/* How far work has come; see worker.c */
 typedef enum OmniStep
 {
 	NEW,
@@ -28,41 +28,42 @@ typedef enum OmniStep
 typedef struct OmniWork OmniWork;
 
 /*
- * What differs between the kinds of work: calls, queued jobs, polls and look-ups.  The
- * functions run in the transaction that begins or records an attempt, unless they say
- * otherwise; all but url and judge may be NULL.
+ * What differs between the kinds of work: calls, queued jobs, polls and look-ups.  Unless
+ * stated otherwise, the functions run in the transaction that begins or records an attempt.
+ * All but url and judge may be NULL.
  */
 typedef struct OmniWorkKind
 {
 	OmniRateClass class;
 	const char *method;			/* of HTTP */
-	bool		has_caller;		/* somebody waits, until the deadline; else it
-								 * is taken from a table, and may go back */
-	bool		has_row;		/* which is changed when an attempt begins */
-	bool		has_job;		/* which is recorded at all */
-	const char *resting;		/* status of a row to which to come back later */
-	bool		rests_quietly;	/* without an event */
+	bool		has_caller;		/* a session waits for it until its deadline;
+								 * else its job was taken from a table */
+	bool		has_row;		/* an attempt changes the row when it begins */
+	bool		has_job;		/* the outcome is recorded in a row */
+	const char *resting;		/* without has_caller: the status of the row
+								 * while it waits for the next attempt */
+	bool		rests_quietly;	/* without an event for the wait */
 
-	/* Before an attempt: may conclude the work instead. */
+	/* Prepare for an attempt; may conclude the work instead. */
 	void		(*prepare) (OmniWork *work);
-	/* The URL of the request, palloc'd. */
+	/* Return the URL of the request, palloc'd. */
 	char	   *(*url) (const OmniWork *work);
-	/* Writes that it is about to be sent; false if its row is gone. */
+	/* Record that an attempt begins.  Returns false if the row is gone. */
 	bool		(*begin) (OmniWork *work);
-	/* Writes that it must wait for the rate limit, for so many microseconds. */
+	/* Record a wait for the rate limit, in microseconds. */
 	void		(*delay) (OmniWork *work, int64 wait);
-	/* Writes an outcome without an attempt. */
+	/* Record an outcome without an attempt. */
 	void		(*refuse) (OmniWork *work);
-	/* After the commit: it is about to be sent. */
+	/* An attempt has begun; called after the commit. */
 	void		(*begun) (OmniWork *work);
-	/* Decides what an answer means. */
+	/* Decide what an answer means, and set the outcome. */
 	void		(*judge) (OmniWork *work, const OmniAnswer *answer);
 } OmniWorkKind;
 
-/* A job, a poll of one, or a look-up, in the worker's hands */
+/* A job, a poll of one, or a look-up that is in flight */
 struct OmniWork
 {
-	dlist_node	node;
+	dlist_node	node;			/* in omni_works */
 	const OmniWorkKind *kind;
 	MemoryContext context;		/* holds all of this */
 	OmniJob		job;			/* of a look-up: server and role only */
@@ -72,11 +73,12 @@ struct OmniWork
 	OmniCall   *call;			/* in that segment */
 
 	/* times of omni_clock() */
-	int64		taken_at;
-	int64		deadline;		/* no attempt begins after it, but a queued
-								 * job's first */
-	int64		run_at;			/* if PENDING: the next attempt */
-	int64		write_at;		/* if ANSWERED: the next try to record it */
+	int64		taken_at;		/* when it was put in flight */
+	int64		deadline;		/* no attempt begins after it, except the
+								 * first one of a queued job */
+	int64		run_at;			/* if PENDING: of the next attempt */
+	int64		write_at;		/* if ANSWERED: of the next try to record the
+								 * outcome */
 
 	/* in this turn of the loop */
 	bool		beginning;		/* an attempt is to begin */
@@ -85,29 +87,33 @@ struct OmniWork
 
 	/* over all attempts */
 	bool		may_have_arrived;	/* one ended without an answer */
-	OmniError	best_error;		/* the error that tells most, ... */
-	int			best_weight;	/* ... and how much */
-	int			write_failures;
+	OmniError	best_error;		/* the most telling error ... */
+	int			best_weight;	/* ... and how much it tells */
+	int			write_failures; /* to record the outcome, in a row */
 
-	/* the attempt that is about to begin, or under way */
-	MemoryContext attempt;		/* holds what follows, within context */
+	/* the attempt that is about to begin, or has begun */
+	MemoryContext attempt;		/* within context; holds what follows */
 	OmniTarget	target;
-	uint64		rate_id;
+	uint64		rate_id;		/* of the API key, for rate.c */
 	char	   *url;
-	OmniTransfer *transfer;		/* NULL before it is sent */
-	int64		delayed_until;	/* by the rate limit, else 0 */
+	OmniTransfer *transfer;		/* NULL before the request is sent */
+	int64		delayed_until;	/* by the rate limit; 0 if it is not */
 	bool		concluded;		/* outcome is set */
 	OmniOutcome outcome;
 };
 
+/* All work in flight, in the order in which it was put there */
 extern dlist_head omni_works;
 
 extern OmniWork *omni_work_begin(const OmniWorkKind *kind);
+extern void omni_work_begin_job(const OmniWorkKind *kind, const OmniJob *job, TimestampTz end);
 extern void omni_work_end(OmniWork *work);
 extern void omni_work_forget_attempt(OmniWork *work);
 extern void omni_work_conclude(OmniWork *work, const char *status, const OmniError *error);
 extern void omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error);
 extern int	omni_works_count(const OmniWorkKind *kind, const NameData *server);
+extern bool omni_work_is_claimed(const OmniWork *work);
+extern bool omni_works_any_claimed(void);
 extern bool omni_work_is_abandoned(const OmniWork *work);
 
 #endif							/* OMNI_INFLIGHT_H */

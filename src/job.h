@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * job.h
- *		The two tables: jobs, the queue of them, and the event log.
+ *		Jobs, the queue and the event log: what the files of the tables' layer offer.
  *
  *-------------------------------------------------------------------------
  */
@@ -17,31 +17,33 @@
 #define OMNI_ORIGIN_ON_COMMIT	"on_commit"
 #define OMNI_ORIGIN_RETRY		"retry"
 
-/* A job, in a backend or in the worker's hands; see worker.c for its life */
+/* A job, in a backend or in the worker; src/README describes its life. */
 typedef struct OmniJob
 {
 	int64		id;				/* 0 as long as there is no row */
-	const char *origin;			/* as in the table */
-	int64		merge_key;		/* if queued: a hash of what makes jobs alike */
+	const char *origin;			/* OMNI_ORIGIN_* */
+	int64		merge_key;		/* of a queued job: a hash of the columns in
+								 * which merged jobs agree */
 	OmniRequest request;
-	int			attempts;		/* begun so far */
-	Oid			database;		/* it was asked for in; not ours: a copy */
-	TimestampTz renewed_at;		/* the newest request that it carries */
+	int			attempts;		/* how many have begun */
+	Oid			database;		/* where it was requested; if this is another
+								 * one, the row is a copy */
+	TimestampTz renewed_at;		/* time of the newest request that it carries */
 
-	/* of one that is followed */
+	/* of a running job */
 	pg_uuid_t	job_id;			/* Omni's */
 	TimestampTz sent_at;
 } OmniJob;
 
-/* What became of a row that was to be locked or changed */
+/* The result of locking or changing a row */
 typedef enum OmniRow
 {
 	OMNI_ROW_OURS,
 	OMNI_ROW_LOCKED,			/* by another session */
-	OMNI_ROW_GONE				/* deleted, or not of that status any more */
+	OMNI_ROW_GONE				/* deleted, or no longer has that status */
 } OmniRow;
 
-/* A place in the queue, which is ordered like this */
+/* A place in the queue, which is ordered by these fields */
 typedef struct OmniPlace
 {
 	Oid			role;
@@ -54,41 +56,38 @@ typedef struct OmniHead
 {
 	OmniPlace	place;
 	TimestampTz run_at;
-	bool		is_held;		/* nothing can be sent for it now */
+	bool		is_held;		/* due or not, its server or role is held */
 	bool		is_due;			/* and not held */
-	bool		has_more;		/* behind it, which are due, too */
+	bool		has_more;		/* other due jobs are behind it */
 } OmniHead;
 
-/* What cannot be sent at the moment */
+/* What is held at the moment */
 typedef struct OmniHeld
 {
-	List	   *servers;		/* names of those with enough in flight */
-	List	   *roles;			/* "role server", with the role's OID: of
-								 * those whose rate limit is reached */
+	List	   *servers;		/* names of servers with enough in flight */
+	List	   *roles;			/* throttled roles at servers, as "OID server" */
 } OmniHeld;
 
-/* A job as it stands in its table, for those who do something about it */
+/* A job as its row has it */
 typedef struct OmniJobState
 {
 	OmniJob		job;
 	char		status[16];
-	int64		merged_into;	/* 0 if it is not */
-	bool		uncommitted;	/* this transaction has written it */
+	int64		merged_into;	/* id of its carrier, or 0 */
+	bool		uncommitted;	/* this transaction has written the row */
 } OmniJobState;
 
-/* What is left to do in this database */
+/* Numbers of unfinished jobs in this database */
 typedef struct OmniJobCounts
 {
 	int64		pending;
 	int64		sending;
 	int64		running;
 	int64		stuck;			/* pending, and due for minutes */
-	int64		foreign;		/* another database's, which will be canceled */
+	int64		foreign;		/* copies of another database's jobs */
 } OmniJobCounts;
 
-/*
- * Whether this process is the background worker, where settings and search_path are ours
- */
+/* This process is the background worker, which has overridden settings and search_path. */
 extern bool omni_in_worker;
 
 /* in table.c */
@@ -130,7 +129,7 @@ extern bool omni_job_settle(const int64 *in_flight, int count);
 extern OmniHead *omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit,
 								  int due_limit, int due_limit_of_server, int *count);
 
-/* How many heads to merge at a time, at most: the rows of all are locked at once. */
+/* Merge at most this many heads at a time, since the rows of all are locked at once */
 #define OMNI_MERGE_HEADS	16
 
 extern void omni_queue_merge(OmniHead *heads, int nheads);

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * kind.c
- *		What several kinds of work do alike; the kinds themselves have a file each.
+ *		What several kinds of work have in common.  Each kind has a file, kind_*.c.
  *
  *-------------------------------------------------------------------------
  */
@@ -15,13 +15,13 @@
 #include "setting.h"
 #include "status.h"
 
-/* No attempt begins with less time than that, in ms. */
+/* Begin no attempt later than this before the deadline, in ms */
 #define SHORTEST_ATTEMPT	100
 
 
 /*
- * Decides whether there is another attempt: if it can begin before the deadline.  A queued
- * job is tried again whenever there was no answer.
+ * Decide whether to back off and try again.  Try again if the next attempt can begin before
+ * the deadline, and the outcome is retryable; a queued job also whenever no answer came.
  */
 void
 omni_kind_consider_retry(OmniWork *work)
@@ -41,7 +41,8 @@ omni_kind_consider_retry(OmniWork *work)
 	if (outcome->slow_down)
 		omni_rate_block(work->rate_id, omni_clock() + delay);
 
-	if (omni_clock() + delay < work->deadline - OMNI_MS(SHORTEST_ATTEMPT) && !omni_work_is_abandoned(work))
+	if (omni_clock() + delay < work->deadline - OMNI_MS(SHORTEST_ATTEMPT) &&
+		!omni_work_is_abandoned(work))
 	{
 		outcome->status = OMNI_NAME_PENDING;
 		outcome->again = true;
@@ -50,9 +51,9 @@ omni_kind_consider_retry(OmniWork *work)
 }
 
 /*
- * Keeps the error of the attempt that tells most about why a call fails, and has the
- * caller hear of that one: that a server answered 503, or wants a certificate, says more
- * than that the last attempt, which had only milliseconds left, has timed out.
+ * Keep the most telling error of all attempts of a call, for the caller to receive if the
+ * call fails: that Omni answered 503, or that its certificate is invalid, tells more than
+ * that the last attempt, which had a few milliseconds left, has timed out.
  */
 void
 omni_kind_keep_telling_error(OmniWork *work, const OmniAnswer *answer)
@@ -78,7 +79,7 @@ omni_kind_keep_telling_error(OmniWork *work, const OmniAnswer *answer)
 		outcome->job_error = &work->best_error;
 }
 
-/* Has an accepted job polled, if it can be and that is wanted. */
+/* Have a job polled that Omni has accepted, unless it has no id or "omni_refresh.track" is off. */
 void
 omni_kind_follow(OmniWork *work)
 {
@@ -92,7 +93,7 @@ omni_kind_follow(OmniWork *work)
 	outcome->delay = OMNI_MS(OMNI_POLL_FIRST);
 }
 
-/* What calls and queued jobs do about their rows, and where they go */
+/* The functions that calls and queued jobs have in common; see OmniWorkKind. */
 char *
 omni_kind_job_url(const OmniWork *work)
 {

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * kind_call.c
- *		Calls: requests whose sessions wait.
+ *		Calls: requests whose sessions wait for Omni's answer.
  *
  *-------------------------------------------------------------------------
  */
@@ -31,8 +31,8 @@ const OmniWorkKind omni_call_kind = {
 };
 
 /*
- * Before the first attempt.  If there is a row already, it is an earlier worker's, which
- * has ended: the request may have been sent.
+ * Before the first attempt: if the call has a job already, an earlier worker has taken the
+ * call and ended.  It may have sent the request, so conclude the call instead.
  */
 static void
 prepare(OmniWork *work)

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * kind_lookup.c
- *		Look-ups: calls that read from Omni, and have no job.
+ *		Look-ups: questions that sessions wait for, and that have no job.
  *
  *-------------------------------------------------------------------------
  */
@@ -25,7 +25,7 @@ const OmniWorkKind omni_lookup_kind = {
 	.judge = judge
 };
 
-/* What to look up is in the caller's segment. */
+/* Return the URL of what to look up, which is in the caller's segment. */
 static char *
 url(const OmniWork *work)
 {
@@ -49,13 +49,16 @@ judge(OmniWork *work, const OmniAnswer *answer)
 		omni_api_lookup_outcome(&work->job.request, work->target.key, answer, &work->outcome);
 	omni_kind_consider_retry(work);
 	if (probe)
-		work->outcome.again = false;	/* it tells about one attempt */
+		work->outcome.again = false;	/* a probe reports on one attempt */
 	else
 		omni_kind_keep_telling_error(work, answer);
 	reply(work, answer);
 }
 
-/* Writes the answer where the caller will find it, or how Omni was reached. */
+/*
+ * Write the answer into the caller's segment; for a probe, how the connection to Omni was
+ * made.
+ */
 static void
 reply(OmniWork *work, const OmniAnswer *answer)
 {

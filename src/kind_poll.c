@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * kind_poll.c
- *		Polls: questions how far a running job has come.
+ *		Polls: requests that ask Omni how far a running job has come.
  *
  *-------------------------------------------------------------------------
  */
@@ -33,7 +33,7 @@ const OmniWorkKind omni_poll_kind = {
 	.judge = judge
 };
 
-/* Omni works on the job: unless it says how that ends, nobody knows. */
+/* Omni has accepted the job, so its end is unknown unless Omni reports it. */
 static void
 prepare(OmniWork *work)
 {
@@ -57,14 +57,14 @@ judge(OmniWork *work, const OmniAnswer *answer)
 {
 	if (!omni_api_poll_outcome(&work->job.request, work->target.key, answer, &work->outcome))
 		consider_next_poll(work);
-	work->outcome.elapsed = 0;	/* that of the poll is not the job's */
+	work->outcome.elapsed = 0;	/* the poll's, not the job's */
 }
 
 /*
- * Decides what to do about a job that has not come to its end as far as Omni's answer
- * tells, if there was one.  Omni may not know a job yet that it has just accepted.  The
- * job is polled again, but not after a refusal, or after track_timeout: then nobody knows
- * its end.
+ * Decide what to do about a job that has not ended as far as is known: Omni has answered so,
+ * or not answered.  Poll it again, unless Omni has refused the poll or track_timeout is over:
+ * then its end is unknown.  Ignore a 404 shortly after Omni has accepted the job, since Omni
+ * may not know it yet.
  */
 static void
 consider_next_poll(OmniWork *work)
@@ -90,7 +90,7 @@ consider_next_poll(OmniWork *work)
 		{
 			omni_error_set(&outcome->error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
 						   "Omni has not finished the job within \"omni_refresh.track_timeout\"");
-			omni_error_hint(&outcome->error, "It may go on: look at the model in Omni.");
+			omni_error_hint(&outcome->error, "The job may go on: look at the model in Omni.");
 		}
 		return;
 	}

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * kind_queued.c
- *		Queued jobs: requests that nobody waits for.
+ *		Queued jobs: jobs that no session waits for.
  *
  *-------------------------------------------------------------------------
  */
@@ -31,6 +31,7 @@ const OmniWorkKind omni_queued_kind = {
 	.judge = judge
 };
 
+/* Find out from the events whether an earlier attempt may have reached Omni. */
 static void
 prepare(OmniWork *work)
 {

@@ -5,7 +5,7 @@
  *		database after a start of the server or a promotion, so that queued jobs are
  *		sent without a new request.
  *
- * A worker that finds nothing to do exits at once.  The launcher then sleeps for ever
+ * A worker that finds nothing to do exits at once.  The launcher then sleeps forever
  * instead of exiting: so the postmaster restarts it after the crash of a backend, which
  * ends all workers.
  *

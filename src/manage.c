@@ -57,7 +57,8 @@ omni_refresh_retry(PG_FUNCTION_ARGS)
 	OmniRequest *request = &own.job.request;
 
 	omni_job_find(id, &own, &carrier);
-	if (strcmp(carrier.status, OMNI_NAME_FAILED) != 0 && strcmp(carrier.status, OMNI_NAME_CANCELED) != 0 &&
+	if (strcmp(carrier.status, OMNI_NAME_FAILED) != 0 &&
+		strcmp(carrier.status, OMNI_NAME_CANCELED) != 0 &&
 		strcmp(carrier.status, OMNI_NAME_UNKNOWN) != 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),

@@ -109,7 +109,7 @@ text_argument(FunctionCallInfo fcinfo, int argno, const char *name)
 }
 
 /*
- * Whether a cursor was seen before.  This is Brent's algorithm: it keeps one earlier
+ * Return whether a cursor was seen before.  This is Brent's algorithm: it keeps one earlier
  * cursor only, each for twice as many steps as the one before.  It finds a cycle late, but
  * finds any, however long the cycle and the path into it are.
  */

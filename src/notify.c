@@ -28,74 +28,85 @@ typedef struct Notice
 	char		status[16];
 } Notice;
 
-static Notice *notices = NULL;
-static int	capacity = 0;
-static int	count = 0;
-static int	committed = 0;		/* how many of them, from the first, have
+/* In the worker: the notices that it has collected */
+typedef struct Collected
+{
+	Notice	   *notices;		/* in TopMemoryContext */
+	int			capacity;		/* of that array */
+	int			count;
+	int			committed;		/* how many of them, from the first, have
 								 * committed */
+} Collected;
 
-/* A notice of this transaction, in a backend */
+/* In a backend: a notice of the current transaction */
 typedef struct Queued
 {
 	Notice		notice;
 	int			level;			/* of the subtransaction, from 1 */
 } Queued;
 
+static Collected collected;
 static List *queued = NIL;		/* of Queued, in TopTransactionContext */
 
 static void queue_notice(int64 job, const char *status);
 static void at_transaction_end(XactEvent event, void *arg);
-static void at_subtransaction_end(SubXactEvent event, SubTransactionId own, SubTransactionId parent, void *arg);
+static void at_subtransaction_end(SubXactEvent event, SubTransactionId own,
+								  SubTransactionId parent, void *arg);
 static void send_notice(int64 job, const char *status);
 
 /* Discard notices of an earlier transaction that was rolled back, at the start of a new one. */
 void
 omni_notify_begin(void)
 {
-	count = committed;
+	collected.count = collected.committed;
 }
 
 /* Notify listeners of a job's status once this transaction has committed. */
 void
 omni_notify(int64 job, const char *status)
 {
+	Notice	   *notice;
+
 	if (!omni_in_worker)
 	{
 		queue_notice(job, status);
 		return;
 	}
-	if (count == capacity)
+	if (collected.count == collected.capacity)
 	{
-		capacity = 2 * capacity + 16;
-		notices = notices == NULL ? MemoryContextAlloc(TopMemoryContext, capacity * sizeof(Notice)) :
-			repalloc_huge(notices, capacity * sizeof(Notice));
+		int			capacity = 2 * collected.capacity + 16;
+		Size		size = capacity * sizeof(Notice);
+
+		collected.notices = collected.notices == NULL ?
+			MemoryContextAlloc(TopMemoryContext, size) : repalloc_huge(collected.notices, size);
+		collected.capacity = capacity;
 	}
-	notices[count].job = job;
-	strlcpy(notices[count].status, status, sizeof(notices[count].status));
-	count++;
+	notice = &collected.notices[collected.count++];
+	notice->job = job;
+	strlcpy(notice->status, status, sizeof(notice->status));
 }
 
 /* After commit: mark all notices as ready, and return whether there are any to send. */
 bool
 omni_notify_committed(void)
 {
-	committed = count;
-	return committed > 0;
+	collected.committed = collected.count;
+	return collected.committed > 0;
 }
 
 /* Send all committed notices in this transaction, which should do nothing else. */
 void
 omni_notify_send(void)
 {
-	for (int i = 0; i < committed; i++)
-		send_notice(notices[i].job, notices[i].status);
+	for (int i = 0; i < collected.committed; i++)
+		send_notice(collected.notices[i].job, collected.notices[i].status);
 }
 
 /* Discard all notices, whether they were sent or sending them failed. */
 void
 omni_notify_end(void)
 {
-	count = committed = 0;
+	collected.count = collected.committed = 0;
 }
 
 /*

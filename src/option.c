@@ -299,7 +299,9 @@ check_base_url(const char *name, const char *value)
 static void
 check_proxy(const char *name, const char *value)
 {
-	static const char *const schemes[] = {"http", "https", "socks4", "socks4a", "socks5", "socks5h"};
+	static const char *const schemes[] = {
+		"http", "https", "socks4", "socks4a", "socks5", "socks5h"
+	};
 	CURLU	   *url = parse_url(name, value);
 	char	   *scheme = url_part(url, CURLUPART_SCHEME);
 

@@ -26,7 +26,7 @@
 #include "omni_refresh.h"
 #include "rate.h"
 
-#define SHARED_NAME			"omni_refresh rates layout 3"
+#define SHARED_NAME			"omni_refresh rates layout 4"
 
 /*
  * 12 whole slices and the current one are a minute and a second or more.  The second
@@ -51,7 +51,6 @@ typedef struct Rate
 typedef struct Shared
 {
 	LWLock		lock;
-	int			tranche;
 	uint64		salt;
 	Rate		rates[MAX_KEYS];
 } Shared;
@@ -251,10 +250,8 @@ is_dispensable(const Rate *one, const Rate *other)
 static void
 attach_shared(void)
 {
-	if (shared != NULL)
-		return;
-	shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
-	LWLockRegisterTranche_compat(shared->tranche, OMNI_EXTENSION);
+	if (shared == NULL)
+		shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
 }
 
 static void
@@ -263,8 +260,7 @@ init_shared(OMNI_SHARED_INIT_ARGS)
 	Shared	   *new = memory;
 
 	memset(new, 0, sizeof(Shared));
-	new->tranche = LWLockNewTrancheId_compat(OMNI_EXTENSION);
-	LWLockInitialize(&new->lock, new->tranche);
+	LWLockInitialize(&new->lock, LWLockNewTrancheId(OMNI_EXTENSION));
 	if (!pg_strong_random(&new->salt, sizeof(new->salt)))
 		new->salt = omni_clock();
 }

@@ -108,9 +108,9 @@ call(OmniJob *job)
 	if (TransactionIdIsValid(GetTopTransactionIdIfAny()))
 		ereport(WARNING,
 				(errmsg("this transaction has made changes that Omni cannot see yet"),
-				 errhint("Commit before you call %s(), or call %s_on_commit().",
-						 job->request.kind == OMNI_KIND_CACHE ? "omni_refresh_cache" : "omni_refresh",
-						 job->request.kind == OMNI_KIND_CACHE ? "omni_refresh_cache" : "omni_refresh")));
+				 job->request.kind == OMNI_KIND_CACHE ?
+				 errhint("Commit before you call omni_refresh_cache(), or call omni_refresh_cache_on_commit().") :
+				 errhint("Commit before you call omni_refresh(), or call omni_refresh_on_commit().")));
 
 	if (omni_may_request(job, &error))
 		call_worker(job, &error);

@@ -56,7 +56,7 @@ omni_tables_require(void)
 }
 
 /*
- * Whether the requester may send requests to the job's server.  Sets *error if not.  The
+ * Return whether the requester may send requests to the job's server.  Sets *error if not.  The
  * worker checks again, with its own view of the catalogs.
  */
 bool
@@ -154,11 +154,11 @@ omni_job_find(int64 id, OmniJobState *own, OmniJobState *carrier)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("permission denied for job " INT64_FORMAT, id),
-				 errhint("It is for those who have the privileges of the role that requested it, or of the owner of the table.")));
+				 errdetail("Only roles with the privileges of the role that requested it, or of the owner of the table, may use it.")));
 }
 
 /*
- * Whether the current user has the privileges of the requester or of the table's owner.
+ * Return whether the current user has the privileges of the requester or of the table's owner.
  * Compare the name, too: the OID of a dropped role may be in use again.
  */
 static bool

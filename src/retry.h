@@ -10,13 +10,13 @@
 
 #include "c.h"
 
-/* The longest wait between two attempts that Omni has not asked for, in ms */
+/* The longest back-off unless Omni asks for a longer one, in ms */
 #define OMNI_BACKOFF_MAX	(5 * 60 * 1000)
 
-/* A job that Omni has accepted is polled for the first time after so many ms. */
+/* How long after Omni has accepted a job to poll it for the first time, in ms */
 #define OMNI_POLL_FIRST		2000
 
-/* Omni may not know a job that it has accepted less than so many ms ago. */
+/* How long after Omni has accepted a job it may not know the job yet, in ms */
 #define OMNI_POLL_EARLY		30000
 
 extern int64 omni_retry_delay(int attempts, uint32 lot, int retry_after);

@@ -1,8 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * sent.c
- *		What was sent from the queue a short while ago: requests that are alike keep
- *		min_interval.
+ *		Queued requests that were sent lately: requests that are alike must be at least
+ *		min_interval apart.
  *
  *-------------------------------------------------------------------------
  */
@@ -15,7 +15,7 @@
 #include "sent.h"
 #include "setting.h"
 
-/* When something of a merge key was sent from the queue last */
+/* When a queued job with a merge key was last sent */
 typedef struct LastSent
 {
 	int64		merge_key;		/* hash key */
@@ -27,8 +27,8 @@ static HTAB *last_sent = NULL;	/* of LastSent */
 static void remember_sent(int64 merge_key, TimestampTz sent_at);
 
 /*
- * Learns from the tables, the first time, what an earlier worker has sent.  In a
- * transaction; raises what the statements raise.
+ * The first time, read from the tables what an earlier worker has sent.  Needs a transaction
+ * that has locked the tables.  May be called any number of times.
  */
 void
 omni_sent_recall(void)
@@ -41,7 +41,7 @@ omni_sent_recall(void)
 	omni_job_recent(GetCurrentTimestamp() - OMNI_MS(omni_min_interval), remember_sent);
 }
 
-/* Something was sent by an earlier worker. */
+/* Note that an earlier worker has sent a job at a time of its row. */
 static void
 remember_sent(int64 merge_key, TimestampTz sent_at)
 {
@@ -50,7 +50,7 @@ remember_sent(int64 merge_key, TimestampTz sent_at)
 	sent->sent_at = omni_clock() - Max(GetCurrentTimestamp() - sent_at, 0);
 }
 
-/* Something of a merge key is about to be sent. */
+/* Note that a job with a merge key is about to be sent. */
 void
 omni_sent_note(int64 merge_key)
 {
@@ -60,8 +60,8 @@ omni_sent_note(int64 merge_key)
 }
 
 /*
- * How long, in microseconds, a job must wait since something alike was sent a short while
- * ago; 0 if it need not.  What has been tried before has its own time to wait for.
+ * Return how long, in microseconds, a due job must wait because a job like it was sent less
+ * than min_interval ago; 0 if it need not.  A job that was tried before backs off instead.
  */
 int64
 omni_sent_wait(const OmniJob *job)
@@ -74,7 +74,7 @@ omni_sent_wait(const OmniJob *job)
 	return sent != NULL ? Max(sent->sent_at + OMNI_MS(omni_min_interval) - omni_clock(), 0) : 0;
 }
 
-/* Drops what is older than min_interval, and delays nothing any more. */
+/* Drop entries older than min_interval, since they no longer delay any job. */
 void
 omni_sent_forget(void)
 {

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * sent.h
- *		What was sent from the queue a short while ago.  See sent.c.
+ *		Queued requests that were sent lately.  See sent.c.
  *
  *-------------------------------------------------------------------------
  */

@@ -22,7 +22,7 @@ omni_status_name(OmniStatus status)
 	return names[status];
 }
 
-/* Sets *status; returns false if no status has that name. */
+/* Find a status by its name, and set *status.  Returns false if there is none. */
 bool
 omni_status_find(const char *name, OmniStatus *status)
 {
@@ -37,7 +37,7 @@ omni_status_find(const char *name, OmniStatus *status)
 	return false;
 }
 
-/* Whether a job of that status has come to its end. */
+/* Return whether a job with a status has ended. */
 bool
 omni_status_is_final(OmniStatus status)
 {

@@ -1,18 +1,17 @@
 /*-------------------------------------------------------------------------
  *
  * table.c
- *		The two tables of the extension, and the statements that reach them.
+ *		The two tables of the extension, and how statements on them are run.
  *
- * They are reached through SPI, by statements that name the tables as the
- * catalogs say at that moment, each run as the owner of its table with no more
- * rights than that, and with a search_path of their own: who owns a table may give
- * it triggers and policies, which may then do as they like, and change settings,
- * but only until the statement ends.  The two tables may have two owners, so that no
- * statement reads both.
+ * Statements are run through SPI and name a table as the catalogs do at that moment.  Each
+ * is run with the privileges of its table's owner and no others, and with a search_path of
+ * its own, since the owner may have given the table triggers and policies.  These may do
+ * what the owner may do, and change settings, but only until the statement ends.  The two
+ * tables may have different owners, so no statement uses both.
  *
- * Only the worker writes, but for what a transaction of a user queues or cancels.
- * Unless a function says that it is for backends, it needs a transaction with an
- * active snapshot and SPI connected; all raise what the statements raise.
+ * Only the worker writes to the tables, except when a user's transaction queues or cancels
+ * a job.  The functions need a transaction with an active snapshot and SPI connected, and
+ * raise what the statements raise.
  *
  *-------------------------------------------------------------------------
  */
@@ -44,7 +43,7 @@
 #include "omni_refresh.h"
 #include "table.h"
 
-/* Bytes of an extension's version that we compare */
+/* Size of an extension's version, with its terminating NUL; longer ones are clipped */
 #define MAX_VERSION			64
 
 #define REPAIR				"Undo what ALTER TABLE has changed, or drop and create the extension."
@@ -62,58 +61,64 @@ OmniTable	omni_event_table = {
 	.name = "omni_refresh_event",.columns = event_columns,.ncolumns = lengthof(event_columns)
 };
 
-/* In the background worker settings and search_path are ours. */
 bool		omni_in_worker = false;
 
-/* The table whose statement ran last, for messages */
+/* The table of the last statement, for messages */
 static OmniTable *last_table;
 
-static bool look_at_extension(Oid *schema, char *version);
-static bool look_at_table(OmniTable *table);
+/* The version of the extension at the first call of omni_extension_is_same() */
+static char first_version[MAX_VERSION] = "";
+
+static bool find_extension(Oid *schema, char *version);
+static bool find_table(OmniTable *table);
 static bool lock_table(OmniTable *table);
+static void plan_statement(OmniStatement *statement);
 static const char *find_difference(const OmniTable *table, TupleDesc desc);
 static const char *find_nullable(const OmniTable *table, TupleDesc desc);
 static void forget_check(Datum arg, Oid relation);
 
 /*
- * Looks where the extension's tables are at this moment.  Returns false if there
- * is no such extension.  As long as the tables that it had are there, so is it.
+ * Find the tables of the extension, which may have been moved, renamed or given away.
+ * Returns false if the extension does not exist.  Do not look for it as long as the tables
+ * that it had exist: then it exists, too.
  */
 bool
 omni_tables_find(void)
 {
 	Oid			schema;
 
-	if (look_at_table(&omni_job_table) && look_at_table(&omni_event_table))
+	if (find_table(&omni_job_table) && find_table(&omni_event_table))
 		return true;
-	if (!look_at_extension(&schema, NULL))
+	if (!find_extension(&schema, NULL))
 		return false;
 	omni_job_table.oid = get_relname_relid(omni_job_table.name, schema);
 	omni_event_table.oid = get_relname_relid(omni_event_table.name, schema);
 	omni_job_table.checked = omni_event_table.checked = false;
-	return look_at_table(&omni_job_table) && look_at_table(&omni_event_table);
+	return find_table(&omni_job_table) && find_table(&omni_event_table);
 }
 
 /*
- * Whether the extension is still there, with its tables, and still of the version
- * that it had when this was asked for the first time.
+ * Return whether the extension and its tables exist, and it has the version that it had at
+ * the first call of this function.
  */
 bool
 omni_extension_is_same(void)
 {
-	static char first[MAX_VERSION] = "";
 	char		version[MAX_VERSION];
 
-	if (!omni_tables_find() || !look_at_extension(NULL, version))
+	if (!omni_tables_find() || !find_extension(NULL, version))
 		return false;
-	if (first[0] == '\0')
-		strcpy(first, version);
-	return strcmp(first, version) == 0;
+	if (first_version[0] == '\0')
+		strcpy(first_version, version);
+	return strcmp(first_version, version) == 0;
 }
 
-/* Sets *schema and *version, of MAX_VERSION bytes, unless NULL; false if there is none. */
+/*
+ * Find the extension.  Sets *schema and version, of MAX_VERSION bytes, unless these are NULL.
+ * Returns false if it does not exist.
+ */
 static bool
-look_at_extension(Oid *schema, char *version)
+find_extension(Oid *schema, char *version)
 {
 	Relation	extensions = table_open(ExtensionRelationId, AccessShareLock);
 	ScanKeyData key;
@@ -138,9 +143,9 @@ look_at_extension(Oid *schema, char *version)
 	return found;
 }
 
-/* Sets a table's owner and name; false if it does not exist (any more). */
+/* Set the owner and the qualified name of a table.  Returns false if it does not exist. */
 static bool
-look_at_table(OmniTable *table)
+find_table(OmniTable *table)
 {
 	HeapTuple	tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(table->oid));
 	Form_pg_class class;
@@ -157,8 +162,8 @@ look_at_table(OmniTable *table)
 }
 
 /*
- * Locks the tables for writing, for the rest of the transaction, if nobody holds
- * a lock against that: it never waits.  After omni_tables_find().
+ * Lock the tables for writing until the end of the transaction.  Never waits: returns false
+ * if another session holds a conflicting lock.  Call omni_tables_find() before.
  */
 bool
 omni_tables_lock(void)
@@ -167,8 +172,8 @@ omni_tables_lock(void)
 }
 
 /*
- * Locks a table and the sequence of its numbers: a session that drops the extension may
- * have locked the sequence, and wait for the table.
+ * Lock a table and the sequence of its ids: a session that drops the extension may have
+ * locked the sequence while it waits for the table.
  */
 static bool
 lock_table(OmniTable *table)
@@ -176,14 +181,16 @@ lock_table(OmniTable *table)
 	if (!ConditionalLockRelationOid(table->oid, RowExclusiveLock))
 		return false;
 	omni_check_table(table);
-	return !OidIsValid(table->sequence) || ConditionalLockRelationOid(table->sequence, RowExclusiveLock);
+	return !OidIsValid(table->sequence) ||
+		ConditionalLockRelationOid(table->sequence, RowExclusiveLock);
 }
 
-/* Changes a setting until the end of the statement. */
+/* Change a setting until the end of the statement. */
 static void
 set_locally(const char *name, const char *value)
 {
-	(void) set_config_option(name, value, PGC_SUSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	(void) set_config_option(name, value, PGC_SUSET, PGC_S_SESSION, GUC_ACTION_SAVE,
+							 true, 0, false);
 }
 
 /*
@@ -218,8 +225,8 @@ omni_as_before(const OmniOwner *before)
 }
 
 /*
- * Runs a statement as the owner of its table and returns how many rows it had,
- * for omni_value().  nulls is as in SPI_execute_plan().
+ * Run a statement as the owner of its table.  Returns the number of rows that it has
+ * returned, which omni_value() reads, or processed.  nulls is as in SPI_execute_plan().
  */
 uint64
 omni_run(OmniStatement *statement, Datum *values, const char *nulls)
@@ -230,28 +237,7 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 	last_table = statement->table;
 	omni_as_owner(statement->table, &before);
 
-	if (statement->plan == NULL ||
-		strcmp(statement->planned_for, statement->table->qualified) != 0)
-	{
-		const char *name = statement->table->qualified;
-		SPIPlanPtr	plan = SPI_prepare(psprintf(statement->text, name, name, name, name),
-									   statement->nargs, statement->argtypes);
-
-		if (plan == NULL)
-			elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
-		SPI_keepplan(plan);
-
-		/*
-		 * What a trigger has renamed the table in the middle of is still
-		 * being executed: rather lose some memory.
-		 */
-		if (statement->plan != NULL && statement->running == 0)
-			SPI_freeplan(statement->plan);
-		statement->plan = plan;
-		strlcpy(statement->planned_for, statement->table->qualified,
-				sizeof(statement->planned_for));
-	}
-
+	plan_statement(statement);
 	statement->running++;
 	PG_TRY();
 	{
@@ -270,12 +256,36 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 	return SPI_processed;
 }
 
+/* Plan a statement, unless it has a plan for the present name of its table. */
+static void
+plan_statement(OmniStatement *statement)
+{
+	const char *name = statement->table->qualified;
+	SPIPlanPtr	plan;
+
+	if (statement->plan != NULL && strcmp(statement->planned_for, name) == 0)
+		return;
+	plan = SPI_prepare(psprintf(statement->text, name, name, name, name),
+					   statement->nargs, statement->argtypes);
+	if (plan == NULL)
+		elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));
+	SPI_keepplan(plan);
+
+	/*
+	 * If a trigger of this very statement has renamed the table, the old plan
+	 * is still being executed.  Leak it then.
+	 */
+	if (statement->plan != NULL && statement->running == 0)
+		SPI_freeplan(statement->plan);
+	statement->plan = plan;
+	strlcpy(statement->planned_for, name, sizeof(statement->planned_for));
+}
+
 /*
- * Makes sure that a table is still as the extension made it, as far as we rely on that:
- * its owner may have altered it.  Columns that were added do no harm.  Raises an error
- * if one is missing or of another type.  Where one may be null now, all goes on: a row
- * that has a NULL is an error when it is read.  The worker says in the log, once, what it
- * has found.
+ * Check that a table has the columns that the statements use, since its owner may have
+ * altered it.  Raises an error if one is missing or has another type; added columns do no
+ * harm.  A column that has lost its NOT NULL raises no error here, but a null does when it is
+ * read.  The worker writes to the log once about either.
  */
 void
 omni_check_table(OmniTable *table)
@@ -311,7 +321,10 @@ omni_check_table(OmniTable *table)
 		omni_table_differs(table, difference);
 }
 
-/* Says in what a table differs from what the extension made; NULL if in nothing. */
+/*
+ * Return a sentence that says in what a table differs from the one that the extension made,
+ * or NULL if in nothing.
+ */
 static const char *
 find_difference(const OmniTable *table, TupleDesc desc)
 {
@@ -331,7 +344,7 @@ find_difference(const OmniTable *table, TupleDesc desc)
 	return NULL;
 }
 
-/* Names a column that has lost its NOT NULL, or NULL; after find_difference(). */
+/* The same for columns that have lost their NOT NULL. */
 static const char *
 find_nullable(const OmniTable *table, TupleDesc desc)
 {
@@ -346,7 +359,10 @@ find_nullable(const OmniTable *table, TupleDesc desc)
 	return NULL;
 }
 
-/* Relation cache callback: a table may have been altered, or any if relation is invalid. */
+/*
+ * Relation cache callback: check a table again, since it may have been altered; all tables if
+ * relation is invalid.
+ */
 static void
 forget_check(Datum arg, Oid relation)
 {
@@ -356,6 +372,7 @@ forget_check(Datum arg, Oid relation)
 		omni_event_table.checked = false;
 }
 
+/* Raise an error about a table that was altered. */
 void
 omni_table_differs(const OmniTable *table, const char *detail)
 {
@@ -366,7 +383,7 @@ omni_table_differs(const OmniTable *table, const char *detail)
 			 errhint(REPAIR)));
 }
 
-/* The row type of a table, copied, once it is sure to be as the extension made it. */
+/* Check the columns of a table as check_table() does, and return its row type, palloc'd. */
 TupleDesc
 omni_table_rowtype(OmniTable *table)
 {
@@ -379,9 +396,8 @@ omni_table_rowtype(OmniTable *table)
 }
 
 /*
- * Says in what one of the tables differs from what the extension made, for
- * omni_refresh_check(); false if in anything.  Does not look at a table that somebody has
- * locked.
+ * Return whether the tables are as the extension made them; if not, set *error.  For
+ * omni_refresh_check(): skip a table that another session has locked.
  */
 bool
 omni_tables_check(OmniError *error)
@@ -402,7 +418,8 @@ omni_tables_check(OmniError *error)
 		table_close(relation, AccessShareLock);
 		if (difference != NULL)
 		{
-			omni_error_set(error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, DIFFERS, tables[i]->name);
+			omni_error_set(error, ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, DIFFERS,
+						   tables[i]->name);
 			omni_error_detail(error, "%s", difference);
 			omni_error_hint(error, REPAIR);
 			return false;
@@ -412,9 +429,9 @@ omni_tables_check(OmniError *error)
 }
 
 /*
- * A value that the last statement has returned; row and column count from 0.  Raises an
- * error unless it is there, of that type and not null: somebody may have altered the
- * table since it was checked.
+ * Return a value of the last statement's result; row and column count from 0.  Raises an
+ * error if it does not exist, has another type or is null: the table may have been altered
+ * since it was checked.
  */
 Datum
 omni_value(int row, int column, Oid type)
@@ -423,22 +440,25 @@ omni_value(int row, int column, Oid type)
 	Datum		value = omni_value_or_null(row, column, type, &isnull);
 
 	if (isnull)
-		omni_table_differs(last_table, psprintf("Column %d of a statement's result is null.", column + 1));
+		omni_table_differs(last_table,
+						   psprintf("Column %d of a statement's result is null.", column + 1));
 	return value;
 }
 
-/* The same of a value that may be null. */
+/* The same for a value that may be null. */
 Datum
 omni_value_or_null(int row, int column, Oid type, bool *isnull)
 {
 	SPITupleTable *rows = SPI_tuptable;
+	Oid			found;
 
 	if (rows == NULL || row >= rows->numvals || column >= rows->tupdesc->natts)
 		omni_table_differs(last_table, "A statement has returned nothing.");
-	if (getBaseType(SPI_gettypeid(rows->tupdesc, column + 1)) != type)
-		omni_table_differs(last_table, psprintf("Column %d of a statement's result is of type %s, and should be of type %s.",
-												column + 1, format_type_be(SPI_gettypeid(rows->tupdesc, column + 1)),
-												format_type_be(type)));
+	found = getBaseType(SPI_gettypeid(rows->tupdesc, column + 1));
+	if (found != type)
+		omni_table_differs(last_table,
+						   psprintf("Column %d of a statement's result is of type %s, and should be of type %s.",
+									column + 1, format_type_be(found), format_type_be(type)));
 	return SPI_getbinval(rows->vals[row], rows->tupdesc, column + 1, isnull);
 }
 

@@ -15,7 +15,7 @@
 #include "job.h"
 #include "status.h"
 
-/* Bytes of a table's name, quoted and with its schema, behind "ONLY" */
+/* Maximum size of a table's name, quoted and with its schema, after "ONLY " */
 #define OMNI_MAX_QUALIFIED	(5 + 2 * (2 * NAMEDATALEN + 3))
 
 /* A column that the statements use */
@@ -33,14 +33,17 @@ typedef struct OmniTable
 	const char *name;
 	const OmniColumn *columns;
 	int			ncolumns;
-	AttrNumber	numbers[OMNI_MAX_COLUMNS];	/* of the columns, once it is
-											 * checked */
-	Oid			sequence;		/* of its numbers, once it is checked */
-	Oid			oid;			/* the following are set by omni_tables_find() */
+
+	/* set by omni_tables_find() */
+	Oid			oid;
 	Oid			owner;
 	char		qualified[OMNI_MAX_QUALIFIED];
-	bool		checked;		/* columns and types are unchanged */
-	bool		complained;		/* the log has been told of a change */
+
+	/* set by omni_check_table() */
+	AttrNumber	numbers[OMNI_MAX_COLUMNS];	/* of the columns */
+	Oid			sequence;		/* of the ids */
+	bool		checked;		/* the columns are as they should be */
+	bool		complained;		/* the log tells about a difference */
 } OmniTable;
 
 /* The columns of omni_refresh_job that omni_job_decode() reads: name, type, whether NOT NULL */
@@ -125,13 +128,13 @@ enum
 typedef struct OmniStatement
 {
 	OmniTable  *table;
-	bool		read;			/* read-only, under the latest snapshot */
+	bool		read;			/* read-only, with the latest snapshot */
 	const char *text;
 	int			nargs;
 	Oid			argtypes[11];
-	SPIPlanPtr	plan;			/* for planned_for, or NULL */
-	int			running;		/* how often it is being executed */
-	char		planned_for[OMNI_MAX_QUALIFIED];
+	SPIPlanPtr	plan;			/* or NULL */
+	char		planned_for[OMNI_MAX_QUALIFIED];	/* the table's name in it */
+	int			running;		/* how many executions are under way */
 } OmniStatement;
 
 /* A line of the event log */

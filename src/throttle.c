@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * throttle.c
- *		Roles whose rate limit at a server is reached: what they have in the queue waits.
+ *		Throttled roles: their due jobs and polls are held while the rate limit of their
+ *		keys at a server is reached.
  *
  *-------------------------------------------------------------------------
  */
@@ -13,18 +14,21 @@
 #include "setting.h"
 #include "throttle.h"
 
-/* A role whose rate limit at a server leaves no room for a kind of work for a while */
+/* A role that is throttled at a server, for a kind of work */
 typedef struct Throttled
 {
 	NameData	server;
 	Oid			role;
 	const OmniWorkKind *kind;
-	int64		until;
+	int64		until;			/* by omni_clock() */
 } Throttled;
 
 static List *throttled = NIL;	/* of Throttled, in TopMemoryContext */
 
-/* Lets what a role has for a server wait, of the same kind. */
+/*
+ * Throttle the role and server of some work until a time of omni_clock(), for all work of its
+ * kind.
+ */
 void
 omni_throttle(const OmniWork *work, int64 until)
 {
@@ -39,24 +43,26 @@ omni_throttle(const OmniWork *work, int64 until)
 	MemoryContextSwitchTo(context);
 }
 
-/* Until when omni_throttle() lets something wait, or 0. */
+/* Return until when the role and server of some work are throttled, or 0. */
 int64
 omni_throttled_until(const OmniWork *work)
 {
+	const OmniRequest *request = &work->job.request;
 	ListCell   *cell;
 
 	foreach(cell, throttled)
 	{
 		Throttled  *this = lfirst(cell);
 
-		if (this->kind == work->kind && this->role == work->job.request.role && this->until > omni_clock() &&
-			strcmp(NameStr(this->server), NameStr(work->job.request.server)) == 0)
+		if (this->kind == work->kind && this->until > omni_clock() &&
+			this->role == request->role &&
+			strcmp(NameStr(this->server), NameStr(request->server)) == 0)
 			return this->until;
 	}
 	return 0;
 }
 
-/* When the first of these waits ends, or OMNI_CLOCK_NEVER. */
+/* Return when the first role is no longer throttled, or OMNI_CLOCK_NEVER. */
 int64
 omni_throttle_ends(void)
 {
@@ -69,17 +75,17 @@ omni_throttle_ends(void)
 }
 
 /*
- * Lists what cannot be sent at the moment: servers that have enough of a kind in flight, and
- * roles that are throttled.
+ * Set *held to what holds jobs of a kind at the moment: servers that have enough work of
+ * that kind in flight, and roles that are throttled.  The lists are palloc'd.
  */
 void
-omni_throttle_list(const OmniWorkKind *kind, OmniHeld *names)
+omni_throttle_list(const OmniWorkKind *kind, OmniHeld *held)
 {
 	const char *last = "";
 	ListCell   *cell;
 	dlist_iter	iter;
 
-	names->servers = names->roles = NIL;
+	held->servers = held->roles = NIL;
 	foreach(cell, throttled)
 	{
 		Throttled  *this = lfirst(cell);
@@ -90,7 +96,8 @@ omni_throttle_list(const OmniWorkKind *kind, OmniHeld *names)
 			throttled = foreach_delete_current(throttled, cell);
 		}
 		else if (this->kind == kind)
-			names->roles = lappend(names->roles, psprintf("%u %s", this->role, NameStr(this->server)));
+			held->roles = lappend(held->roles, psprintf("%u %s", this->role,
+														NameStr(this->server)));
 	}
 	dlist_foreach(iter, &omni_works)
 	{
@@ -101,7 +108,7 @@ omni_throttle_list(const OmniWorkKind *kind, OmniHeld *names)
 			omni_works_count(kind, server) >= omni_max_in_flight)
 		{
 			last = NameStr(*server);
-			names->servers = lappend(names->servers, pstrdup(last));
+			held->servers = lappend(held->servers, pstrdup(last));
 		}
 	}
 }

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * throttle.h
- *		Roles whose rate limit is reached.  See throttle.c.
+ *		Throttled roles.  See throttle.c.
  *
  *-------------------------------------------------------------------------
  */
@@ -13,6 +13,6 @@
 extern void omni_throttle(const OmniWork *work, int64 until);
 extern int64 omni_throttled_until(const OmniWork *work);
 extern int64 omni_throttle_ends(void);
-extern void omni_throttle_list(const OmniWorkKind *kind, OmniHeld *names);
+extern void omni_throttle_list(const OmniWorkKind *kind, OmniHeld *held);
 
 #endif							/* OMNI_THROTTLE_H */

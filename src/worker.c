@@ -3,24 +3,24 @@
  * worker.c
  *		The background worker: one for each database that has something to do.
  *
- * The worker goes round one loop.  Each turn moves every piece of work in flight one step
- * further, then waits for the network, for a caller, or for a time.  dispatch.c puts queued
- * jobs and polls in flight, attempt.c carries out the steps:
+ * The worker runs one loop.  Each turn moves all work in flight one step further, then
+ * waits for the network, for a latch, or for a time.  dispatch.c puts queued jobs and polls
+ * in flight, attempt.c carries out the steps:
  *
- *	NEW			a call was taken from the ring, and has no row yet; or a queued job from
- *				the queue, where its row says "pending"
- *	PENDING		the row of a call says "pending": it waits for the rate limit, or for
- *				another attempt after one that failed
- *	SENDING		the row says "sending", committed and flushed; from here on the request
+ *	NEW			a call was taken from the ring and has no row yet; or a queued job was
+ *				taken from the queue, and its row says "pending"
+ *	PENDING		the row of a call says "pending": the call waits for the rate limit, or
+ *				backs off after an attempt that failed
+ *	SENDING		the row says "sending", committed and flushed; from now on the request
  *				may have been sent
  *	ANSWERED	there is an outcome, which is not recorded yet
  *
- * Once the outcome is recorded, a call is PENDING again, or its caller gets the reply; a
- * queued job leaves the flight, and its row may say "pending" again.
+ * Once its outcome is recorded, a call is PENDING again, or its caller gets the reply.  A
+ * queued job is no longer in flight then; its row may say "pending" again.
  *
  * Each step is a transaction of its own, and none is open while the worker waits for the
  * network.  An error ends the transaction, not the worker, and leaves the work at its
- * step.  If the worker ends, the rows say how far each job had come: the next worker
+ * step.  If the worker ends, the rows say how far each job has come, and the next worker
  * settles them.
  *
  *-------------------------------------------------------------------------
@@ -47,23 +47,34 @@
 #include "workerslot.h"
 #include "xact.h"
 
-/* All in ms */
-#define LOOK_ROUND			1000	/* between looks whether others want the
-									 * database */
-#define LOOK_AGAIN			200 /* the same, when somebody may */
+/* How often to check whether another process waits for this worker to leave, in ms */
+#define CHECK_ROUND			1000
+#define CHECK_AGAIN			200 /* if that is not certain yet */
 
-/* Finished jobs are deleted so many at a time, so many ms apart, and again later */
+/* Delete at most this many old jobs at a time, this many ms apart */
 #define PRUNE_LIMIT			200
 #define PRUNE_PAUSE			100
+
+/* When none is left, look for old jobs again after a tenth of the retention, within limits */
 #define PRUNE_ROUND			(60 * 60 * 1000)
 #define PRUNE_ROUND_MIN		1000
 
-static int64 busy_at = 0;		/* when there was something to do, or long ago */
-static int64 look_round_at = 0; /* next time, for who else wants the database */
-static int64 prune_at = 0;		/* next time */
-static int64 pruned_to = 0;		/* the job up to which all was looked at */
-static bool prune_more = false; /* there are old ones above that */
-static uint32 wait_event;
+/* The state of the loop; times by omni_clock() */
+typedef struct Worker
+{
+	uint32		wait_event;
+
+	/* when to leave */
+	int64		busy_at;		/* the last time there was any work, or 0 */
+	int64		check_at;		/* the next check whether to leave */
+
+	/* deletion of old jobs */
+	int64		prune_at;		/* the next time */
+	int64		pruned_to;		/* jobs up to this id are done */
+	bool		prune_more;		/* there may be old ones above it */
+} Worker;
+
+static Worker worker;
 
 PGDLLEXPORT void omni_refresh_worker_main(Datum main_arg);
 
@@ -72,16 +83,14 @@ static long prune(void);
 static bool prune_some(void *unused);
 static bool turn(void);
 static bool is_extension_same(void);
-static bool look_at_extension(void *same);
-static bool has_queued(void);
-static bool is_waited_for(void);
+static bool compare_extension(void *same);
+static bool has_work_for_next(void);
+static bool has_caller(void);
 static long move_on(void);
 static void take_calls(void);
 static ArrayType *copy_list(MemoryContext context, OmniCall *call, Size offset);
 
-/*
- * The entry point.  The argument is the OID of the database.
- */
+/* The entry point of the worker.  The argument is the OID of the database. */
 void
 omni_refresh_worker_main(Datum main_arg)
 {
@@ -98,7 +107,7 @@ omni_refresh_worker_main(Datum main_arg)
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(main_arg), InvalidOid, 0);
 	override_settings();
 	omni_in_worker = true;
-	wait_event = WaitEventExtensionNew("OmniRefreshWorker");
+	worker.wait_event = WaitEventExtensionNew("OmniRefreshWorker");
 
 	StartTransactionCommand();
 	if (!omni_extension_is_same())
@@ -111,12 +120,12 @@ omni_refresh_worker_main(Datum main_arg)
 		omni_worker_turn_back();
 		return;
 	}
-	omni_worker_attach(has_queued);
+	omni_worker_attach(has_work_for_next);
 	omni_call_started();
 	CommitTransactionCommand();
 
 	if (!leave_at_once)
-		busy_at = omni_clock();
+		worker.busy_at = omni_clock();
 	while (!leave)
 	{
 		PG_TRY();
@@ -126,10 +135,10 @@ omni_refresh_worker_main(Datum main_arg)
 		PG_CATCH();
 		{
 			/*
-			 * Somebody canceled "our query": there is none.  Any other error
-			 * outside of omni_transact() comes of a lack of something, and
-			 * may have caught a call on its way: end, so that its caller
-			 * begins anew.
+			 * Ignore pg_cancel_backend(): no query is running.  Any other
+			 * error outside omni_transact() means that some resource is
+			 * lacking, and may have left a call half taken: end, so that its
+			 * caller hands it over to the next worker.
 			 */
 			if (geterrcode() != ERRCODE_QUERY_CANCELED)
 				PG_RE_THROW();
@@ -142,8 +151,8 @@ omni_refresh_worker_main(Datum main_arg)
 }
 
 /*
- * What ALTER DATABASE and ALTER ROLE set is meant for others; autovacuum does the
- * same.
+ * Override settings that ALTER DATABASE or ALTER ROLE may have changed for sessions.
+ * Autovacuum does the same.
  */
 static void
 override_settings(void)
@@ -163,7 +172,7 @@ override_settings(void)
 		{"lock_timeout", "5s"},
 		{"jit", "off"},
 
-		/* plans that were made for empty tables must do for full ones */
+		/* plans are made when tables are empty, and must suit full ones */
 		{"plan_cache_mode", "force_generic_plan"},
 		{"enable_indexscan", "on"},
 		{"enable_nestloop", "on"},
@@ -182,33 +191,39 @@ override_settings(void)
 }
 
 /*
- * Deletes some of what was finished longer ago than "omni_refresh.retention", if it is
- * time to.  Returns how long to wait for the next time, in ms.
+ * Delete a batch of the jobs that were finished longer ago than "omni_refresh.retention",
+ * if it is time to.  Returns how long to wait for the next time, in ms.
  */
 static long
 prune(void)
 {
+	int64		round;
 	OmniError	error;
 
 	if (omni_retention < 0)
-		return LOOK_ROUND;
-	if (prune_at <= omni_clock())
-	{
-		prune_more = false;
-		if (omni_transact(prune_some, NULL, false, &error) == FAILED &&
-			error.sqlstate != ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE) /* that is in the log */
-			ereport(LOG,
-					(errcode(error.sqlstate),
-					 errmsg("could not delete old jobs of omni_refresh: %s", error.message)));
-		if (!prune_more)
-			pruned_to = 0;
-		prune_at = omni_clock() +
-			OMNI_MS(prune_more ? PRUNE_PAUSE :
-					Max(Min(omni_retention * INT64CONST(60000) / 10, PRUNE_ROUND), PRUNE_ROUND_MIN));
-	}
-	return omni_clock_until(prune_at);
+		return CHECK_ROUND;
+	if (worker.prune_at > omni_clock())
+		return omni_clock_until(worker.prune_at);
+
+	worker.prune_more = false;
+
+	/*
+	 * check_table() of table.c writes to the log itself about a table that
+	 * was altered
+	 */
+	if (omni_transact(prune_some, NULL, false, &error) == FAILED &&
+		error.sqlstate != ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE)
+		ereport(LOG,
+				(errcode(error.sqlstate),
+				 errmsg("could not delete old jobs of omni_refresh: %s", error.message)));
+	if (!worker.prune_more)
+		worker.pruned_to = 0;
+	round = Max(Min(omni_retention * INT64CONST(60000) / 10, PRUNE_ROUND), PRUNE_ROUND_MIN);
+	worker.prune_at = omni_clock() + OMNI_MS(worker.prune_more ? PRUNE_PAUSE : round);
+	return omni_clock_until(worker.prune_at);
 }
 
+/* The body of the transaction.  Returns false if the tables are locked. */
 static bool
 prune_some(void *unused)
 {
@@ -218,16 +233,15 @@ prune_some(void *unused)
 		return true;
 	if (!omni_tables_lock())
 		return false;
-	prune_more = omni_job_prune(&pruned_to, before, PRUNE_LIMIT);
+	worker.prune_more = omni_job_prune(&worker.pruned_to, before, PRUNE_LIMIT);
 	return true;
 }
 
-/* One turn of the loop.  Returns false when the worker has no reason to stay. */
+/* Run one turn of the loop.  Returns false if the worker must leave. */
 static bool
 turn(void)
 {
 	long		delay;
-	int64		now;
 	bool		again;
 
 	CHECK_FOR_INTERRUPTS();
@@ -236,69 +250,72 @@ turn(void)
 		ConfigReloadPending = false;
 		ProcessConfigFile(PGC_SIGHUP);
 		omni_dispatch_reload();
-		prune_at = 0;
+		worker.prune_at = 0;
 	}
 
 	delay = move_on();
 	omni_notify_listeners();
 	delay = Min(delay, prune());
-	if (prune_more)
-		busy_at = omni_clock();
+	if (worker.prune_more)
+		worker.busy_at = omni_clock();
 	pgstat_report_stat(false);
 
 	if (dlist_is_empty(&omni_works) && !omni_dispatch_any_left())
 	{
-		long		idle_left = omni_clock_until(busy_at + OMNI_MS(omni_idle_timeout));
+		long		idle_left = omni_clock_until(worker.busy_at + OMNI_MS(omni_idle_timeout));
 
-		if (idle_left <= 0 && omni_clock() - omni_dispatch_looked_at() > OMNI_MS(LOOK_ROUND))
-			omni_dispatch_soon();	/* once more: COMMIT PREPARED wakes nobody */
+		if (idle_left <= 0 && omni_clock() - omni_dispatch_read_at() > OMNI_MS(CHECK_ROUND))
+			omni_dispatch_soon();	/* once more: COMMIT PREPARED sets no flag */
 		else if (idle_left <= 0 && omni_worker_leave_if_idle())
 			return false;
 		pgstat_report_activity(STATE_IDLE, NULL);
 		delay = Min(idle_left, delay);
 	}
-	now = omni_clock();
-	if (look_round_at <= now)
+	if (worker.check_at <= omni_clock())
 	{
 		bool		unwanted = omni_worker_is_unwanted(&again);
 
-		look_round_at = now + OMNI_MS(again ? LOOK_AGAIN : LOOK_ROUND);
-		if (!is_waited_for() && (unwanted || !is_extension_same()) && omni_worker_leave_if_idle())
+		worker.check_at = omni_clock() + OMNI_MS(again ? CHECK_AGAIN : CHECK_ROUND);
+		if (!has_caller() && (unwanted || !is_extension_same()) && omni_worker_leave_if_idle())
 			return false;
 	}
-	omni_http_wait(Min(delay, omni_clock_until(look_round_at)), wait_event);
+	omni_http_wait(Min(delay, omni_clock_until(worker.check_at)), worker.wait_event);
 	return true;
 }
 
-/* Whether the extension is the one we began with, as far as can be told. */
+/*
+ * Return whether the extension is the one that this worker began with.  True if that cannot
+ * be told at the moment.
+ */
 static bool
 is_extension_same(void)
 {
 	OmniError	error;
 	bool		same = true;
 
-	(void) omni_transact(look_at_extension, &same, false, &error);
+	(void) omni_transact(compare_extension, &same, false, &error);
 	return same;
 }
 
-/* The body of that transaction. */
+/* The body of the transaction. */
 static bool
-look_at_extension(void *same)
+compare_extension(void *same)
 {
 	*(bool *) same = omni_extension_is_same();
 	return true;
 }
 
-/* Whether there is anything that the next worker would go on with. */
+/* Return whether the next worker would have anything to do.  Raises no error. */
 static bool
-has_queued(void)
+has_work_for_next(void)
 {
-	return omni_dispatch_any_left() || omni_works_count(&omni_queued_kind, NULL) > 0 || omni_works_count(&omni_poll_kind, NULL) > 0;
+	return omni_dispatch_any_left() || omni_works_count(&omni_queued_kind, NULL) > 0 ||
+		omni_works_count(&omni_poll_kind, NULL) > 0;
 }
 
-/* Whether some caller waits for one of the jobs in flight. */
+/* Return whether the caller of any call in flight waits for it. */
 static bool
-is_waited_for(void)
+has_caller(void)
 {
 	dlist_iter	iter;
 
@@ -313,24 +330,24 @@ is_waited_for(void)
 }
 
 /*
- * Moves all jobs in flight as far as they get without waiting.  Returns how long,
- * in ms, to wait at most before the next time.
+ * Put work in flight, and move all work in flight as far as it gets without waiting.
+ * Returns how long, in ms, to wait at most before the next time.
  */
 static long
 move_on(void)
 {
 	dlist_iter	iter;
-	long		delay = LOOK_ROUND;
+	long		delay = CHECK_ROUND;
 
 	take_calls();
 	omni_dispatch_due();
 	if (omni_dispatch_any_left())
-		busy_at = omni_clock();
+		worker.busy_at = omni_clock();
 	delay = Min(delay, omni_dispatch_delay());
 	if (dlist_is_empty(&omni_works))
 		return delay;
 
-	busy_at = omni_clock();
+	worker.busy_at = omni_clock();
 	pgstat_report_activity(STATE_RUNNING, "sending refreshes to Omni");
 	if (!omni_attempts_begin())
 		delay = OMNI_LOCAL_DELAY;
@@ -350,6 +367,7 @@ move_on(void)
 	return Min(delay, omni_dispatch_delay());
 }
 
+/* Put the calls of the ring in flight. */
 static void
 take_calls(void)
 {
@@ -370,7 +388,7 @@ take_calls(void)
 	}
 }
 
-/* Copies a list that lies at an offset in a call; NULL if there is none. */
+/* Copy the list at an offset of a call.  Returns NULL if the offset is 0. */
 static ArrayType *
 copy_list(MemoryContext context, OmniCall *call, Size offset)
 {
@@ -383,4 +401,3 @@ copy_list(MemoryContext context, OmniCall *call, Size offset)
 	memcpy(copy, list, VARSIZE(list));
 	return copy;
 }
-

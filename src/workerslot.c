@@ -42,7 +42,7 @@
 #include "workerslot.h"
 
 /* Raise the number with each change of the structs below, or of OmniCall */
-#define SHARED_NAME			"omni_refresh layout 4"
+#define SHARED_NAME			"omni_refresh layout 5"
 
 /* Keep the total under 20 kB, which PostgreSQL 16 and older have to spare */
 #define MAX_DATABASES		96
@@ -83,7 +83,6 @@ typedef struct Slot
 typedef struct Shared
 {
 	LWLock		lock;			/* protects all of this */
-	int			tranche;
 	uint64		generation;		/* of the newest slot */
 	ConditionVariable room;		/* some ring was full and no longer is */
 	Slot		slots[MAX_DATABASES];
@@ -202,7 +201,7 @@ omni_worker_explain(OmniHandOver result, const OmniError *start_error, OmniError
 	{
 		omni_error_set(error, ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
 					   "too many databases use omni_refresh at once");
-		omni_error_detail(error, "There may be %d at a time.", MAX_DATABASES);
+		omni_error_detail(error, "At most %d databases can have a background worker at a time.", MAX_DATABASES);
 		omni_error_hint(error, "Try again when a worker has left; the setting \"omni_refresh.idle_timeout\" says when it does.");
 	}
 	else
@@ -320,7 +319,7 @@ start_in_slot(Oid database, int owner, const StartInfo *info, BackgroundWorkerHa
 	return HANDED_OVER;
 }
 
-/* Whether an unwatched start has taken too long.  Called with the lock held. */
+/* Return whether an unwatched start has taken too long.  Called with the lock held. */
 static bool
 start_has_failed(const Slot *slot)
 {
@@ -398,7 +397,7 @@ omni_not_in_worker(void)
 	if (has_work != NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("cannot wait for the background worker of omni_refresh within it"),
+				 errmsg("the background worker of omni_refresh cannot wait for itself"),
 				 errhint("In a trigger of its tables, call omni_refresh_on_commit().")));
 }
 
@@ -467,7 +466,7 @@ omni_worker_keep(void)
 }
 
 /*
- * Whether another process waits for this worker to leave: a worker of another version of
+ * Return whether another process waits for this worker to leave: a worker of another version of
  * the library, or a session that drops, renames or copies the database.  Sets *again if
  * that is not certain, so that the caller asks again soon.
  *
@@ -489,8 +488,8 @@ omni_worker_is_unwanted(bool *again)
 }
 
 /*
- * Whether a session holds a lock on the database that keeps new sessions out, to drop,
- * rename or copy it; sets *holder to the first such session's transaction.
+ * Return whether a session holds a lock on the database that keeps new sessions out, to
+ * drop, rename or copy it; sets *holder to the first such session's transaction.
  */
 static bool
 lock_on_database(VirtualTransactionId *holder)
@@ -594,7 +593,7 @@ report_successor(OmniHandOver result)
 				 errhint("Call omni_refresh_wake() when a background worker is available.")));
 }
 
-/* Whether a job was queued since the last call of this function. */
+/* Return whether a job was queued since the last call of this function. */
 bool
 omni_worker_take_flag(void)
 {
@@ -642,10 +641,8 @@ omni_worker_next_call(void)
 void
 omni_workerslots_attach(void)
 {
-	if (shared != NULL)
-		return;
-	shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
-	LWLockRegisterTranche_compat(shared->tranche, OMNI_EXTENSION);
+	if (shared == NULL)
+		shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
 }
 
 static void
@@ -654,8 +651,7 @@ init_shared(OMNI_SHARED_INIT_ARGS)
 	Shared	   *new = memory;
 
 	memset(new, 0, sizeof(Shared));
-	new->tranche = LWLockNewTrancheId_compat(OMNI_EXTENSION);
-	LWLockInitialize(&new->lock, new->tranche);
+	LWLockInitialize(&new->lock, LWLockNewTrancheId(OMNI_EXTENSION));
 	ConditionVariableInit(&new->room);
 }
 

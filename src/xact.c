@@ -1,10 +1,10 @@
 /*-------------------------------------------------------------------------
  *
  * xact.c
- *		A transaction of the worker's, and the notices that follow it.
+ *		The worker's transactions, and the notices that follow them.
  *
- * Nothing is open while the network is waited for.  An error ends the transaction, not
- * the worker.
+ * No transaction is open while the worker waits for the network.  An error ends the
+ * transaction, not the worker.
  *
  *-------------------------------------------------------------------------
  */
@@ -23,22 +23,23 @@
 #include "workerslot.h"
 #include "xact.h"
 
-#define STATEMENT_LIMIT		30000	/* no statement of ours takes this long */
+/* In ms; no transaction of the worker's takes this long unless something is wrong */
+#define STATEMENT_LIMIT		30000
 
-static bool to_notify = false;	/* listeners, of what is committed */
+static bool to_notify = false;	/* committed notices wait to be sent */
 
 static bool send_notices(void *unused);
 
 
 /*
- * Runs a function in a transaction, with SPI and a snapshot.  If it returns
- * false, or raises an error, what it did is rolled back; an error that comes of
- * what others are doing means NOT_NOW, too.  With flush, what it did
- * is on this server's disk afterwards; no standby is waited for, since a dead one
- * must not keep us.
+ * Run a function in a transaction, with SPI and a snapshot.  Roll back and return NOT_NOW if
+ * the function returns false or raises an error that other sessions have caused, FAILED if it
+ * raises any other error.  Sets *error if an error was raised.  With flush, what the function
+ * did is on this server's disk afterwards; do not wait for a standby, since a dead one must
+ * not block the worker.
  *
- * The setting statement_timeout does nothing in a background worker, so that the
- * timeout itself is armed.
+ * Arm the timeout itself, since the setting statement_timeout does nothing in a background
+ * worker.
  */
 OmniTransacted
 omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
@@ -88,7 +89,7 @@ omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 	return result;
 }
 
-/* Says that a lock on our tables is in the way. */
+/* Set *error to say that another session holds a lock on the tables. */
 void
 omni_error_set_locked(OmniError *error)
 {
@@ -96,7 +97,7 @@ omni_error_set_locked(OmniError *error)
 				   "another session holds a lock on the tables of omni_refresh");
 }
 
-/* Sends what is to be said about jobs whose rows say so by now. */
+/* Send the notices of transactions that have committed, in a transaction of their own. */
 void
 omni_notify_listeners(void)
 {
@@ -112,6 +113,7 @@ omni_notify_listeners(void)
 	to_notify = false;
 }
 
+/* The body of the transaction. */
 static bool
 send_notices(void *unused)
 {

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * xact.h
- *		A transaction of the worker's.  See xact.c.
+ *		The worker's transactions.  See xact.c.
  *
  *-------------------------------------------------------------------------
  */
@@ -10,15 +10,18 @@
 
 #include "error.h"
 
-/* All in ms */
-#define OMNI_LOCK_PATIENCE	5000	/* how long new calls wait for our tables */
-#define OMNI_LOCAL_DELAY	100 /* before something local is tried again ... */
-#define OMNI_LOCAL_DELAY_MAX	30000	/* ... and again and again */
+/* How long a call waits, in ms, while another session holds a lock on the tables */
+#define OMNI_LOCK_PATIENCE	5000
 
+/* How long to wait, in ms, before a transaction is tried again; doubled up to the maximum */
+#define OMNI_LOCAL_DELAY	100
+#define OMNI_LOCAL_DELAY_MAX	30000
+
+/* The result of a transaction */
 typedef enum OmniTransacted
 {
 	COMMITTED,
-	NOT_NOW,					/* somebody holds a lock on our tables */
+	NOT_NOW,					/* another session is in the way */
 	FAILED
 } OmniTransacted;
 

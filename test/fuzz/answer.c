@@ -195,7 +195,7 @@ check(int kind, const OmniAnswer *answer)
 	strcpy(request.policy, "nightly");
 	memset(&outcome, 0x7f, sizeof(outcome));
 	if (kind == FOLLOW)
-		ended = omni_api_follow_outcome(&request, KEY, answer, &outcome);
+		ended = omni_api_poll_outcome(&request, KEY, answer, &outcome);
 	else if (kind == MODELS)
 		omni_api_lookup_outcome(&request, KEY, answer, &outcome);
 	else if (kind == PROBE)

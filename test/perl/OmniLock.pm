@@ -165,7 +165,7 @@ sub says
 sub finish
 {
 	$node->stop('fast');
-	OmniLife::clean($node, 'the log is clean', qr/could not write down/, qr/could not look at the queue/, qr/terminating/,
+	OmniLife::clean($node, 'the log is clean', qr/could not record/, qr/could not read the queue/, qr/terminating/,
 		qr/the background worker ended before job/, qr/could not delete old jobs/, qr/HTTP status 401/, qr/database system was not properly shut down|interrupted/);
 	done_testing();
 	return;

@@ -126,7 +126,7 @@ foreach my $case (
 	[ 'answer', { status => 200, body => '{"status": "running"} x' }, qr/^The answer is not JSON: / ],
 	[ 'answer', { status => 200, body => '{"status": "\ud800"}' }, qr/^The answer is not JSON: / ],
 	[ 'huge', {}, 'The answer is longer than 1 MB.' ],
-	map { [ 'answer', { status => 200, body => $_ }, 'The answer is JSON, but not of the shape that Omni\'s has.' ] }
+	map { [ 'answer', { status => 200, body => $_ }, 'The answer is JSON, but does not have the expected form.' ] }
 		'[1, 2]', '"running"', 'null', '{}', '{"status": null}', '{"status": 200}', '{"status": ["running"]}',
 		'{"jobId": "00000000-0000-0000-0000-000000000000"}', '[{"status": "running"}]',
 		map { qq({"status": "running", "jobId": "$_"}) } '', 'nonsense', '0' x 32,
@@ -149,7 +149,7 @@ foreach my $status (201, 202, 204)
 {
 	$omni->reset;
 	$omni->fault('answer', status => $status, body => $status == 204 ? '' : '{"status": "running"}');
-	like(($test->failure)[0], qr/^ERROR:  08P01: .*\nDETAIL:  HTTP status $status\.$/m, "$status is not an answer of Omni's");
+	like(($test->failure)[0], qr/^ERROR:  08P01: .*\nDETAIL:  The server answered with HTTP status $status\.$/m, "$status is not an answer of Omni's");
 }
 foreach my $case (
 	[ 'redirect', { location => $omni->http . '/elsewhere?a=b' }, 'The server redirects to ' . $omni->http . '.' ],
@@ -158,7 +158,7 @@ foreach my $case (
 	[ 'redirect', { location => '/login' }, 'The server redirects to ' . $omni->https . '.' ],
 	(map { [ 'answer', { status => $_, headers => { Location => $omni->http . '/elsewhere' } },
 	   'The server redirects to ' . $omni->http . '.' ] } 302, 303, 307, 308),
-	[ 'answer', { status => 304 }, 'HTTP status 304.' ])
+	[ 'answer', { status => 304 }, 'The server answered with HTTP status 304.' ])
 {
 	my ($fault, $extras, $detail) = @$case;
 	$omni->reset;

@@ -120,7 +120,7 @@ $omni->reset;
 
 my %odd = (
 	empty => qr/not JSON: it is empty/,
-	wrong_shape => qr/not of the shape/,
+	wrong_shape => qr/does not have the expected form/,
 	truncated => qr/not JSON: /,
 	nested => qr/not JSON: it is nested more than/,
 	not_utf8 => qr/not JSON: it is not valid UTF-8/,
@@ -143,7 +143,7 @@ my %strange = (
 for my $body (sort keys %strange)
 {
 	$omni->fault('answer', status => 200, body => $body);
-	fails("$strange{$body} instead of an answer", '08P01', qr/unexpected response/, qr/shape/,
+	fails("$strange{$body} instead of an answer", '08P01', qr/unexpected response/, qr/expected form/,
 		qr/base_url/, $malformed);
 }
 $omni->fault('answer', status => 204, body => '', headers => { 'Content-Length' => undef });

@@ -168,7 +168,7 @@ with_trigger('a swallowed job', $on_job, 'RETURN NULL;', qr/^\w{5}$/, qr/trigger
 with_trigger('a changed id', $on_job, 'NEW.id := NULL; RETURN NEW;', qr/^\w{5}$/, qr/\S/);
 with_trigger('a pretended cancel', $on_job, q{RAISE 'x' USING ERRCODE = '57014';}, qr/^(?!57014)\w{5}$/, qr/\S/);
 with_trigger('an error on an outcome', 'BEFORE UPDATE ON omni_refresh_job FOR EACH ROW',
-	q{RAISE 'not on my watch';}, qr/^P0001$/, qr/could not write down the outcome.*not on my watch/);
+	q{RAISE 'not on my watch';}, qr/^P0001$/, qr/could not record the outcome.*not on my watch/);
 
 # A trigger that is deferred would be run without her rights' limits
 $node->safe_psql('postgres', 'CREATE CONSTRAINT TRIGGER deferred AFTER INSERT ON omni_refresh_job

@@ -81,7 +81,7 @@ for my $death (@deaths)
 			$blocker = OmniLife::session($node, 'postgres');
 			$blocker->query('BEGIN; LOCK TABLE omni_refresh_job IN SHARE MODE');
 			OmniLife::until_true('... is waited for', sub {
-				slurp_file($node->logfile) =~ /could not write down the outcome of job \d+(?!.*database system is)/s });
+				slurp_file($node->logfile) =~ /could not record the outcome of job \d+(?!.*database system is)/s });
 		}
 		# Outcomes are flushed by whoever comes next.
 		$node->safe_psql('postgres', 'CREATE TABLE IF NOT EXISTS flush (x int); INSERT INTO flush VALUES (1)');

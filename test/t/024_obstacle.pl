@@ -153,7 +153,7 @@ for my $timeout ('100 s', '1 s')
 		"SET omni_refresh.server = unlucky; SET omni_refresh.call_timeout = '$timeout'; $refresh;");
 	$omni->wait_for_requests(1);
 	OmniLife::until_true("the disk is full for an outcome, call_timeout = $timeout", sub {
-		(() = slurp_file($node->logfile) =~ /could not write down the outcome of job \d+, will try again: disk_full/g) >= ($timeout eq "1 s" ? 2 : 1) });
+		(() = slurp_file($node->logfile) =~ /could not record the outcome of job \d+, will try again: disk_full/g) >= ($timeout eq "1 s" ? 2 : 1) });
 	for (1 .. 5)
 	{
 		my $call = OmniFault::call($node, "$refresh;");
@@ -166,7 +166,7 @@ for my $timeout ('100 s', '1 s')
 	{
 		OmniFault::finish($unlucky);
 		is($unlucky->{sqlstate}, '53100', '... its caller is told in the end');
-		like($unlucky->{message}, qr/^could not write down the outcome of job \d+/, '... why');
+		like($unlucky->{message}, qr/^could not record the outcome of job \d+/, '... why');
 		cmp_ok($unlucky->{seconds}, '<', 3, '... in time');
 	}
 	$node->safe_psql('postgres', 'DELETE FROM disk');
@@ -177,7 +177,7 @@ for my $timeout ('100 s', '1 s')
 			FROM omni_refresh_job WHERE server = 'unlucky' ORDER BY id DESC LIMIT 1}),
 		'... and the outcome is written once there is room');
 	is(scalar(() = $omni->requests), 6, '... and nothing was sent twice');
-	is(scalar(() = slurp_file($node->logfile) =~ /could not write down the outcome of job \d+, will try again: disk_full/g),
+	is(scalar(() = slurp_file($node->logfile) =~ /could not record the outcome of job \d+, will try again: disk_full/g),
 		$timeout eq '1 s' ? 2 : 1, '... and the log has it once');
 }
 
@@ -207,7 +207,7 @@ $writer = OmniLife::session($node, 'postgres');
 $writer->query('BEGIN; LOCK TABLE omni_refresh_event IN SHARE MODE');
 my $queued = $node->safe_psql('postgres', q{SELECT id FROM omni_refresh_on_commit('} . $omni->model . q{')});
 OmniLife::until_true('a worker cannot look at the queue, and says so after a while', sub {
-		slurp_file($node->logfile) =~ /could not look at the queue of omni_refresh, will try again: another session holds a lock/ });
+		slurp_file($node->logfile) =~ /could not read the queue of omni_refresh, will try again: another session holds a lock/ });
 is($node->safe_psql('postgres', "SELECT status FROM omni_refresh_job WHERE id = $queued"), 'pending', '... the job waits');
 $writer->query('COMMIT');
 $writer->quit;
@@ -215,6 +215,6 @@ ok($node->poll_query_until('postgres', "SELECT status = 'accepted' FROM omni_ref
 	'... and goes on once the lock is gone, though nobody asks');
 
 $node->stop('fast');
-OmniLife::clean($node, 'the log is clean', qr/could not write down/, qr/could not look at the queue/, qr/server "nobody" does not exist/,
+OmniLife::clean($node, 'the log is clean', qr/could not record/, qr/could not read the queue/, qr/server "nobody" does not exist/,
 	qr/terminating background worker/, qr/the background worker ended before job/);
 done_testing();
