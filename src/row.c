@@ -86,6 +86,8 @@ omni_write_begin(OmniWrite *write, OmniTable *table, const OmniRowValues *update
 	InitResultRelInfo(write->result, write->relation, 1, NULL, 0);
 	if (!fires_triggers(write->relation))
 		write->result->ri_TrigDesc = NULL;
+	/* where ExecGetTriggerResultRel() looks */
+	write->estate->es_opened_result_relations = list_make1(write->result);
 	ExecOpenIndices(write->result, false);
 	write->old = table_slot_create(write->relation, &write->estate->es_tupleTable);
 	write->new = table_slot_create(write->relation, &write->estate->es_tupleTable);
