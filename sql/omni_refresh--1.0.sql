@@ -132,7 +132,7 @@ CREATE INDEX omni_refresh_job_queue_idx ON omni_refresh_job
 COMMENT ON INDEX omni_refresh_job_queue_idx IS 'the queue: jobs that are pending, and not of a call';
 
 /* ... and what a worker has, or had, in flight */
-CREATE INDEX omni_refresh_job_active_idx ON omni_refresh_job (run_at, id)
+CREATE INDEX omni_refresh_job_active_idx ON omni_refresh_job (requested_by_oid, server, run_at, id)
 	WHERE status OPERATOR(pg_catalog.=) ANY ('{sending, running}')
 		OR (status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.=) 'call');
 COMMENT ON INDEX omni_refresh_job_active_idx IS 'the jobs that are being carried out';

@@ -25,6 +25,7 @@
 #include "clock.h"
 #include "dispatch.h"
 #include "kind.h"
+#include "polls.h"
 #include "round.h"
 #include "sent.h"
 #include "setting.h"
@@ -80,9 +81,7 @@ static void read_queue(void);
 static void pause_reading(int64 began);
 static void give_up_reading(OmniTransacted result, const OmniError *error, int64 began);
 static bool claim(void *unused);
-static bool poll_running(bool enabled, bool *any_due, TimestampTz *next);
-static bool claim_polls(void);
-static bool is_polled(int64 id);
+static bool poll_running(bool enabled, TimestampTz *next);
 static void schedule(bool enabled, bool more, bool any_locked, TimestampTz next_due);
 static bool is_enabled(void);
 static int64 clock_of(TimestampTz when);
@@ -274,7 +273,6 @@ claim(void *unused)
 {
 	TimestampTz next_poll = DT_NOEND;
 	TimestampTz next_due = DT_NOEND;
-	bool		polls_due = false;
 	bool		any_locked = false;
 	bool		more = false;
 	bool		enabled;
@@ -287,7 +285,7 @@ claim(void *unused)
 
 	dispatch.running_left |= dispatch.for_new;
 	if (dispatch.running_left)
-		more = poll_running(enabled, &polls_due, &next_poll);
+		more = poll_running(enabled, &next_poll);
 
 	if (dispatch.for_new)
 	{
@@ -302,74 +300,22 @@ claim(void *unused)
 		dispatch.queue_left = any || dispatch.running_left ||
 			!(dispatch.settled_all || dispatch.settled_now);
 
-	schedule(enabled, more, any_locked || polls_due, Min(next_due, next_poll));
+	schedule(enabled, more, any_locked, Min(next_due, next_poll));
 	return true;
 }
 
 /*
  * Put polls in flight of running jobs that are due; or, with "omni_refresh.track" off, end
- * these jobs.  Returns whether there may be more.  Sets *any_due to whether any such job is
- * still due, because it is in flight or another session has locked its row; and *next to the
- * time when the next one will be, or to DT_NOEND.
+ * these jobs.  Returns whether there may be more.  If not, sets *next to the time when the
+ * next one will be due, or to DT_NOEND.
  */
 static bool
-poll_running(bool enabled, bool *any_due, TimestampTz *next)
+poll_running(bool enabled, TimestampTz *next)
 {
-	bool		more = false;
-
 	if (!omni_track)
-		omni_job_stop_polling();
+		dispatch.running_left = omni_job_stop_polling();
 	else if (enabled)
-		more = claim_polls();
-	dispatch.running_left = omni_job_next_running(any_due, next);
-	return more;
-}
-
-/* Put polls in flight of running jobs that are due.  Returns whether there may be more. */
-static bool
-claim_polls(void)
-{
-	int			limit = Max(omni_max_in_flight, OMNI_CLAIM_MIN) +
-	omni_works_count(&omni_poll_kind, NULL);
-	OmniHeld	held;
-	OmniJobState *jobs;
-	bool		any;
-	int			count;
-
-	do
-	{
-		any = false;
-		omni_throttle_list(&omni_poll_kind, &held);
-		jobs = omni_job_due_running(&held, limit, &count);
-		for (int i = 0; i < count; i++)
-		{
-			OmniJob    *job = &jobs[i].job;
-
-			/* a poll in flight has not changed the row of its job */
-			if (is_polled(job->id) ||
-				omni_works_count(&omni_poll_kind, &job->request.server) >= omni_max_in_flight)
-				continue;
-			omni_work_begin_job(&omni_poll_kind, job,
-								job->sent_at + omni_track_timeout * USECS_PER_SEC);
-			any = true;
-		}
-	} while (count == limit && !any);
-	return count == limit;
-}
-
-/* Return whether a poll of a job is in flight. */
-static bool
-is_polled(int64 id)
-{
-	dlist_iter	iter;
-
-	dlist_foreach(iter, &omni_works)
-	{
-		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
-
-		if (work->kind == &omni_poll_kind && work->job.id == id)
-			return true;
-	}
+		return omni_polls_claim(&dispatch.running_left, next);
 	return false;
 }
 

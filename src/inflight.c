@@ -11,6 +11,7 @@
 
 #include "clock.h"
 #include "inflight.h"
+#include "setting.h"
 #include "status.h"
 
 dlist_head	omni_works = DLIST_STATIC_INIT(omni_works);
@@ -110,6 +111,35 @@ omni_works_count(const OmniWorkKind *kind, const NameData *server)
 
 		if (work->kind == kind &&
 			(server == NULL || strcmp(NameStr(work->job.request.server), NameStr(*server)) == 0))
+			n++;
+	}
+	return n;
+}
+
+/*
+ * Return whether another piece of work of a kind, from a table, may be put in flight: all
+ * share the file descriptors of this process, so a server, a role and the whole have limits.
+ */
+bool
+omni_work_has_room(const OmniWorkKind *kind, const OmniRequest *request)
+{
+	return omni_works_count(kind, &request->server) < omni_max_in_flight &&
+		omni_works_of_role(request->role) < OMNI_MAX_OF_ROLE &&
+		omni_works_of_role(InvalidOid) < OMNI_MAX_OF_ALL;
+}
+
+/* Count the work from a table that is in flight for a role, or for all roles if it is 0. */
+int
+omni_works_of_role(Oid role)
+{
+	int			n = 0;
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &omni_works)
+	{
+		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
+
+		if (!work->kind->has_caller && (role == InvalidOid || work->job.request.role == role))
 			n++;
 	}
 	return n;

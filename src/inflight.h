@@ -9,6 +9,7 @@
 #define OMNI_INFLIGHT_H
 
 #include "lib/ilist.h"
+#include "storage/fd.h"
 
 #include "call.h"
 #include "http.h"
@@ -111,6 +112,16 @@ extern void omni_work_end(OmniWork *work);
 extern void omni_work_forget_attempt(OmniWork *work);
 extern void omni_work_conclude(OmniWork *work, const char *status, const OmniError *error);
 extern void omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error);
+
+/*
+ * How many queued jobs and polls may be in flight, each with a file descriptor: calls and the
+ * server's own files need most of them
+ */
+#define OMNI_MAX_OF_ALL		(max_safe_fds / 4)
+#define OMNI_MAX_OF_ROLE	(max_safe_fds / 16)
+
+extern bool omni_work_has_room(const OmniWorkKind *kind, const OmniRequest *request);
+extern int	omni_works_of_role(Oid role);
 extern int	omni_works_count(const OmniWorkKind *kind, const NameData *server);
 extern bool omni_work_is_claimed(const OmniWork *work);
 extern bool omni_works_any_claimed(void);

@@ -65,7 +65,9 @@ typedef struct OmniHead
 typedef struct OmniHeld
 {
 	List	   *servers;		/* names of servers with enough in flight */
-	List	   *roles;			/* throttled roles at servers, as "OID server" */
+	List	   *roles;			/* roles with enough in flight, as "OID", and
+								 * roles throttled at a server, as "OID
+								 * server" */
 } OmniHeld;
 
 /* A job as its row has it */
@@ -135,9 +137,9 @@ extern OmniHead *omni_queue_heads(const OmniPlace *place, const OmniHeld *held, 
 extern void omni_queue_merge(OmniHead *heads, int nheads);
 extern OmniJobState *omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count);
 extern void omni_queue_cancel_copies(const OmniPlace *place);
-extern OmniJobState *omni_job_due_running(const OmniHeld *held, int limit, int *count);
-extern bool omni_job_next_running(bool *any_due, TimestampTz *next);
-extern void omni_job_stop_polling(void);
+extern OmniHead *omni_running_lanes(const OmniPlace *place, int limit, int *count);
+extern OmniJobState *omni_running_due(const OmniHead *lanes, int nlanes, int limit, int *count);
+extern bool omni_job_stop_polling(void);
 extern bool omni_job_prune(int64 *after, TimestampTz before, int limit);
 extern bool omni_job_cancel(const OmniJob *job, const char *by);
 extern void omni_job_recent(TimestampTz since,

@@ -56,6 +56,9 @@
 #define DUE					"(run_at <= greatest($2, requested_at) OR run_at > $3)"
 #define DUE_NARGS			3
 
+/* Jobs that Omni works on, and that are no copies of another database's */
+#define RUNNING				"status = " OMNI_SQL(RUNNING) " AND database = $1"
+
 /* The order of the index on the queue */
 #define LANE				"requested_by_oid, server, model_id"
 
@@ -68,7 +71,7 @@
 
 static OmniStatement select_left = {
 	.table = &omni_job_table,
-	.text = "SELECT " JOB_LIST " FROM %s WHERE " LEFT_BEHIND " ORDER BY run_at, id LIMIT $3"
+	.text = "SELECT " JOB_LIST " FROM %s WHERE " LEFT_BEHIND " ORDER BY requested_by_oid, server, run_at, id LIMIT $3"
 	" FOR NO KEY UPDATE SKIP LOCKED",
 	.nargs = 3,
 	.argtypes = {OIDOID, INT8ARRAYOID, INT8OID}
@@ -107,7 +110,7 @@ static OmniStatement select_heads = {
 	"   CASE WHEN next.role = head.role AND next.server = head.server THEN due_of_server ELSE 0 END + next.is_due::int"
 	"  FROM head, LATERAL ("
 	"   SELECT role, server, model, run_at, is_due AND NOT is_held AS is_due, is_held FROM ("
-	"    SELECT *, server = ANY ($10) OR concat_ws(' ', role, server) = ANY ($11) AS is_held FROM ("
+	"    SELECT *, server = ANY ($10) OR concat_ws(' ', role, server) = ANY ($11) OR role::text = ANY ($11) AS is_held FROM ("
 	"     SELECT requested_by_oid AS role, server, model_id AS model, run_at, " DUE " AS is_due"
 	"     FROM %s AS job WHERE " QUEUED " AND (" LANE ") > (head.role, head.server,"
 	"      CASE WHEN head.is_held OR due_of_server >= $9 THEN 'ffffffff-ffff-ffff-ffff-ffffffffffff' ELSE head.model END)"
@@ -198,24 +201,48 @@ static OmniStatement look_for_jobs = {
 	.argtypes = {INT8ARRAYOID}
 };
 
-/* The running jobs to poll, except those of held servers ($4) and roles at servers ($5) */
-static OmniStatement select_due_running = {
+/*
+ * The running jobs of one role at one server are a lane.  The lanes behind a role and server
+ * ($4, $5), at most so many ($6): whether the first job is due, and when it will be.
+ */
+static OmniStatement select_lanes = {
 	.table = &omni_job_table,
-	.text = "SELECT " JOB_LIST " FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 AND (run_at <= $2 OR run_at > $3)"
-	"  AND server <> ALL ($4) AND concat_ws(' ', requested_by_oid, server) <> ALL ($5)"
-	" ORDER BY run_at, id LIMIT $6 FOR NO KEY UPDATE SKIP LOCKED",
+	.text = "WITH RECURSIVE lane (role, server, run_at, number) AS ("
+	"  SELECT $4, $5 COLLATE \"C\", $2, 0"
+	" UNION ALL"
+	"  SELECT next.role, next.server, next.run_at, number + 1 FROM lane, LATERAL ("
+	"   SELECT requested_by_oid AS role, server, run_at FROM %s"
+	"   WHERE " RUNNING " AND (requested_by_oid, server) > (lane.role, lane.server)"
+	"   ORDER BY requested_by_oid, server, run_at, id LIMIT 1) AS next"
+	"  WHERE number < $6"
+	" )"
+	" SELECT role, server, run_at, run_at <= $2 OR EXISTS (SELECT FROM %s"
+	"  WHERE " RUNNING " AND (requested_by_oid, server) = (role, lane.server) AND run_at > $3)"
+	" FROM lane WHERE number > 0 ORDER BY number",
 	.nargs = 6,
-	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TEXTARRAYOID, TEXTARRAYOID, INT8OID}
+	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDOID, TEXTOID, INT8OID}
 };
 
-/* Whether any job is running, whether any is due, and when the next one will be due */
-static OmniStatement select_next_running = {
+/* The first due running jobs of each of some lanes ($4, $5), at most so many of one ($6) */
+static OmniStatement select_due_running = {
 	.table = &omni_job_table,
-	.text = "SELECT EXISTS (SELECT FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1),"
-	"  EXISTS (SELECT FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 AND run_at <= $2),"
-	"  (SELECT run_at FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 AND run_at > $2 ORDER BY run_at LIMIT 1)",
-	.nargs = 2,
-	.argtypes = {OIDOID, TIMESTAMPTZOID}
+	.text = "SELECT job.* FROM unnest($4, $5) AS lane (role, lane_server), LATERAL ("
+	" (SELECT " JOB_LIST " FROM %s WHERE " RUNNING
+	"   AND (requested_by_oid, server) = (role, lane_server) AND run_at <= $2"
+	"  ORDER BY requested_by_oid, server, run_at, id LIMIT $6)"
+	" UNION ALL"
+	" (SELECT " JOB_LIST " FROM %s WHERE " RUNNING
+	"   AND (requested_by_oid, server) = (role, lane_server) AND run_at > $3"
+	"  ORDER BY requested_by_oid, server, run_at, id LIMIT $6)) AS job",
+	.nargs = 6,
+	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDARRAYOID, TEXTARRAYOID, INT8OID}
+};
+
+static OmniStatement any_running = {
+	.table = &omni_job_table,
+	.text = "SELECT FROM %s WHERE " RUNNING " LIMIT 1",
+	.nargs = 1,
+	.argtypes = {OIDOID}
 };
 
 static OmniStatement stop_polling = {
@@ -790,48 +817,62 @@ unite(const int64 *ids, int count, bool whole, OmniRowValues *row)
 }
 
 /*
- * Lock and return the first running jobs to poll, at most "limit", except jobs of the
- * servers and roles that *held names.  Sets *count.  The result is palloc'd.
+ * Return the lanes of running jobs behind a place, in order, at most "limit".  Their places
+ * have no model.  Sets *count.  The result is palloc'd.
  */
-OmniJobState *
-omni_job_due_running(const OmniHeld *held, int limit, int *count)
+OmniHead *
+omni_running_lanes(const OmniPlace *place, int limit, int *count)
 {
 	Datum		values[6];
+	OmniHead   *lanes;
 
 	set_due(values);
-	values[3] = text_array(held->servers);
-	values[4] = text_array(held->roles);
+	values[3] = ObjectIdGetDatum(place->role);
+	values[4] = CStringGetTextDatum(NameStr(place->server));
+	values[5] = Int64GetDatum(limit);
+	*count = omni_run(&select_lanes, values, NULL);
+	lanes = palloc0(Max(*count, 1) * sizeof(OmniHead));
+	for (int i = 0; i < *count; i++)
+	{
+		lanes[i].place.role = DatumGetObjectId(omni_value(i, 0, OIDOID));
+		lanes[i].place.server = omni_name(omni_value(i, 1, TEXTOID));
+		lanes[i].run_at = DatumGetTimestampTz(omni_value(i, 2, TIMESTAMPTZOID));
+		lanes[i].is_due = DatumGetBool(omni_value(i, 3, BOOLOID));
+	}
+	return lanes;
+}
+
+/*
+ * Return the first due running jobs of the given lanes, at most "limit" for each lane.  Sets
+ * *count.  The result is palloc'd.
+ */
+OmniJobState *
+omni_running_due(const OmniHead *lanes, int nlanes, int limit, int *count)
+{
+	Datum		values[DUE_OF_HEADS_NARGS];
+
+	*count = 0;
+	if (nlanes == 0)
+		return NULL;
+	set_due(values);
+	set_heads(values, lanes, nlanes);
 	values[5] = Int64GetDatum(limit);
 	(void) omni_run(&select_due_running, values, NULL);
 	return decode_all(count);
 }
 
 /*
- * Return whether any job is running.  Sets *any_due, and *next to the time when the next
- * job will be due, or to DT_NOEND.
+ * Finish a batch of running jobs as "accepted", without polling them any longer.  Returns
+ * whether any are left, some perhaps because another session has locked their rows.
  */
 bool
-omni_job_next_running(bool *any_due, TimestampTz *next)
-{
-	Datum		values[2] = {ObjectIdGetDatum(MyDatabaseId), TimestampTzGetDatum(omni_latest_now())};
-	bool		isnull;
-	Datum		value;
-
-	(void) omni_run(&select_next_running, values, NULL);
-	*any_due = DatumGetBool(omni_value(0, 1, BOOLOID));
-	value = omni_value_or_null(0, 2, TIMESTAMPTZOID, &isnull);
-	*next = isnull ? DT_NOEND : DatumGetTimestampTz(value);
-	return DatumGetBool(omni_value(0, 0, BOOLOID));
-}
-
-/* Finish a batch of running jobs as "accepted", without polling them any longer. */
-void
 omni_job_stop_polling(void)
 {
 	Datum		values[2] = {ObjectIdGetDatum(MyDatabaseId), Int64GetDatum(SETTLE_LIMIT)};
 
 	(void) omni_run(&stop_polling, values, NULL);
 	add_rows_events();
+	return omni_run(&any_running, values, NULL) > 0;
 }
 
 /* Delete jobs and their events, except jobs of which another session has locked a row. */

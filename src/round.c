@@ -99,6 +99,8 @@ omni_round_go_on(bool enabled, bool *any_locked)
 {
 	bool		more = false;
 
+	if (omni_works_of_role(InvalidOid) >= OMNI_MAX_OF_ALL)
+		return false;
 	if (!current.going)
 		begin_round();
 	while (current.going && take_step(enabled, &more, any_locked))
@@ -303,15 +305,15 @@ claim_jobs(const OmniJobState *jobs, int count, bool *any_locked)
 }
 
 /*
- * Put a job in flight, unless its server has enough in flight, or a request like it was sent
- * less than min_interval ago: then defer it.
+ * Put a job in flight, unless there is no room for it, or a request like it was sent less
+ * than min_interval ago: then defer it.
  */
 static void
 claim_job(const OmniJob *job)
 {
 	int64		wait;
 
-	if (omni_works_count(&omni_queued_kind, &job->request.server) >= omni_max_in_flight)
+	if (!omni_work_has_room(&omni_queued_kind, &job->request))
 		return;
 	wait = is_alike_in_flight(job) ? OMNI_MS(omni_min_interval) : omni_sent_wait(job);
 	if (wait > 0)

@@ -25,6 +25,9 @@ typedef struct Throttled
 
 static List *throttled = NIL;	/* of Throttled, in TopMemoryContext */
 
+static List *add_once(List *list, char *string);
+static bool contains(const List *list, const char *string);
+
 /*
  * Throttle the role and server of some work until a time of omni_clock(), for all work of its
  * kind.
@@ -76,12 +79,12 @@ omni_throttle_ends(void)
 
 /*
  * Set *held to what holds jobs of a kind at the moment: servers that have enough work of
- * that kind in flight, and roles that are throttled.  The lists are palloc'd.
+ * that kind in flight, and roles that are throttled or have enough in flight.  The lists are
+ * palloc'd.
  */
 void
 omni_throttle_list(const OmniWorkKind *kind, OmniHeld *held)
 {
-	const char *last = "";
 	ListCell   *cell;
 	dlist_iter	iter;
 
@@ -102,13 +105,40 @@ omni_throttle_list(const OmniWorkKind *kind, OmniHeld *held)
 	dlist_foreach(iter, &omni_works)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
-		NameData   *server = &work->job.request.server;
+		const OmniRequest *request = &work->job.request;
 
-		if (work->kind == kind && strcmp(NameStr(*server), last) != 0 &&
-			omni_works_count(kind, server) >= omni_max_in_flight)
-		{
-			last = NameStr(*server);
-			held->servers = lappend(held->servers, pstrdup(last));
-		}
+		if (!work->kind->has_caller && omni_works_of_role(request->role) >= OMNI_MAX_OF_ROLE)
+			held->roles = add_once(held->roles, psprintf("%u", request->role));
+		if (work->kind == kind && omni_works_count(kind, &request->server) >= omni_max_in_flight)
+			held->servers = add_once(held->servers, pstrdup(NameStr(request->server)));
 	}
+}
+
+/* Add a string to a list that does not contain it. */
+static List *
+add_once(List *list, char *string)
+{
+	return contains(list, string) ? list : lappend(list, string);
+}
+
+static bool
+contains(const List *list, const char *string)
+{
+	ListCell   *cell;
+
+	foreach(cell, list)
+	{
+		if (strcmp(lfirst(cell), string) == 0)
+			return true;
+	}
+	return false;
+}
+
+/* Return whether the jobs of a role at a server are held. */
+bool
+omni_is_held(const OmniHeld *held, const OmniPlace *place)
+{
+	return contains(held->servers, NameStr(place->server)) ||
+		contains(held->roles, psprintf("%u", place->role)) ||
+		contains(held->roles, psprintf("%u %s", place->role, NameStr(place->server)));
 }

@@ -14,5 +14,6 @@ extern void omni_throttle(const OmniWork *work, int64 until);
 extern int64 omni_throttled_until(const OmniWork *work);
 extern int64 omni_throttle_ends(void);
 extern void omni_throttle_list(const OmniWorkKind *kind, OmniHeld *held);
+extern bool omni_is_held(const OmniHeld *held, const OmniPlace *place);
 
 #endif							/* OMNI_THROTTLE_H */

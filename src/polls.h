@@ -1,0 +1,15 @@
+/*-------------------------------------------------------------------------
+ *
+ * polls.h
+ *		Which running jobs to poll.  See polls.c.
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef OMNI_POLLS_H
+#define OMNI_POLLS_H
+
+#include "datatype/timestamp.h"
+
+extern bool omni_polls_claim(bool *any, TimestampTz *next);
+
+#endif							/* OMNI_POLLS_H */
