@@ -301,7 +301,7 @@ def history():
     prepare('history')
     sql('TRUNCATE omni_refresh_job, omni_refresh_event')
     sql(insert_like(CALL, 'history', 'omni_refresh_job', 'at', f"""FROM (
-            SELECT now() - n * interval ''29 days'' / {bench.finished} AS at
+            SELECT now() - interval ''1 hour'' - n * interval ''29 days'' / {bench.finished} AS at
             FROM generate_series({bench.finished}, 1, -1) AS n) AS finished"""), db='history')
     for db in databases:
         make_hour(db)
