@@ -14,6 +14,9 @@
 #	make soak				random kills and faults, of calls and then of what is queued, for ten
 #							minutes each, or MINUTES=30; SEED= of a run that failed repeats its
 #							schedule
+#	make bench				measures what the README promises of speed and size; SCENARIOS="call trigger"
+#							chooses, ROUNDS=3 and SCALE=0.1 are for less, FINISHED=10000000 for more; see
+#							test/bench/README.md
 #
 # One test of each kind alone, also with installcheck; an empty list skips a kind:
 #
@@ -47,7 +50,7 @@ ENCODING = UTF8
 NO_LOCALE = 1
 
 goals := $(or $(MAKECMDGOALS),all)
-private := test fuzz soak demo check-asan check-valgrind
+private := test fuzz soak bench demo check-asan check-valgrind
 
 # libcurl. The floor is RHEL 9's; src/compat.h repeats it.
 ifneq ($(filter-out $(private) clean distclean maintainer-clean uninstall %installcheck,$(goals)),)
@@ -97,6 +100,8 @@ fuzz:
 soak:
 	@REGRESS= ISOLATION= PROVE_TESTS='test/t/04?_*.pl' PROVE_FLAGS=-v \
 		OMNI_SOAK_MINUTES='$(or $(MINUTES),10)' OMNI_SOAK_SEED='$(SEED)' test/tools/run
+bench:
+	@ROUNDS='$(ROUNDS)' SCALE='$(SCALE)' FINISHED='$(FINISHED)' test/bench/run $(SCENARIOS)
 demo:
 	@test/tools/demo
 check-asan:

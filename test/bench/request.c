@@ -1,61 +1,81 @@
 /*
- * The yardstick of the benchmark: so many POST requests over one kept-alive
- * connection, as any program with libcurl would make them.  Prints the mean
- * time of one, in microseconds.
+ * A yardstick of the benchmark: the bare request, without a database.  Each of CLIENTS threads
+ * makes COUNT requests over a connection of its own.  Prints the mean time between two requests,
+ * of all threads together, in microseconds.
  *
- *	request URL CA-FILE COUNT <KEY-FILE
+ *	request URL CA-FILE KEY COUNT CLIENTS
  */
-#include <stdio.h>
+#include <pthread.h>
 #include <stdlib.h>
-#include <string.h>
 #include <time.h>
 
-#include <curl/curl.h>
+#include "request.h"
+
+static char **arguments;
+static int	count;
+static pthread_barrier_t connected;
 
 static size_t
-ignore(char *data, size_t size, size_t count, void *arg)
+ignore(char *data, size_t size, size_t nmemb, void *arg)
 {
-	return size * count;
+	return size * nmemb;
+}
+
+static void
+request(CURL *easy)
+{
+	long		status = perform_request(easy);
+
+	if (status != 200)
+	{
+		fprintf(stderr, "HTTP status %ld\n", status);
+		exit(1);
+	}
+}
+
+static void *
+run_client(void *unused)
+{
+	CURL	   *easy = prepare_request(arguments[1], arguments[2], arguments[3], ignore, NULL);
+
+	if (easy == NULL)
+		abort();
+	request(easy);				/* opens the connection */
+	pthread_barrier_wait(&connected);
+	for (int i = 0; i < count; i++)
+		request(easy);
+	return NULL;
 }
 
 int
 main(int argc, char **argv)
 {
-	CURL	   *easy = curl_easy_init();
-	char		key[256];
-	char		header[512];
-	int			count;
 	struct timespec from;
 	struct timespec to;
+	pthread_t  *threads;
+	int			clients;
 
-	if (argc != 4 || fgets(key, sizeof(key), stdin) == NULL)
+	if (argc != 6)
 		return 2;
-	key[strcspn(key, "\n")] = '\0';
-	count = atoi(argv[3]);
+	arguments = argv;
+	count = atoi(argv[4]);
+	clients = atoi(argv[5]);
 
-	snprintf(header, sizeof(header), "Authorization: Bearer %s", key);
-	curl_easy_setopt(easy, CURLOPT_HTTPHEADER, curl_slist_append(NULL, header));
-	curl_easy_setopt(easy, CURLOPT_URL, argv[1]);
-	curl_easy_setopt(easy, CURLOPT_CAINFO, argv[2]);
-	curl_easy_setopt(easy, CURLOPT_PROXY, "");
-	curl_easy_setopt(easy, CURLOPT_POSTFIELDS, "");
-	curl_easy_setopt(easy, CURLOPT_WRITEFUNCTION, ignore);
-
-	for (int i = 0; i <= count; i++)
+	curl_global_init(CURL_GLOBAL_DEFAULT);
+	pthread_barrier_init(&connected, NULL, clients + 1);
+	threads = calloc(clients, sizeof(pthread_t));
+	for (int i = 0; i < clients; i++)
 	{
-		long		status = 0;
-
-		if (i == 1)				/* the first one opens the connection */
-			clock_gettime(CLOCK_MONOTONIC, &from);
-		curl_easy_perform(easy);
-		curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
-		if (status != 200)
-		{
-			fprintf(stderr, "HTTP status %ld\n", status);
-			return 1;
-		}
+		if (pthread_create(&threads[i], NULL, run_client, NULL) != 0)
+			abort();
 	}
+	pthread_barrier_wait(&connected);
+	clock_gettime(CLOCK_MONOTONIC, &from);
+	for (int i = 0; i < clients; i++)
+		pthread_join(threads[i], NULL);
 	clock_gettime(CLOCK_MONOTONIC, &to);
-	printf("%.0f\n", ((to.tv_sec - from.tv_sec) * 1e9 + to.tv_nsec - from.tv_nsec) / 1e3 / count);
+
+	printf("%.1f\n",
+		   ((to.tv_sec - from.tv_sec) * 1e6 + (to.tv_nsec - from.tv_nsec) / 1e3) / count / clients);
 	return 0;
 }
