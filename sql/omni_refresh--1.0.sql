@@ -263,6 +263,19 @@ CREATE FUNCTION omni_refresh_wait(
 COMMENT ON FUNCTION omni_refresh_wait(bigint, interval) IS
 	'waits until a job, or the one that carries it out, has come to its end, and returns it';
 
+/*
+ * The row is a record.  A default of the table's own row type would keep ALTER TABLE from
+ * adding columns with a default to the table.
+ */
+CREATE PROCEDURE omni_refresh_await(
+	id bigint,
+	timeout interval DEFAULT '5 min',
+	INOUT job record DEFAULT NULL)
+	AS 'MODULE_PATHNAME', 'omni_refresh_await'
+	LANGUAGE C;
+COMMENT ON PROCEDURE omni_refresh_await(bigint, interval, record) IS
+	'commits, and waits for a job as omni_refresh_wait() does, but without keeping VACUUM from removing rows';
+
 CREATE FUNCTION omni_refresh_cancel(id bigint)
 	RETURNS boolean
 	AS 'MODULE_PATHNAME', 'omni_refresh_cancel'
