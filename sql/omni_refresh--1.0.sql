@@ -31,7 +31,7 @@ CREATE FOREIGN DATA WRAPPER omni_refresh
 	NO HANDLER
 	VALIDATOR omni_refresh_validator;
 COMMENT ON FOREIGN DATA WRAPPER omni_refresh IS
-	'Omni instances (servers: base_url, ...) and their API keys (user mappings: api_key or api_key_file)';
+	'Omni instances (servers: base_url, ...) and their API keys (user mappings: api_key_file or api_key)';
 
 /*
  * The jobs.  Each statement reads the checks of its table anew from the catalog:
@@ -220,7 +220,7 @@ CREATE FUNCTION omni_refresh(
 	AS 'MODULE_PATHNAME', 'omni_refresh'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh(pg_catalog.uuid, pg_catalog.uuid, boolean, pg_catalog.text[], pg_catalog.text[]) IS
-	'asks Omni to refresh a model now, waits for its answer and returns the job';
+	'asks Omni to refresh a model now, waits for its answer and returns the job; schemas and tables are arrays, as in ''{sales}''';
 
 CREATE FUNCTION omni_refresh_on_commit(
 	model pg_catalog.uuid,
@@ -232,7 +232,7 @@ CREATE FUNCTION omni_refresh_on_commit(
 	AS 'MODULE_PATHNAME', 'omni_refresh_on_commit'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_on_commit(pg_catalog.uuid, pg_catalog.uuid, boolean, pg_catalog.text[], pg_catalog.text[]) IS
-	'queues a refresh of a model, which is sent if and when the transaction commits, and returns the job';
+	'queues a refresh of a model, which is sent if and when the transaction commits, and returns the job; schemas and tables are arrays, as in ''{sales}''';
 
 CREATE FUNCTION omni_refresh_cache(
 	model pg_catalog.uuid,

@@ -77,7 +77,8 @@ is_same(const OmniRequest *a, const OmniRequest *b)
 	return a->kind == b->kind && strcmp(NameStr(a->server), NameStr(b->server)) == 0 &&
 		memcmp(&a->model, &b->model, UUID_LEN) == 0 &&
 		a->has_branch == b->has_branch && memcmp(&a->branch, &b->branch, UUID_LEN) == 0 &&
-		a->hard == b->hard && is_same_list(a->schemas, b->schemas) && is_same_list(a->tables, b->tables) &&
+		a->hard == b->hard &&
+		is_same_list(a->schemas, b->schemas) && is_same_list(a->tables, b->tables) &&
 		strcmp(a->policy, b->policy) == 0 &&
 		a->has_reset_at == b->has_reset_at && a->reset_at == b->reset_at;
 }
