@@ -31,7 +31,7 @@ CREATE FOREIGN DATA WRAPPER omni_refresh
 	NO HANDLER
 	VALIDATOR omni_refresh_validator;
 COMMENT ON FOREIGN DATA WRAPPER omni_refresh IS
-	'Omni instances (servers: base_url, ...) and their API keys (user mappings: api_key or api_key_file)';
+	'Omni instances (servers: base_url, ...) and their API keys (user mappings: api_key_file or api_key)';
 
 /*
  * The values of some columns.  Domains check what SQL writes, at no cost for what the
@@ -253,7 +253,7 @@ CREATE FUNCTION omni_refresh(
 	AS 'MODULE_PATHNAME', 'omni_refresh'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh(pg_catalog.uuid, pg_catalog.uuid, boolean, pg_catalog.text[], pg_catalog.text[]) IS
-	'asks Omni to refresh a model now, waits for its answer and returns the job';
+	'asks Omni to refresh a model now, waits for its answer and returns the job; schemas and tables are arrays, as in ''{sales}''';
 
 CREATE FUNCTION omni_refresh_on_commit(
 	model pg_catalog.uuid,
@@ -265,7 +265,7 @@ CREATE FUNCTION omni_refresh_on_commit(
 	AS 'MODULE_PATHNAME', 'omni_refresh_on_commit'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_on_commit(pg_catalog.uuid, pg_catalog.uuid, boolean, pg_catalog.text[], pg_catalog.text[]) IS
-	'queues a refresh of a model, which is sent if and when the transaction commits, and returns the job';
+	'queues a refresh of a model, which is sent if and when the transaction commits, and returns the job; schemas and tables are arrays, as in ''{sales}''';
 
 CREATE FUNCTION omni_refresh_cache(
 	model pg_catalog.uuid,
@@ -295,6 +295,19 @@ CREATE FUNCTION omni_refresh_wait(
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_wait(bigint, interval) IS
 	'waits until a job, or the one that carries it out, has come to its end, and returns it';
+
+/*
+ * The row is a record.  A default of the table's own row type would keep ALTER TABLE from
+ * adding columns with a default to the table.
+ */
+CREATE PROCEDURE omni_refresh_await(
+	id bigint,
+	timeout interval DEFAULT '5 min',
+	INOUT job record DEFAULT NULL)
+	AS 'MODULE_PATHNAME', 'omni_refresh_await'
+	LANGUAGE C;
+COMMENT ON PROCEDURE omni_refresh_await(bigint, interval, record) IS
+	'commits, and waits for a job as omni_refresh_wait() does, but without keeping VACUUM from removing rows';
 
 CREATE FUNCTION omni_refresh_cancel(id bigint)
 	RETURNS boolean

@@ -494,6 +494,8 @@ read_failure(const OmniRequest *request, const char *key,
 		hint = answer->at_proxy ?
 			"The proxy does not speak TLS: check scheme and port in the option \"proxy\"." :
 			"The server does not speak TLS: check the port in \"base_url\".";
+	else if (answer->bad_ca_file != NULL)
+		hint = "The option \"ca_file\" must name a file of certificates in PEM format that the database server's operating system user may read; without the option, the system's certificates are used.";
 
 	if (answer->too_large)
 	{
@@ -505,11 +507,16 @@ read_failure(const OmniRequest *request, const char *key,
 	outcome->may_have_arrived = answer->sent;
 	outcome->attempt_event = OMNI_NAME_ATTEMPT_FAILED;
 	outcome->retryable = answer->retryable;
-	omni_error_set(&outcome->error,
-				   answer->phase >= OMNI_PHASE_WAIT ? ERRCODE_CONNECTION_FAILURE :
-				   ERRCODE_SQLCLIENT_UNABLE_TO_ESTABLISH_SQLCONNECTION,
-				   answer->timed_out ? phase->timed_out : phase->failed,
-				   NameStr(request->server), answer->elapsed / 1000);
+	if (answer->bad_ca_file != NULL)
+		omni_error_set(&outcome->error, ERRCODE_SQLCLIENT_UNABLE_TO_ESTABLISH_SQLCONNECTION,
+					   "could not load the certificate authorities of server \"%s\" from file \"%s\"",
+					   NameStr(request->server), answer->bad_ca_file);
+	else
+		omni_error_set(&outcome->error,
+					   answer->phase >= OMNI_PHASE_WAIT ? ERRCODE_CONNECTION_FAILURE :
+					   ERRCODE_SQLCLIENT_UNABLE_TO_ESTABLISH_SQLCONNECTION,
+					   answer->timed_out ? phase->timed_out : phase->failed,
+					   NameStr(request->server), answer->elapsed / 1000);
 	reason = quote(answer->reason, strlen(answer->reason), key);
 	if (reason != NULL)
 		omni_error_detail(&outcome->error, "%s", reason);

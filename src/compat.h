@@ -47,7 +47,8 @@
 /* 16 replaced the functions that check privileges on one kind of object */
 #if PG_VERSION_NUM < 160000
 #define object_aclcheck(classid, objectid, roleid, mode) \
-	((void) (classid), pg_foreign_server_aclcheck(objectid, roleid, mode))
+	((classid) == ForeignServerRelationId ? pg_foreign_server_aclcheck(objectid, roleid, mode) : \
+	 pg_foreign_data_wrapper_aclcheck(objectid, roleid, mode))
 #endif
 
 /* 16 added the fifth argument, the result relations */

@@ -39,6 +39,7 @@
 
 #include "clock.h"
 #include "compat.h"
+#include "file.h"
 #include "http.h"
 
 /* How many idle connections to keep: for some servers, a few requests each */
@@ -56,12 +57,14 @@ typedef struct Transfer
 	uint64		connection;		/* number of its connection; 0: none */
 	bool		http_proxy;		/* it uses an HTTP proxy */
 	bool		socks_proxy;	/* it uses a SOCKS proxy */
+	char	   *ca_file;		/* NULL: the system's */
 	bool		(*is_wanted) (void *arg);
 	void	   *arg;			/* argument of is_wanted */
 	char	   *body;			/* malloc'd */
 	size_t		capacity;		/* of body, in bytes */
 	bool		in_headers;		/* the headers of the answer have not ended */
 	char		error[CURL_ERROR_SIZE];
+	char		ca_error[1024]; /* why ca_file cannot be used */
 	MemoryContextCallback release;
 } Transfer;
 
@@ -230,7 +233,10 @@ omni_http_start(const OmniHttpRequest *request)
 	SETOPT(CURLOPT_SSL_VERIFYHOST, 2L);
 	SETOPT(CURLOPT_CAPATH, NULL);
 	if (request->ca_file != NULL)
+	{
+		transfer->ca_file = pstrdup(request->ca_file);
 		SETOPT(CURLOPT_CAINFO, request->ca_file);
+	}
 
 	if (request->probe)
 	{
@@ -703,6 +709,13 @@ fill_answer(Transfer *transfer, CURLcode code)
 		answer->reason = code == CURLE_ABORTED_BY_CALLBACK ?
 			"The connection was closed without an answer" :
 			transfer->error[0] != '\0' ? transfer->error : curl_easy_strerror(code);
+		if (code == CURLE_SSL_CACERT_BADFILE && transfer->ca_file != NULL && !answer->at_proxy)
+		{
+			answer->bad_ca_file = transfer->ca_file;
+			if (!omni_file_has_certificate(transfer->ca_file, transfer->ca_error,
+										   sizeof(transfer->ca_error)))
+				answer->reason = transfer->ca_error;
+		}
 	}
 }
 

@@ -38,6 +38,8 @@ typedef struct OmniAnswer
 								 * connect, 0 when there was none */
 	bool		tls_version;	/* no version of TLS that both sides accept */
 	bool		no_tls;			/* the other side does not speak TLS */
+	const char *bad_ca_file;	/* the request's, if that is the reason, or
+								 * NULL */
 
 	bool		sent;			/* some of the request left this host */
 	bool		withdrawn;		/* nothing was sent: is_wanted returned false */

@@ -22,6 +22,7 @@
 #include "access/htup_details.h"
 #include "access/reloptions.h"
 #include "access/xact.h"
+#include "catalog/pg_foreign_data_wrapper.h"
 #include "catalog/pg_foreign_server.h"
 #include "catalog/pg_user_mapping.h"
 #include "commands/defrem.h"
@@ -35,12 +36,16 @@
 
 #include "api.h"
 #include "compat.h"
+#include "file.h"
 #include "omni_refresh.h"
 #include "option.h"
 
 #define MAX_KEY_FILE_SIZE	4096	/* bytes; keys are shorter than 100 */
 #define MAX_RATE_LIMIT		1000000 /* a minute; Omni gives 60, on request 500 */
 #define MAX_TIMEOUT			3600	/* seconds; more would only hide trouble */
+
+#define KEY_DETAIL			"An API key consists of printable ASCII characters without spaces."
+#define SCHEME_HINT			"Give the key alone: \"Bearer\" is added when it is sent."
 
 typedef struct Option
 {
@@ -64,8 +69,8 @@ static const Option options[] = {
 	{"rate_limit", ForeignServerRelationId, false, check_rate_limit},
 	{"proxy", ForeignServerRelationId, true, check_proxy},
 	{"ca_file", ForeignServerRelationId, true, check_path},
-	{"api_key", UserMappingRelationId, false, check_key},
 	{"api_key_file", UserMappingRelationId, true, check_path},
+	{"api_key", UserMappingRelationId, false, check_key},
 };
 
 static const Option *find_option(const char *name, Oid catalog);
@@ -75,8 +80,11 @@ static bool find_server(const char *servername, Oid role, OmniTarget *target,
 						ForeignServer **found, OmniError *error);
 static bool find_mapping(const ForeignServer *server, Oid role,
 						 OmniTarget *target, OmniError *error);
+static const char *key_options(const ForeignServer *server, const char *action);
 static bool may_use_key_file(const ForeignServer *server, OmniError *error);
+static bool may_create_server(Oid role);
 static bool is_key(const char *key);
+static bool has_scheme(const char *key);
 
 PG_FUNCTION_INFO_V1(omni_refresh_validator);
 
@@ -104,6 +112,8 @@ omni_refresh_validator(PG_FUNCTION_ARGS)
 					(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 					 errmsg("permission denied for option \"%s\"", option->name),
 					 errdetail("Only a superuser may set this option, or change other options of an object that has it."),
+					 catalog == UserMappingRelationId ?
+					 errhint("Ask a superuser to make the change, or use the option \"api_key\".") :
 					 errhint("Ask a superuser to make the change.")));
 
 		value = defGetString(def);
@@ -173,7 +183,7 @@ unrecognized_option(const char *name, Oid catalog)
 			 catalog == ForeignServerRelationId ?
 			 errhint("Options of a server are base_url, connect_timeout, timeout, rate_limit, proxy and ca_file.") :
 			 catalog == UserMappingRelationId ?
-			 errhint("Options of a user mapping are api_key and api_key_file.") :
+			 errhint("Options of a user mapping are api_key_file and api_key.") :
 			 errhint("There are no options in this context.")));
 }
 
@@ -370,7 +380,8 @@ check_key(const char *name, const char *value)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("invalid value for option \"%s\"", name),
-				 errdetail("An API key consists of printable ASCII characters without spaces.")));
+				 errdetail(KEY_DETAIL),
+				 has_scheme(value) ? errhint(SCHEME_HINT) : 0));
 }
 
 /* Return whether a text can be a key, which must not end the line of its HTTP header. */
@@ -385,6 +396,13 @@ is_key(const char *key)
 			return false;
 	}
 	return true;
+}
+
+/* Return whether a text begins like the value of the HTTP header that has the key. */
+static bool
+has_scheme(const char *key)
+{
+	return pg_strncasecmp(key, "Bearer ", strlen("Bearer ")) == 0;
 }
 
 /*
@@ -428,9 +446,14 @@ find_server(const char *servername, Oid role, OmniTarget *target,
 	{
 		omni_error_set(error, ERRCODE_UNDEFINED_OBJECT,
 					   "server \"%s\" does not exist", servername);
-		omni_error_hint(error, "Create it with CREATE SERVER %s FOREIGN DATA WRAPPER " OMNI_EXTENSION
-						" OPTIONS (base_url 'https://acme.omniapp.co'), or name another one in the setting \"omni_refresh.server\".",
-						quote_identifier(servername));
+		if (may_create_server(role))
+			omni_error_hint(error, "Create it with CREATE SERVER %s FOREIGN DATA WRAPPER " OMNI_EXTENSION
+							" OPTIONS (base_url 'https://acme.omniapp.co'), or name another one in the setting \"omni_refresh.server\".",
+							quote_identifier(servername));
+		else
+			omni_error_hint(error, "Ask a superuser to create it, or to GRANT USAGE ON FOREIGN DATA WRAPPER " OMNI_EXTENSION
+							" TO %s; or name another one in the setting \"omni_refresh.server\".",
+							quote_identifier(GetUserNameFromId(role, false)));
 		return false;
 	}
 	if (strcmp(GetForeignDataWrapper(server->fdwid)->fdwname, OMNI_EXTENSION) != 0)
@@ -490,6 +513,7 @@ find_mapping(const ForeignServer *server, Oid role, OmniTarget *target, OmniErro
 	const char *servername = server->servername;
 	char	   *rolename = GetUserNameFromId(role, false);
 	HeapTuple	tuple;
+	bool		is_public;
 	bool		own;
 	Datum		datum;
 	bool		isnull;
@@ -497,7 +521,8 @@ find_mapping(const ForeignServer *server, Oid role, OmniTarget *target, OmniErro
 
 	tuple = SearchSysCache2(USERMAPPINGUSERSERVER, ObjectIdGetDatum(role),
 							ObjectIdGetDatum(server->serverid));
-	if (!HeapTupleIsValid(tuple))	/* PUBLIC's */
+	is_public = !HeapTupleIsValid(tuple);
+	if (is_public)
 		tuple = SearchSysCache2(USERMAPPINGUSERSERVER, ObjectIdGetDatum(InvalidOid),
 								ObjectIdGetDatum(server->serverid));
 	if (!HeapTupleIsValid(tuple))
@@ -505,8 +530,8 @@ find_mapping(const ForeignServer *server, Oid role, OmniTarget *target, OmniErro
 		omni_error_set(error, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
 					   "user mapping for \"%s\" on server \"%s\" does not exist",
 					   rolename, servername);
-		omni_error_hint(error, "Create it with CREATE USER MAPPING FOR %s SERVER %s OPTIONS (api_key '...'), or api_key_file for a key that is kept in a file.",
-						quote_identifier(rolename), quote_identifier(servername));
+		omni_error_hint(error, "Create it with CREATE USER MAPPING FOR %s SERVER %s %s.",
+						quote_identifier(rolename), quote_identifier(servername), key_options(server, ""));
 		return false;
 	}
 
@@ -531,7 +556,9 @@ find_mapping(const ForeignServer *server, Oid role, OmniTarget *target, OmniErro
 		omni_error_set(error, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
 					   "user mapping for \"%s\" on server \"%s\" has no API key",
 					   rolename, servername);
-		omni_error_hint(error, "Set the option \"api_key\" or \"api_key_file\" of the user mapping.");
+		omni_error_hint(error, "Add it with ALTER USER MAPPING FOR %s SERVER %s %s.",
+						is_public ? "PUBLIC" : quote_identifier(rolename), quote_identifier(servername),
+						key_options(server, "ADD "));
 		return false;
 	}
 	if (target->key_file != NULL && !may_use_key_file(server, error))
@@ -544,6 +571,29 @@ find_mapping(const ForeignServer *server, Oid role, OmniTarget *target, OmniErro
 		return false;
 	}
 	return true;
+}
+
+/*
+ * Return the OPTIONS clause that gives a key to a user mapping of the server, followed by
+ * advice.  A key in a file comes first: the text of a statement may reach the server's log.
+ */
+static const char *
+key_options(const ForeignServer *server, const char *action)
+{
+	if (superuser_arg(server->owner))
+		return psprintf("OPTIONS (%sapi_key_file '...') as a superuser, or with (%sapi_key '...') if the statement may appear in the server's log",
+						action, action);
+	return psprintf("OPTIONS (%sapi_key '...'); \"api_key_file\" needs a server that a superuser owns", action);
+}
+
+/* Whether a role may create servers of our wrapper. */
+static bool
+may_create_server(Oid role)
+{
+	Oid			wrapper = get_foreign_data_wrapper_oid(OMNI_EXTENSION, true);
+
+	return OidIsValid(wrapper) &&
+		object_aclcheck(ForeignDataWrapperRelationId, wrapper, role, ACL_USAGE) == ACLCHECK_OK;
 }
 
 /*
@@ -597,8 +647,14 @@ omni_target_read_key(OmniTarget *target, OmniError *error)
 	}
 	if (length < 0)
 	{
+		int			reason = errno;
+		char		denial[2 * MAXPGPATH] = "";
+
 		omni_error_set(error, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
-					   "could not read API key file \"%s\": %m", path);
+					   "could not read API key file \"%s\": %s", path, strerror(reason));
+		if (reason == EACCES)
+			omni_file_explain_denial(path, denial, sizeof(denial));
+		omni_error_detail(error, "%s", denial);
 		omni_error_hint(error, "The file must be a regular one of at most %d bytes that the database server's operating system user may read.",
 						MAX_KEY_FILE_SIZE);
 	}
@@ -617,7 +673,9 @@ omni_target_read_key(OmniTarget *target, OmniError *error)
 	{
 		omni_error_set(error, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
 					   "API key file \"%s\" does not hold an API key", path);
-		omni_error_detail(error, "An API key consists of printable ASCII characters without spaces.");
+		omni_error_detail(error, KEY_DETAIL);
+		if (has_scheme(key))
+			omni_error_hint(error, SCHEME_HINT);
 		return false;
 	}
 	target->key = key;

@@ -18,6 +18,7 @@
 
 #include "call.h"
 #include "job.h"
+#include "repeat.h"
 #include "request.h"
 #include "setting.h"
 #include "status.h"
@@ -34,7 +35,7 @@ typedef struct ListedName
 	int			position;		/* in the list, from 0 */
 } ListedName;
 
-static Datum call(OmniJob *job);
+static Datum call(FunctionCallInfo fcinfo, OmniJob *job);
 static void read_refresh(FunctionCallInfo fcinfo, OmniJob *job);
 static void read_reset(FunctionCallInfo fcinfo, OmniJob *job);
 static void read_model(FunctionCallInfo fcinfo, OmniJob *job);
@@ -58,7 +59,7 @@ omni_refresh(PG_FUNCTION_ARGS)
 
 	omni_job_init(&job, OMNI_ORIGIN_CALL);
 	read_refresh(fcinfo, &job);
-	PG_RETURN_DATUM(call(&job));
+	PG_RETURN_DATUM(call(fcinfo, &job));
 }
 
 /*
@@ -83,7 +84,7 @@ omni_refresh_cache(PG_FUNCTION_ARGS)
 
 	omni_job_init(&job, OMNI_ORIGIN_CALL);
 	read_reset(fcinfo, &job);
-	PG_RETURN_DATUM(call(&job));
+	PG_RETURN_DATUM(call(fcinfo, &job));
 }
 
 /* Queue the reset of a cache policy, as omni_refresh_on_commit() does a refresh. */
@@ -99,18 +100,23 @@ omni_refresh_cache_on_commit(PG_FUNCTION_ARGS)
 
 /* Hand a job over to the worker, wait for its end and return its row. */
 static Datum
-call(OmniJob *job)
+call(FunctionCallInfo fcinfo, OmniJob *job)
 {
+	const char *name = job->request.kind == OMNI_KIND_CACHE ? "omni_refresh_cache" : "omni_refresh";
 	OmniError	error = {0};
 
 	if (!omni_enabled)
 		return omni_job_form_disabled(job);
+	if (omni_call_is_repeated(fcinfo->flinfo, &job->request))
+		ereport(WARNING,
+				(errmsg("this statement calls %s() again with the same arguments", name),
+				 errdetail("Each call sends a request of its own."),
+				 errhint("Write SELECT * FROM %s(...): PostgreSQL expands (%s(...)).* into a call for each column.",
+						 name, name)));
 	if (TransactionIdIsValid(GetTopTransactionIdIfAny()))
 		ereport(WARNING,
 				(errmsg("this transaction has made changes that Omni cannot see yet"),
-				 job->request.kind == OMNI_KIND_CACHE ?
-				 errhint("Commit before you call omni_refresh_cache(), or call omni_refresh_cache_on_commit().") :
-				 errhint("Commit before you call omni_refresh(), or call omni_refresh_on_commit().")));
+				 errhint("Commit before you call %s(), or call %s_on_commit().", name, name)));
 
 	if (omni_may_request(job, &error))
 		call_worker(job, &error);

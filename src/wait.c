@@ -1,18 +1,28 @@
 /*-------------------------------------------------------------------------
  *
  * wait.c
- *		omni_refresh_wait(): wait until a job has ended.
+ *		omni_refresh_wait() and omni_refresh_await(): wait until a job has ended.
  *
- * The function polls the table of jobs.  Between two looks it sees to it that a worker
- * is there, and reports each change of the status.
+ * Both poll the table of jobs.  Between two looks they see to it that a worker is there, and
+ * report each change of the status.
+ *
+ * A function holds the snapshot of its statement, which keeps VACUUM from removing the rows
+ * that are deleted meanwhile, in the whole database.  The procedure therefore commits before
+ * it waits, and holds none.  Where a procedure must not commit, it waits as the function does.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
+#include "access/htup_details.h"
+#include "access/xact.h"
 #include "access/xlog.h"
+#include "executor/spi.h"
+#include "funcapi.h"
 #include "miscadmin.h"
+#include "nodes/parsenodes.h"
 #include "storage/latch.h"
+#include "tcop/pquery.h"
 #include "utils/builtins.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
@@ -35,11 +45,14 @@
 /* How often to report that a job has not ended yet, in ms */
 #define REPORT_ROUND		30000
 
-static bool has_ended(const OmniJobState *state);
+static int64 wait_for_end(int64 id, int64 timeout, bool commits);
+static bool may_commit(FunctionCallInfo fcinfo);
 static int64 timeout_argument(FunctionCallInfo fcinfo);
+static bool has_ended(const OmniJobState *state);
 static void wait_for_latch(long timeout);
 
 PG_FUNCTION_INFO_V1(omni_refresh_wait);
+PG_FUNCTION_INFO_V1(omni_refresh_await);
 
 /*
  * Wait until a job, or its carrier, has ended, and return the row.  After the timeout,
@@ -49,8 +62,52 @@ Datum
 omni_refresh_wait(PG_FUNCTION_ARGS)
 {
 	int64		id = omni_job_argument(fcinfo);
+	int64		timeout = timeout_argument(fcinfo);
+
+	omni_not_in_worker();
+	PG_RETURN_DATUM(omni_job_read(wait_for_end(id, timeout, false)));
+}
+
+/*
+ * The same, as a procedure with the row as an INOUT argument.  Commit what the caller has
+ * done, if that is possible, then wait without a snapshot.
+ */
+Datum
+omni_refresh_await(PG_FUNCTION_ARGS)
+{
+	int64		id = omni_job_argument(fcinfo);
+	int64		timeout = timeout_argument(fcinfo);
+	bool		commits = may_commit(fcinfo);
+	TupleDesc	result;
+	Datum		job;
+	bool		isnull = false;
+
+	omni_not_in_worker();
+	if (commits)
+	{
+		SPI_connect_ext(SPI_OPT_NONATOMIC);
+		SPI_commit();
+	}
+	id = wait_for_end(id, timeout, commits);
+	if (commits)
+		SPI_finish();			/* before the result is palloc'd */
+
+	job = omni_job_read(id);
+	if (get_call_result_type(fcinfo, NULL, &result) != TYPEFUNC_COMPOSITE)
+		elog(ERROR, "the procedure returns no record");
+	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(result), &job, &isnull)));
+}
+
+/*
+ * Wait until a job, or its carrier, has ended, or raise a WARNING after the timeout, in
+ * microseconds.  Returns the id of the job, or of its carrier.  If commits is true, which
+ * needs a nonatomic connection to SPI, commit after each look.
+ */
+static int64
+wait_for_end(int64 id, int64 timeout, bool commits)
+{
 	int64		began = omni_clock();
-	int64		until = began + timeout_argument(fcinfo);
+	int64		until = began + timeout;
 	int64		woken = 0;
 	int64		reported = began;
 	bool		complained = false;
@@ -62,12 +119,13 @@ omni_refresh_wait(PG_FUNCTION_ARGS)
 	OmniJobState state;
 	OmniError	error;
 
-	omni_not_in_worker();
 	for (;;)
 	{
 		int64		now = omni_clock();
 		MemoryContext context = MemoryContextSwitchTo(looks);
 
+		if (commits)
+			EnsurePortalSnapshotExists();	/* the commit has released it */
 		omni_job_find(id, &own, &state);
 		MemoryContextSwitchTo(context);
 		MemoryContextReset(looks);
@@ -106,10 +164,24 @@ omni_refresh_wait(PG_FUNCTION_ARGS)
 		}
 		strcpy(last, state.status);
 
+		if (commits)
+			SPI_commit();
 		wait_for_latch(Max(Min(delay, (until - now) / 1000), 1));
 		delay = Min(2 * delay, LOOK_LAST);
 	}
-	PG_RETURN_DATUM(omni_job_read(state.job.id));
+	return state.job.id;
+}
+
+/*
+ * Whether a procedure may commit: not in a transaction block, nor where a function, a
+ * procedure with SET clauses or a SECURITY DEFINER one is around it, nor in a block with
+ * EXCEPTION.
+ */
+static bool
+may_commit(FunctionCallInfo fcinfo)
+{
+	return fcinfo->context != NULL && IsA(fcinfo->context, CallContext) &&
+		!castNode(CallContext, fcinfo->context)->atomic && !IsSubTransaction();
 }
 
 /* Return the second argument, how long to wait, in microseconds. */

@@ -17,6 +17,11 @@ GRANT USAGE ON FOREIGN SERVER omni, bare TO regress_omni_user, regress_omni_poor
 CREATE USER MAPPING FOR regress_omni_user SERVER omni OPTIONS (api_key 'omni_osk_123');
 CREATE USER MAPPING FOR regress_omni_poor SERVER omni;
 CREATE USER MAPPING FOR PUBLIC SERVER omni OPTIONS (api_key 'omni_osk_456');
+CREATE SERVER poors FOREIGN DATA WRAPPER omni_refresh OPTIONS (base_url 'https://omni.invalid');
+ALTER SERVER poors OWNER TO regress_omni_poor;
+CREATE SERVER keyless FOREIGN DATA WRAPPER omni_refresh OPTIONS (base_url 'https://omni.invalid');
+GRANT USAGE ON FOREIGN SERVER keyless TO PUBLIC;
+CREATE USER MAPPING FOR PUBLIC SERVER keyless;
 
 BEGIN;
 -- The error of a command, run by a role. What it did is undone.
@@ -46,7 +51,7 @@ LANGUAGE sql AS $$
 		'; SELECT * FROM omni_refresh(''00000000-0000-0000-0000-000000000001''%s)', arguments), role)
 $$;
 
-SELECT plan(65);
+SELECT plan(68);
 
 -- The model
 SELECT is(pg_temp.failure('SELECT * FROM omni_refresh(NULL)'), $$22004: model must not be null
@@ -108,10 +113,13 @@ $$;
 SELECT ok(pg_temp.is_quick(10000), 'A long list is checked in moments');
 
 -- Servers
-SELECT is(pg_temp.call('', 'SET LOCAL omni_refresh.server = nowhere'), $$42704: server "nowhere" does not exist
+SELECT is(pg_temp.call('', 'SET LOCAL omni_refresh.server = nowhere', session_user), $$42704: server "nowhere" does not exist
 Create it with CREATE SERVER nowhere FOREIGN DATA WRAPPER omni_refresh OPTIONS (base_url 'https://acme.omniapp.co'), or name another one in the setting "omni_refresh.server".$$,
 	'A server must exist');
-SELECT alike(pg_temp.call('', 'SET LOCAL omni_refresh.server = ''Odd "name"'''),
+SELECT is(pg_temp.call('', 'SET LOCAL omni_refresh.server = nowhere'), $$42704: server "nowhere" does not exist
+Ask a superuser to create it, or to GRANT USAGE ON FOREIGN DATA WRAPPER omni_refresh TO regress_omni_user; or name another one in the setting "omni_refresh.server".$$,
+	'Who may not create a server is told who may');
+SELECT alike(pg_temp.call('', 'SET LOCAL omni_refresh.server = ''Odd "name"''', session_user),
 	E'42704: server "Odd "name"" does not exist\nCreate it with CREATE SERVER "Odd ""name""" FOREIGN%',
 	'A hint quotes names');
 SELECT alike(pg_temp.call('', 'SET LOCAL omni_refresh.server = ''OMNI'''), '42704: server "OMNI" does not exist%',
@@ -127,14 +135,22 @@ The server's owner can grant it: GRANT USAGE ON FOREIGN SERVER omni TO regress_o
 	'PUBLIC''s mapping is of no use without USAGE');
 SELECT is(pg_temp.call('', 'SET LOCAL omni_refresh.server = bare'),
 	$$28000: user mapping for "regress_omni_user" on server "bare" does not exist
-Create it with CREATE USER MAPPING FOR regress_omni_user SERVER bare OPTIONS (api_key '...'), or api_key_file for a key that is kept in a file.$$,
+Create it with CREATE USER MAPPING FOR regress_omni_user SERVER bare OPTIONS (api_key_file '...') as a superuser, or with (api_key '...') if the statement may appear in the server's log.$$,
 	'A mapping must exist');
 SELECT alike(pg_temp.call('', 'SET LOCAL omni_refresh.server = bare', session_user), '28000: user mapping for %',
 	'A superuser needs a mapping like anybody else');
 SELECT is(pg_temp.call('', '', 'regress_omni_poor'),
 	$$28000: user mapping for "regress_omni_poor" on server "omni" has no API key
-Set the option "api_key" or "api_key_file" of the user mapping.$$,
+Add it with ALTER USER MAPPING FOR regress_omni_poor SERVER omni OPTIONS (ADD api_key_file '...') as a superuser, or with (ADD api_key '...') if the statement may appear in the server's log.$$,
 	'A mapping without a key is not made up for by PUBLIC''s');
+SELECT is(pg_temp.call('', 'SET LOCAL omni_refresh.server = keyless'),
+	$$28000: user mapping for "regress_omni_user" on server "keyless" has no API key
+Add it with ALTER USER MAPPING FOR PUBLIC SERVER keyless OPTIONS (ADD api_key_file '...') as a superuser, or with (ADD api_key '...') if the statement may appear in the server's log.$$,
+	'PUBLIC''s mapping without a key is named in the hint');
+SELECT is(pg_temp.call('', 'SET LOCAL omni_refresh.server = poors', 'regress_omni_poor'),
+	$$28000: user mapping for "regress_omni_poor" on server "poors" does not exist
+Create it with CREATE USER MAPPING FOR regress_omni_poor SERVER poors OPTIONS (api_key '...'); "api_key_file" needs a server that a superuser owns.$$,
+	'Only a superuser''s server takes a key from a file, as the hint says');
 
 -- Order: arguments in their order, then the server, its wrapper, USAGE, the mapping
 SELECT alike(pg_temp.failure($$SELECT * FROM omni_refresh(NULL, schemas => '{}', tables => '{}')$$),

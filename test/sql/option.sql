@@ -43,7 +43,7 @@ LANGUAGE sql RETURN split_part(message, E'\n', 1);
 CREATE SERVER omni FOREIGN DATA WRAPPER omni_refresh OPTIONS (base_url 'https://acme.omniapp.co');
 GRANT USAGE ON FOREIGN SERVER omni TO regress_omni_owner;
 
-SELECT plan(184);
+SELECT plan(188);
 
 -- base_url
 SELECT is(pg_temp.server(format('base_url %L', url)), 'done', format('%L is a base URL', url))
@@ -234,6 +234,13 @@ FROM (VALUES ('be empty', ''), ('have a space', 'omni_osk_ 123'), ('have a space
 	('have a line break', E'omni_osk_123\n'), ('have a header', E'omni_osk_123\r\nX-Evil: 1'),
 	('have a control character', E'omni_osk_\x01'), ('have a DEL', E'omni_osk_\x7f'),
 	('have a letter outside of ASCII', U&'omni_osk_\00E9')) AS v(what, key);
+SELECT is(E'\n' || pg_temp.mapping('api_key ' || quote_literal(key)), $$
+22023: invalid value for option "api_key"
+An API key consists of printable ASCII characters without spaces.
+Give the key alone: "Bearer" is added when it is sent.$$,
+	'A key is given without the words of its header: ' || key)
+FROM unnest(ARRAY['Bearer omni_osk_123', 'bearer omni_osk_123', 'BEARER  omni_osk_123 ']) AS key;
+SELECT is(pg_temp.mapping($$api_key 'Bearer_omni_osk_123'$$), 'done', 'A key may begin with a word like it');
 SELECT unalike(pg_temp.mapping($$api_kay 'omni_osk_123'$$), '%omni_osk_123%',
 	'A key under a misspelled name is not shown');
 SELECT unalike(pg_temp.server($$base_url 'https://acme.omniapp.co', api_key 'omni_osk_123'$$),
@@ -251,7 +258,7 @@ FROM unnest(ARRAY['', 'omni.key', '../omni.key']) AS path;
 SELECT is(E'\n' || pg_temp.mapping($$api_key_file '/etc/passwd'$$, 'regress_omni_owner'), $$
 42501: permission denied for option "api_key_file"
 Only a superuser may set this option, or change other options of an object that has it.
-Ask a superuser to make the change.$$,
+Ask a superuser to make the change, or use the option "api_key".$$,
 	'An ordinary role cannot have the server read a file');
 SELECT is(E'\n' || pg_temp.mapping(options), $$
 22023: options "api_key" and "api_key_file" cannot be given together
@@ -290,7 +297,7 @@ Options of a server are base_url, connect_timeout, timeout, rate_limit, proxy an
 FROM unnest(ARRAY['wallet', 'verify_peer', 'sslmode']) AS option;
 SELECT is(E'\n' || pg_temp.mapping($$password_required 'false'$$), $$
 HV00D: unrecognized option "password_required"
-Options of a user mapping are api_key and api_key_file.$$,
+Options of a user mapping are api_key_file and api_key.$$,
 	'An option of a mapping that is like no other gets a list of them');
 SELECT alike(pg_temp.server($$base_url 'https://acme.omniapp.co', api_key 'omni_osk_123'$$),
 	'HV00D: unrecognized option "api_key"%', 'The key does not belong to the server');

@@ -83,8 +83,6 @@ for my $bad (qw(https_wrong_host https_expired https_unknown_ca))
 		call_timeout => '20 s');
 	cmp_ok($call->{seconds}, '<', 10, '... is not tried again');
 }
-fails('a file of authorities that is not there', 'https', '08001', $tls, qr/"ca_file"/, $once,
-	ca_file => '/does/not/exist', call_timeout => '20 s');
 fails('TLS that hangs', 'tls_hangs', '08001',
 	qr/^timed out on server .* ms of setting up TLS$/, qr/"ca_file"/, $once);
 is(scalar($omni->requests), 0, 'no request went out so far');

@@ -328,6 +328,7 @@ my $standby = PostgreSQL::Test::Cluster->new('standby');
 $standby->init_from_backup($node, 'backup', has_streaming => 1);
 $standby->start;
 is($standby->safe_psql('postgres', wait_sql($id)), "$id|completed", 'on a standby there is what is at its end');
+like($standby->safe_psql('postgres', "CALL omni_refresh_await($id)"), qr/^\($id,completed,/, '... for the procedure, too');
 $call = OmniFault::call($standby, wait_sql($unfinished, '300 ms') . ';');
 is("$call->{out} $call->{sqlstate}", "$unfinished|running 01000", '... what is not can be waited for');
 $call = OmniFault::begin($standby, wait_sql($unfinished, '20 s') . ';', app => 'there');

@@ -120,7 +120,7 @@ fails_at('no such server', 'server', qr/^not ok: server "nowhere" does not exist
 fails_at('a server of another wrapper', 'server', qr/^not ok: server "strange" does not belong to .*"omni_refresh".*omni_refresh\.server/, 'SET omni_refresh.server = strange');
 fails_at('no USAGE', 'usage', qr/^not ok: permission denied .*GRANT USAGE ON FOREIGN SERVER omni TO outsider/, '', 'outsider');
 fails_at('no mapping', 'user mapping', qr/^not ok: .*"unmapped".*CREATE USER MAPPING FOR unmapped SERVER omni/, '', 'unmapped');
-fails_at('a mapping without a key', 'user mapping', qr/^not ok: .* has no API key.*"api_key"/, '', 'keyless');
+fails_at('a mapping without a key', 'user mapping', qr/^not ok: .* has no API key.*ADD api_key_file '\.\.\.'.*ADD api_key '\.\.\.'/, '', 'keyless');
 my $mapping = "CREATE USER MAPPING FOR CURRENT_USER SERVER fresh OPTIONS (api_key 'x')";
 my $fresh = 'CREATE SERVER fresh FOREIGN DATA WRAPPER omni_refresh OPTIONS (base_url \'https://127.0.0.1:1\')';
 fails_at('a server of this transaction', 'server', qr/^not ok: .*Commit first/, "BEGIN; $fresh; $mapping; SET omni_refresh.server = fresh");
@@ -140,13 +140,27 @@ rmdir $key_file;
 append_to_file($key_file, "not a key\n");
 fails_at('a file of something else', 'api key', qr/^not ok: API key file "\Q$key_file\E" does not hold an API key/);
 unlink $key_file;
+append_to_file($key_file, " Bearer $key\n");
+fails_at('a file with the header of the key', 'api key', qr/^not ok: API key file "\Q$key_file\E" does not hold an API key.*Give the key alone: "Bearer" is added/);
+unlink $key_file;
 rename "$key_file.away", $key_file;
 SKIP:
 {
-	skip 'root may read anything', 4 if $> == 0;
+	skip 'root may read anything', 8 if $> == 0;
+	my $os_user = getpwuid($>);
+	my $owner = qr/and belongs to user "\Q$os_user\E" and group "[^"]+"; the server runs as user "\Q$os_user\E"\./;
 	chmod 0, $key_file;
-	fails_at('a file that may not be read', 'api key', qr/^not ok: could not read API key file .*Permission denied/);
+	fails_at('a file that may not be read', 'api key',
+		qr/^not ok: could not read API key file .*Permission denied\.  File "\Q$key_file\E" has mode 0000 $owner .*operating system user may read/);
 	chmod 0600, $key_file;
+	my $folder = $node->basedir . '/keys';
+	mkdir $folder;
+	append_to_file("$folder/key", $key);
+	chmod 0600, $folder;
+	$test->sql("ALTER USER MAPPING FOR CURRENT_USER SERVER omni OPTIONS (SET api_key_file '$folder/key')");
+	fails_at('a folder that may not be searched', 'api key', qr/^not ok: .*Permission denied\.  Directory "\Q$folder\E" has mode 0600 $owner/);
+	chmod 0700, $folder;
+	$test->sql("ALTER USER MAPPING FOR CURRENT_USER SERVER omni OPTIONS (SET api_key_file '$key_file')");
 }
 is(wrong(check()), '', 'and then it can be read');
 
@@ -159,6 +173,8 @@ fails_at('a refused connection', 'connection', qr/^not ok: could not reach .*con
 fails_at('a connection that hangs', 'connection', qr/^not ok: timed out .*connecting.*firewalls/, server(base_url => $omni->url('connect_hangs'), connect_timeout => '200 ms'));
 fails_at('TLS that hangs', 'tls', qr/^not ok: timed out .*setting up TLS/, server(base_url => $omni->url('tls_hangs'), connect_timeout => '200 ms', @tls));
 fails_at('an unknown authority', 'tls', qr/^not ok: could not reach .*setting up TLS.*certificate.*"ca_file"/, server(base_url => $omni->https));
+fails_at('no file of authorities', 'tls', qr/^not ok: could not load the certificate authorities .*"\Q$ca\E\.missing".*No such file.*"ca_file"/,
+	server(base_url => $omni->https, ca_file => "$ca.missing"));
 fails_at('another authority', 'tls', qr/^not ok: .*certificate.*"ca_file"/, server(base_url => $omni->url('https_unknown_ca'), @tls));
 fails_at('a certificate that has expired', 'tls', qr/^not ok: .*certificate has expired/, server(base_url => $omni->url('https_expired'), @tls));
 fails_at('a certificate for another host', 'tls', qr/^not ok: .*(certificate|host).*"base_url"/, server(base_url => $omni->url('https_wrong_host'), @tls));

@@ -23,9 +23,9 @@ OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_lim
 $omni->set(job_seconds => 0);
 
 my ($section) = slurp_file(dirname(__FILE__) . '/../../README.md') =~ /^## Recipes\n(.*?)^## /ms;
-my ($wait, $hook, $only_first, $cron) = $section =~ /^```(?:sql|yaml)\n(.*?)^```/msg;
+my ($wait, $procedure, $hook, $only_first, $cron) = $section =~ /^```(?:sql|yaml)\n(.*?)^```/msg;
 my $count = () = $section =~ /^```(?:sql|yaml)$/mg;
-is($count, 4, 'there are four recipes');
+is($count, 5, 'there are five recipes');
 s/98c7ad96-5c04-4fb7-b33a-1389a65d16ed/$model/ for $wait, $cron;
 
 # The requests so far, as "refresh" or "reset", hard unless told otherwise
@@ -46,10 +46,18 @@ sub all_done
 
 # Refresh, wait, and tell those who listen
 
-is($node->safe_psql('postgres', $wait), 'completed|', 'to refresh and wait');
+like($node->safe_psql('postgres', $wait), qr/^\(1,completed,/, 'to refresh and wait');
 is(asked(), 'refresh', '... is one request');
 like($node->safe_psql('postgres', "LISTEN omni_refresh;\n$wait"), qr/"omni_refresh" with payload "\{"id": 2, "status": "completed"\}"/,
 	'... and listeners are told');
+asked();
+$node->safe_psql('postgres', $procedure);
+is($node->psql('postgres', "CALL refresh_and_wait('$model')"), 0, 'the same in one statement');
+is(asked(), 'refresh', '... is one request');
+$omni->fault('answer', status => 404);
+my $err;
+$node->psql('postgres', "CALL refresh_and_wait('$model')", stderr => \$err);
+like($err, qr/ERROR:  refresh 4 is failed: 42704: /, '... which fails if that fails');
 asked();
 
 # dbt's hook, as dbt renders it
@@ -102,5 +110,5 @@ END
 }
 
 $node->stop('fast');
-OmniLife::clean($node, 'the log is clean', qr/terminating background worker/);
+OmniLife::clean($node, 'the log is clean', qr/terminating background worker/, qr/ERROR:  refresh 4 is failed/);
 done_testing();

@@ -21,7 +21,7 @@ my $needs_tinyproxy = defined OmniProxy::program('tinyproxy');
 if ($needs_tinyproxy)
 {
 	%proxies = (
-		open => OmniProxy->tinyproxy($omni, "ConnectPort $port", 'ConnectPort ' . $front->{ports}{fin_tls13}),
+		open => OmniProxy->tinyproxy($omni, map { "ConnectPort $_" } $port, $omni->url('https_unknown_ca') =~ /:(\d+)$/),
 		other_port => OmniProxy->tinyproxy($omni, 'ConnectPort 443'),
 		other_host => OmniProxy->tinyproxy($omni, 'Allow 192.0.2.1'),
 		password => OmniProxy->tinyproxy($omni, 'BasicAuth user secret'));
@@ -70,7 +70,7 @@ my $tls = 'setting up TLS';
 
 SKIP:
 {
-	skip 'needs tinyproxy', 5 if !$needs_tinyproxy;
+	skip 'needs tinyproxy', 6 if !$needs_tinyproxy;
 
 	is((call(proxy => $proxies{open}->url('proxy')))[0], 'accepted', 'a call goes through a proxy');
 	fails('a proxy that forbids the port',
@@ -83,8 +83,11 @@ SKIP:
 		proxy => $proxies{password}->url('proxy'), doing => $connecting, detail => '407',
 		hint => 'Proxies that want authentication are not supported', again => 'no');
 	fails('the wrong certificate behind a proxy',
-		proxy => $proxies{open}->url('proxy'), base_url => $front->url('fin_tls13'), ca_file => '/dev/null',
+		proxy => $proxies{open}->url('proxy'), base_url => $omni->url('https_unknown_ca'),
 		doing => $tls, detail => '.', hint => 'Check that "base_url" names the host its certificate is for', again => 'no');
+	my (undef, $stderr) = call(proxy => $proxies{open}->url('proxy'), ca_file => $omni->ca . '.missing');
+	like($stderr, qr/^ERROR:  08001: could not load the certificate authorities of server "other" from file ".*\.missing"$/m,
+		'a missing ca_file is not the fault of the proxy');
 }
 
 foreach my $status (500, 502, 503)

@@ -216,7 +216,8 @@ for my $path ('', 'SET search_path = trap;')
 }
 is(sql('SELECT DISTINCT what FROM trap.told', 'trapped'), '', '... and nothing of the untrusted role was run');
 
-# What has a name of the extension's own already is neither taken over nor worked around.
+# What has a name of the extension's own already is neither taken over nor worked around. A routine that takes a
+# record cannot be there before: only C functions do.
 
 my @names = split /\n/, sql(qq{$members
 	SELECT CASE relkind WHEN 'r' THEN 'TABLE' WHEN 'v' THEN 'VIEW' ELSE 'SEQUENCE' END, quote_ident(relname) FROM member
@@ -225,7 +226,8 @@ my @names = split /\n/, sql(qq{$members
 	SELECT 'TYPE', quote_ident(typname) FROM member
 	JOIN pg_type ON oid = objid AND classid = 'pg_type'::regclass AND typname ~ '^omni' AND typnamespace = 'public'::regnamespace
 	UNION ALL
-	SELECT 'FUNCTION', oid::regprocedure::text FROM member JOIN pg_proc ON oid = objid AND classid = 'pg_proc'::regclass});
+	SELECT 'FUNCTION', oid::regprocedure::text FROM member JOIN pg_proc ON oid = objid AND classid = 'pg_proc'::regclass
+	WHERE 'record'::regtype <> ALL (proargtypes::oid[])});
 my %definition = (TABLE => '(id bigint)', VIEW => 'AS SELECT 1 AS id', SEQUENCE => '', TYPE => 'AS (id bigint)',
 	FUNCTION => q{RETURNS void LANGUAGE plpgsql AS 'BEGIN END'});
 cmp_ok(scalar(@names), '>=', 24, 'the names of the extension are known');

@@ -55,7 +55,7 @@ is(state_of('alice', $refresh), '28000', 'nor without a mapping');
 like($last->{hint}, qr/CREATE USER MAPPING FOR alice SERVER omni/, '... but a hint');
 is(state_of('alice', "CREATE USER MAPPING FOR alice SERVER omni"), '00000', 'with USAGE one may make one');
 is(state_of('alice', $refresh), '28000', '... which is of no use without a key');
-like($last->{hint}, qr/"api_key"/, '... as the hint says');
+like($last->{hint}, qr/ALTER USER MAPPING FOR alice SERVER omni OPTIONS \(ADD api_key_file '\.\.\.'\) as a superuser, or with \(ADD api_key '/, '... as the hint says');
 is(scalar($omni->requests), 0, 'so far nothing was sent');
 is($node->safe_psql('postgres', 'SELECT count(*) FROM omni_refresh_job'), '0', '... nor written');
 $omni->set(key => 'alices');
