@@ -331,7 +331,7 @@ is($standby->safe_psql('postgres', wait_sql($id)), "$id|completed", 'on a standb
 like($standby->safe_psql('postgres', "CALL omni_refresh_await($id)"), qr/^\($id,completed,/, '... for the procedure, too');
 $call = OmniFault::call($standby, wait_sql($unfinished, '300 ms') . ';');
 is("$call->{out} $call->{sqlstate}", "$unfinished|running 01000", '... what is not can be waited for');
-$call = OmniFault::begin($standby, wait_sql($unfinished, '20 s') . ';', app => 'there');
+$call = OmniFault::begin($standby, wait_sql($unfinished, '2 min') . ';', app => 'there');
 OmniFault::wait_until_waiting($standby, 'there');
 finish('COMPLETED', $unfinished);
 took($call, 0);
