@@ -51,7 +51,7 @@ CREATE DOMAIN omni_refresh_job_origin AS pg_catalog.text
 CREATE DOMAIN omni_refresh_event_kind AS pg_catalog.text
 	CONSTRAINT omni_refresh_event_event_check
 	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{requested, sending, accepted, attempt_failed, refused,
-		rate_limited, merged, released, canceled, recovered,
+		rate_limited, merged, released, canceled, recovered, waiting,
 		completed, failed, unknown}'));
 COMMENT ON DOMAIN omni_refresh_job_status IS 'a status of a job';
 COMMENT ON DOMAIN omni_refresh_job_kind IS 'what a job asks Omni for';
@@ -164,7 +164,7 @@ COMMENT ON COLUMN omni_refresh_event.job IS 'the job it happened to';
 COMMENT ON COLUMN omni_refresh_event.requested_by IS 'the role that asked for the job';
 COMMENT ON COLUMN omni_refresh_event.occurred_at IS 'when it happened, by the clock';
 COMMENT ON COLUMN omni_refresh_event.event IS
-	'requested, sending, accepted, attempt_failed, refused, rate_limited, merged, released, canceled, recovered, completed, failed or unknown';
+	'requested, sending, accepted, attempt_failed, refused, rate_limited, merged, released, canceled, recovered, waiting, completed, failed or unknown';
 COMMENT ON COLUMN omni_refresh_event.attempt IS 'the number of the attempt it belongs to';
 COMMENT ON COLUMN omni_refresh_event.http_status IS 'the HTTP status that Omni answered with';
 COMMENT ON COLUMN omni_refresh_event.duration IS 'how long the attempt took';

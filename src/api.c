@@ -68,6 +68,8 @@ static void read_acceptance(const OmniRequest *request, const char *key,
 							const OmniAnswer *answer, OmniOutcome *outcome);
 static void read_reset(const OmniRequest *request, const char *key,
 					   const OmniAnswer *answer, OmniOutcome *outcome);
+static const char *describe_id(const char *job_id, const char *key);
+static bool is_known_status(const char *status);
 static void set_failed(const OmniRequest *request, OmniOutcome *outcome);
 static void set_malformed(const OmniRequest *request, OmniOutcome *outcome, const char *what);
 static void set_not_json(const OmniRequest *request, const char *key,
@@ -612,6 +614,8 @@ read_refusal(const OmniRequest *request, const char *key,
 	else if (answer->status >= 500)
 		outcome->attempt_event = OMNI_NAME_ATTEMPT_FAILED;
 	outcome->retryable = answer->status == 429 || answer->status >= 500;
+	outcome->few = answer->status >= 500 && answer->status != 502 && answer->status != 503 &&
+		answer->status != 504;
 	outcome->slow_down = answer->status == 429 || answer->status == 503;
 }
 
@@ -632,23 +636,53 @@ read_acceptance(const OmniRequest *request, const char *key,
 	}
 	status = omni_api_member(&json->root, "status");
 	job_id = omni_api_member(&json->root, "jobId");
-	if (status == NULL || (job_id != NULL ? !looks_like_uuid(job_id) : has_value(json, "jobId")))
+	if (status == NULL || (!(job_id != NULL && looks_like_uuid(job_id)) &&
+						   has_value(json, "jobId") && !is_known_status(status)))
 	{
 		set_malformed(request, outcome, "The answer is JSON, but does not have the expected form.");
 		return;
 	}
 
-	if (job_id != NULL)
+	if (job_id != NULL && looks_like_uuid(job_id))
 	{
 		outcome->job_id = *DatumGetUUIDP(DirectFunctionCall1(uuid_in, CStringGetDatum(job_id)));
 		outcome->has_job_id = true;
 	}
+	else if (has_value(json, "jobId"))
+		outcome->note = describe_id(job_id, key);
 	if (pg_strcasecmp(status, "completed") == 0)
 		outcome->status = OMNI_NAME_COMPLETED;
 	else if (pg_strcasecmp(status, "failed") == 0)
 		set_failed(request, outcome);
 	else
 		outcome->status = OMNI_NAME_ACCEPTED;
+}
+
+/* Say why a job cannot be followed whose id is no uuid; NULL: the id is no text. */
+static const char *
+describe_id(const char *job_id, const char *key)
+{
+	char	   *text = job_id != NULL ? quote(job_id, strlen(job_id), key) : NULL;
+
+	if (job_id == NULL)
+		return "Omni's jobId is no text, so that the job cannot be followed.";
+	if (text == NULL)
+		return "Omni's jobId is no uuid, so that the job cannot be followed; it is empty.";
+	return psprintf("Omni's jobId is no uuid, so that the job cannot be followed; it reads %s.", text);
+}
+
+/* Return whether a status of a refresh is one that Omni documents. */
+static bool
+is_known_status(const char *status)
+{
+	static const char *const known[] = {"running", "in_progress", "completed", "failed"};
+
+	for (int i = 0; i < lengthof(known); i++)
+	{
+		if (pg_strcasecmp(status, known[i]) == 0)
+			return true;
+	}
+	return false;
 }
 
 /* Set the outcome of a refresh that Omni reports as failed. */
@@ -692,12 +726,14 @@ read_reset(const OmniRequest *request, const char *key,
 }
 
 /*
- * Set the outcome of an answer that does not come from Omni.  It is not retried, since only
- * a change of the configuration can help.
+ * Set the outcome of an answer that does not come from Omni.  A call is not tried again: a
+ * change of the configuration may be needed.  A queued job is, a few times: the answer may be
+ * that of a proxy that has a hiccup.
  */
 static void
 set_malformed(const OmniRequest *request, OmniOutcome *outcome, const char *what)
 {
+	outcome->few = true;
 	outcome->status = OMNI_NAME_FAILED;
 	outcome->attempt_event = OMNI_NAME_ATTEMPT_FAILED;
 	omni_error_set(&outcome->error, ERRCODE_PROTOCOL_VIOLATION,

@@ -68,6 +68,7 @@ typedef struct OmniOutcome
 	const char *attempt_event;	/* the event to log, NULL: the status */
 	bool		quiet;			/* log no event */
 	bool		retryable;		/* the same request might fare better later */
+	bool		few;			/* but not often: see OMNI_FEW_ATTEMPTS */
 	bool		may_have_arrived;	/* no answer came, and Omni may have got
 									 * the request */
 	bool		slow_down;		/* send nothing with this key for a while */
@@ -76,6 +77,7 @@ typedef struct OmniOutcome
 	pg_uuid_t	job_id;			/* Omni's */
 	int			http_status;	/* 0 when there was none */
 	int64		elapsed;		/* microseconds */
+	const char *note;			/* for the event, if there is no error */
 	OmniError	error;			/* of the attempt ... */
 	const OmniError *job_error; /* ... and of the job, NULL: the same */
 } OmniOutcome;

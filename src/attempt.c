@@ -11,6 +11,7 @@
  */
 #include "postgres.h"
 
+#include "foreign/foreign.h"
 #include "miscadmin.h"
 #include "utils/memutils.h"
 #include "utils/timestamp.h"
@@ -317,21 +318,22 @@ resolve_server(OmniWork *work, OmniError *error)
 }
 
 /*
- * Conclude work whose request cannot be sent.  A queued job or poll whose key file cannot be
- * read is tried again instead, since the file may come back.
+ * Conclude work whose request cannot be sent.  A queued job or poll is tried again instead if
+ * its server does not exist, or its key file cannot be read: they may come back.
  */
 static void
 refuse_without_target(OmniWork *work, const OmniError *error)
 {
 	omni_work_conclude(work, OMNI_NAME_FAILED, error);
-	if (!work->kind->has_caller && work->target.key_file != NULL &&
-		omni_clock() < work->deadline)
+	if (!work->kind->has_caller && omni_clock() < work->deadline &&
+		(work->target.key_file != NULL ||
+		 !OidIsValid(get_foreign_server_oid(NameStr(work->job.request.server), true))))
 	{
-		work->outcome.quiet = work->kind->rests_quietly;
+		omni_event_add_waiting(&work->job, omni_error_text(error));
+		work->outcome.quiet = true;
 		work->outcome.status = work->kind->resting;
-		work->outcome.attempt_event = OMNI_NAME_ATTEMPT_FAILED;
 		work->outcome.again = true;
-		work->outcome.delay = OMNI_MS(OMNI_BACKOFF_MAX);
+		work->outcome.delay = Min(OMNI_MS(OMNI_BACKOFF_MAX), work->deadline - omni_clock());
 	}
 	refuse(work);
 }

@@ -45,6 +45,31 @@ static OmniStatement count_recoveries = {
 };
 
 /*
+ * Count the attempts of a job, the last ones in a row, of which only a few are made: those
+ * that ended with a 5xx but 502, 503 and 504, or with an answer that is not Omni's.
+ */
+#define FEW \
+	"(event = " OMNI_SQL(ATTEMPT_FAILED) " AND (starts_with(detail, '08P01:')" \
+	" OR http_status >= 500 AND http_status NOT IN (502, 503, 504)))"
+static OmniStatement count_few = {
+	.table = &omni_event_table,
+	.text = "SELECT count(*) FILTER (WHERE few AND id > other)"
+	" FROM (SELECT id, " FEW " AS few, coalesce(max(id) FILTER (WHERE NOT " FEW ") OVER (), 0) AS other"
+	"  FROM %s WHERE job = $1 AND (http_status IS NOT NULL OR duration IS NOT NULL"
+	"   OR event = " OMNI_SQL(RECOVERED) ")) AS event",
+	.nargs = 1,
+	.argtypes = {INT8OID}
+};
+
+/* Find out whether a job was said to wait for a reason. */
+static OmniStatement select_waiting = {
+	.table = &omni_event_table,
+	.text = "SELECT FROM %s WHERE job = $1 AND event = " OMNI_SQL(WAITING) " AND detail = $2 LIMIT 1",
+	.nargs = 2,
+	.argtypes = {INT8OID, TEXTOID}
+};
+
+/*
  * Find an attempt that ended without an answer, so that Omni may have got the request.
  * A response with status 5xx is an answer.
  */
@@ -137,6 +162,23 @@ omni_event_add_requested(const OmniJob *job)
 
 	omni_event_add(job, &event);
 	to_check = accumArrayResult(to_check, Int64GetDatum(job->id), false, INT8OID, CurrentMemoryContext);
+}
+
+/* Add an event that says why a due job waits, unless it has one for this reason. */
+void
+omni_event_add_waiting(const OmniJob *job, const char *reason)
+{
+	Datum		values[2] = {Int64GetDatum(job->id), CStringGetTextDatum(reason)};
+	OmniEvent	event = {
+		.occurred_at = GetCurrentTimestamp(),
+		.event = OMNI_NAME_WAITING,
+		.detail = reason
+	};
+
+	if (omni_run(&select_waiting, values, NULL) > 0)
+		return;
+	omni_event_add_requested(job);
+	omni_event_add(job, &event);
 }
 
 /* Write the events of this transaction. */
@@ -257,4 +299,17 @@ omni_job_may_have_arrived(int64 id)
 	Datum		values[1] = {Int64GetDatum(id)};
 
 	return omni_run(&select_unanswered, values, NULL) > 0;
+}
+
+/*
+ * Count the last attempts at a job, in a row, that ended with an answer after which only a few
+ * are made: a 5xx but 502, 503 and 504, or one that is not Omni's.
+ */
+int
+omni_job_few_failures(int64 id)
+{
+	Datum		values[1] = {Int64GetDatum(id)};
+
+	(void) omni_run(&count_few, values, NULL);
+	return (int) DatumGetInt64(omni_value(0, 0, INT8OID));
 }

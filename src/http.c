@@ -42,8 +42,11 @@
 #include "file.h"
 #include "http.h"
 
-/* How many idle connections to keep: for some servers, a few requests each */
-#define MAX_CONNECTIONS		16
+/*
+ * How many connections to keep open: for some dozens of calls at a time by HTTP/1.1.  Any
+ * more are closed after their request, and the next one pays for a handshake.
+ */
+#define MAX_CONNECTIONS		64
 
 /* A transfer.  The public part comes first, so that both have the same address. */
 typedef struct Transfer

@@ -43,7 +43,6 @@ typedef struct OmniWorkKind
 	bool		has_job;		/* the outcome is recorded in a row */
 	const char *resting;		/* without has_caller: the status of the row
 								 * while it waits for the next attempt */
-	bool		rests_quietly;	/* without an event for the wait */
 
 	/* Prepare for an attempt; may conclude the work instead. */
 	void		(*prepare) (OmniWork *work);

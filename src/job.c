@@ -265,7 +265,7 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		.attempt = job->attempts,
 		.http_status = outcome->http_status,
 		.duration = outcome->elapsed,
-		.detail = error
+		.detail = error != NULL ? error : outcome->note
 	};
 	OmniEvent	end = {.occurred_at = now,.event = outcome->status};
 

@@ -102,6 +102,8 @@ extern bool omni_tables_check(OmniError *error);
 extern void omni_events_begin(void);
 extern void omni_events_write(void);
 extern bool omni_job_may_have_arrived(int64 id);
+extern int	omni_job_few_failures(int64 id);
+extern void omni_event_add_waiting(const OmniJob *job, const char *reason);
 
 /* in notify.c */
 extern void omni_notify_begin(void);

@@ -21,7 +21,8 @@
 
 /*
  * Decide whether to back off and try again.  Try again if the next attempt can begin before
- * the deadline, and the outcome is retryable; a queued job also whenever no answer came.
+ * the deadline, and the outcome is retryable; a queued job also whenever no answer came, and
+ * a few times whatever came instead of Omni's answer.
  */
 void
 omni_kind_consider_retry(OmniWork *work)
@@ -33,11 +34,21 @@ omni_kind_consider_retry(OmniWork *work)
 	work->may_have_arrived |= outcome->may_have_arrived;
 	if (work->may_have_arrived && outcome->attempt_event != NULL)
 		outcome->status = OMNI_NAME_UNKNOWN;
-	if (!outcome->retryable && (work->kind->has_caller || outcome->http_status != 0))
+	if (!outcome->retryable &&
+		(work->kind->has_caller || (outcome->http_status != 0 && !outcome->few)))
 		return;
 
 	(void) pg_strong_random(&lot, sizeof(lot));
-	delay = OMNI_MS(omni_retry_delay(work->job.attempts, lot, outcome->retry_after));
+	if (outcome->few && !work->kind->has_caller)
+	{
+		int			failures = omni_job_few_failures(work->job.id) + 1;
+
+		if (failures >= OMNI_FEW_ATTEMPTS)
+			return;
+		delay = OMNI_MS(omni_retry_few_delay(failures, lot, outcome->retry_after));
+	}
+	else
+		delay = OMNI_MS(omni_retry_delay(work->job.attempts, lot, outcome->retry_after));
 	if (outcome->slow_down)
 		omni_rate_block(work->rate_id, omni_clock() + delay);
 

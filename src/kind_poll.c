@@ -26,7 +26,6 @@ const OmniWorkKind omni_poll_kind = {
 	.method = "GET",
 	.has_job = true,
 	.resting = OMNI_NAME_RUNNING,
-	.rests_quietly = true,
 	.prepare = prepare,
 	.url = url,
 	.refuse = refuse,

@@ -33,6 +33,21 @@ omni_retry_delay(int attempts, uint32 lot, int retry_after)
 }
 
 /*
+ * Return how long to wait, in ms, after a number of failures in a row of which only a few are
+ * tolerated: about 10 s, then 1, 5 and 15 min, a quarter more or less by lot, a random number.
+ * retry_after, in s, is a floor.
+ */
+int64
+omni_retry_few_delay(int failures, uint32 lot, int retry_after)
+{
+	static const int64 delays[OMNI_FEW_ATTEMPTS - 1] = {10000, 60000, 300000, 900000};
+	int64		delay = delays[Min(Max(failures, 1), OMNI_FEW_ATTEMPTS - 1) - 1];
+
+	return Max(delay * 3 / 4 + (int64) (lot % (delay / 2 + 1)),
+			   Min(retry_after * INT64CONST(1000), RETRY_AFTER_MAX));
+}
+
+/*
  * Return how long to wait before the next poll of a job that was accepted some time ago,
  * both in ms: half of that time, within limits, so that each wait is about one and a half
  * times as long as the one before.

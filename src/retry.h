@@ -19,6 +19,13 @@
 /* How long after Omni has accepted a job it may not know the job yet, in ms */
 #define OMNI_POLL_EARLY		30000
 
+/*
+ * How often in a row a queued job is tried if Omni answers with a 500, or somebody else
+ * answers: Omni asks its users to report such a failure rather than to repeat the request.
+ */
+#define OMNI_FEW_ATTEMPTS	5
+
+extern int64 omni_retry_few_delay(int failures, uint32 lot, int retry_after);
 extern int64 omni_retry_delay(int attempts, uint32 lot, int retry_after);
 extern int64 omni_poll_delay(int64 passed);
 

@@ -29,6 +29,9 @@
 /* Read at most this many heads at a time */
 #define MAX_HEADS			256
 
+/* If a due job waits longer than this, an event says why */
+#define WAIT_TO_TELL		OMNI_MS(1000)
+
 /* The place before the first head of the queue */
 static const OmniPlace start = {0};
 
@@ -321,6 +324,8 @@ claim_job(const OmniJob *job)
 		TimestampTz run_at = omni_latest_now() + wait;
 
 		omni_job_defer(job->id, run_at);
+		if (wait > WAIT_TO_TELL)
+			omni_event_add_waiting(job, "for \"omni_refresh.min_interval\": a request for the same was sent just before");
 		current.next_due = Min(current.next_due, run_at);
 		return;
 	}

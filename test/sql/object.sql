@@ -147,7 +147,7 @@ CREATE FUNCTION pg_temp.add_event(event text) RETURNS void LANGUAGE sql AS $$
 $$;
 SELECT lives_ok(format('SELECT pg_temp.add_event(%L)', event), format('An event can be %L', event))
 FROM unnest('{requested,sending,accepted,attempt_failed,refused,rate_limited,merged,released,canceled,
-	recovered,completed,failed,unknown}'::text[]) AS event;
+	recovered,waiting,completed,failed,unknown}'::text[]) AS event;
 SELECT throws_ok(format('SELECT pg_temp.add_event(%L)', event), '23514', NULL, format('An event cannot be %L', event))
 FROM unnest('{"",pending,running,sent}'::text[]) AS event;
 

@@ -129,8 +129,7 @@ foreach my $case (
 	map { [ 'answer', { status => 200, body => $_ }, 'The answer is JSON, but does not have the expected form.' ] }
 		'[1, 2]', '"running"', 'null', '{}', '{"status": null}', '{"status": 200}', '{"status": ["running"]}',
 		'{"jobId": "00000000-0000-0000-0000-000000000000"}', '[{"status": "running"}]',
-		map { qq({"status": "running", "jobId": "$_"}) } '', 'nonsense', '0' x 32,
-			'{00000000-0000-0000-0000-000000000000}', '00000000-0000-0000-0000-0000000000000')
+		map { qq({"status": "queued", "jobId": $_}) } '""', '"nonsense"', '7')
 {
 	my ($fault, $extras, $detail) = @$case;
 	$omni->reset;
@@ -168,6 +167,27 @@ foreach my $case (
 		'Redirects are not followed, since the API key is for one host only; '
 		. 'set "base_url" to the login host of the instance.'), "a redirect is an error: $detail");
 	is(scalar($omni->requests), 1, "a redirect is not followed: $detail");
+}
+
+# With an id that is none, Omni works on the job all the same, and nobody can follow it.
+foreach my $id ('""', '"nonsense"', '"' . '0' x 32 . '"', '"{00000000-0000-0000-0000-000000000000}"',
+	'"00000000-0000-0000-0000-0000000000000"', '7', '{"id": 7}')
+{
+	foreach my $case ([ 'running', 'accepted' ], [ 'In_Progress', 'accepted' ], [ 'completed', 'completed' ])
+	{
+		$omni->reset;
+		$omni->fault('answer', status => 200, body => qq({"status": "$case->[0]", "jobId": $id}));
+		my $job = $test->call;
+		is($job->{status}, $case->[1], "when Omni says $case->[0] of job $id, the job is $case->[1]");
+		is($job->{job_id}, undef, '... without an id');
+		is($job->{error}, undef, '... or an error');
+		my ($text) = $id =~ /^"(.*)"$/;
+		my ($detail) = $test->sql("SELECT detail FROM omni_refresh_event WHERE job = $job->{id} ORDER BY id DESC LIMIT 1") =~ /(.*)/;
+		my $expected = defined $text && $text ne '' ? "Omni's jobId is no uuid, so that the job cannot be followed; it reads $text" :
+			defined $text ? "Omni's jobId is no uuid, so that the job cannot be followed; it is empty." :
+			"Omni's jobId is no text, so that the job cannot be followed.";
+		like($detail, qr/^\Q$expected\E/, '... as the event says');
+	}
 }
 
 # What Omni says about the job

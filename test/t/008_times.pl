@@ -45,6 +45,17 @@ is(ms('retry 9 200000 7'), 200_000, '... and no bound');
 is(ms('retry 1 0 3600'), 3_600_000, 'an hour is granted');
 is(ms("retry 1 0 2147483647"), 3_600_000, '... but no more');
 
+my @few = (10, 60, 300, 900);
+for my $failures (1 .. 4)
+{
+	my $delay = 1000 * $few[$failures - 1];
+
+	is(ms("few $failures 0 0"), $delay * 3 / 4, "after failure $failures of a few the shortest wait is three quarters of $delay ms");
+	is(ms("few $failures " . $delay / 2 . ' 0'), $delay * 5 / 4, '... and the longest five quarters');
+	is(ms("few $failures " . ($delay / 2 + 1) . ' 0'), $delay * 3 / 4, '... by lot');
+}
+is(ms('few 1 0 3000'), 3_000_000, '... unless Retry-After asks for more');
+
 is(ms('poll 0'), 2000, 'a job is polled 2 s after it was accepted');
 is(ms('poll -5000'), 2000, '... also if a clock says that this is in the future');
 is(ms('poll 2000'), 3000, '... and 3 s later');

@@ -137,8 +137,8 @@ for my $fault (sort keys %odd)
 my %strange = (
 	'"running"' => 'a string',
 	'{"status": 7}' => 'a status that is a number',
-	'{"status": "running", "jobId": "x"}' => 'a job that is no uuid',
-	'{"status": "running", "jobId": 1}' => 'a job that is a number',
+	'{"status": "sleeping", "jobId": "x"}' => 'a status that is unknown, of a job that is no uuid',
+	'{"status": "", "jobId": 1}' => 'no status, of a job that is a number',
 	'{}' => 'nothing');
 for my $body (sort keys %strange)
 {
