@@ -45,6 +45,11 @@
 	((void) (classid), pg_foreign_server_aclcheck(objectid, roleid, mode))
 #endif
 
+/* 16 renamed what identifies a relation's file */
+#if PG_VERSION_NUM < 160000
+#define rd_firstRelfilelocatorSubid rd_firstRelfilenodeSubid
+#endif
+
 /* 17 added named wait events for extensions */
 #if PG_VERSION_NUM < 170000
 #define WaitEventExtensionNew(name) ((uint32) PG_WAIT_EXTENSION)

@@ -10,14 +10,22 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "access/table.h"
+#include "access/tableam.h"
 #include "access/xact.h"
+#include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
+#include "commands/trigger.h"
 #include "executor/spi.h"
+#include "executor/tuptable.h"
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/reltrigger.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
 
@@ -47,7 +55,7 @@ static OmniStatement insert_job = {
 
 static OmniStatement queue_job = {
 	.table = &omni_job_table,
-	.text = INSERT_JOB " RETURNING job",
+	.text = INSERT_JOB " RETURNING job, ctid",
 	.nargs = INSERT_JOB_NARGS,
 	.argtypes = INSERT_JOB_ARGTYPES
 };
@@ -129,6 +137,7 @@ static OmniStatement look_for_job = {
 
 static void insert(OmniStatement *statement, OmniJob *job, OmniStatus status, TimestampTz run_at,
 				   TimestampTz sent_at);
+static void note_version(OmniRowVersion *version, ItemPointer tid);
 static const char *kind_name(OmniKind kind);
 static ArrayType *keep_list(ArrayType *list);
 static TimestampTz to_finite(TimestampTz time);
@@ -214,17 +223,76 @@ omni_job_refuse(OmniJob *job, const OmniOutcome *outcome)
 	(void) omni_job_record(job, outcome);
 }
 
-/* In a backend: add a job to the queue and return its row, palloc'd. */
+/*
+ * In a backend: add a job to the queue and return its row, palloc'd.  Sets *version for
+ * omni_job_is_unchanged().
+ */
 Datum
-omni_job_queue(OmniJob *job)
+omni_job_queue(OmniJob *job, OmniRowVersion *version)
 {
 	Datum		row;
 
 	SPI_connect();
 	insert(&queue_job, job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
 	row = SPI_datumTransfer(omni_value(0, 0, get_rel_type_id(omni_job_table.oid)), false, -1);
+	note_version(version, (ItemPointer) DatumGetPointer(omni_value(0, 1, TIDOID)));
 	SPI_finish();
 	return row;
+}
+
+/*
+ * Note which version of a row of omni_refresh_job was just inserted.  The version counts
+ * as not known if a BEFORE INSERT trigger of the table's owner may have put something else
+ * into the row.  The same is true if this transaction has given the table another file: it
+ * could truncate that file in place and use its tids again.
+ */
+static void
+note_version(OmniRowVersion *version, ItemPointer tid)
+{
+	Relation	relation = table_open(omni_job_table.oid, NoLock);	/* INSERT has locked it */
+	TriggerDesc *triggers = relation->trigdesc;
+	bool		known = relation->rd_firstRelfilelocatorSubid == InvalidSubTransactionId;
+
+	for (int i = 0; triggers != NULL && i < triggers->numtriggers; i++)
+	{
+		Trigger    *trigger = &triggers->triggers[i];
+
+		if (TRIGGER_TYPE_MATCHES(trigger->tgtype, TRIGGER_TYPE_ROW,
+								 TRIGGER_TYPE_BEFORE, TRIGGER_TYPE_INSERT) &&
+			(trigger->tgenabled == TRIGGER_FIRES_ON_ORIGIN ||
+			 trigger->tgenabled == TRIGGER_FIRES_ALWAYS))
+			known = false;
+	}
+	version->table = known ? relation->rd_id : InvalidOid;
+	version->file = relation->rd_rel->relfilenode;
+	version->tid = *tid;
+	table_close(relation, NoLock);
+}
+
+/*
+ * In a backend, after omni_tables_find(): whether a row is still as this transaction has
+ * inserted it.  The transaction must not have rolled back the insertion.  A change by the
+ * same transaction counts at once, and no longer once it is rolled back.
+ */
+bool
+omni_job_is_unchanged(const OmniRowVersion *version)
+{
+	Relation	relation;
+	bool		unchanged = false;
+
+	if (version->table != omni_job_table.oid)
+		return false;			/* DROP EXTENSION, CREATE EXTENSION */
+	relation = table_open(version->table, NoLock);	/* locked since the INSERT */
+	if (relation->rd_rel->relfilenode == version->file)
+	{
+		TupleTableSlot *slot = table_slot_create(relation, NULL);
+		ItemPointerData tid = version->tid;
+
+		unchanged = table_tuple_fetch_row_version(relation, &tid, SnapshotSelf, slot);
+		ExecDropSingleTupleTableSlot(slot);
+	}
+	table_close(relation, NoLock);
+	return unchanged;
 }
 
 /* Insert a job, and set job->id if the statement is insert_job, which returns the id. */

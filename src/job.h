@@ -9,6 +9,7 @@
 #define OMNI_JOB_H
 
 #include "nodes/pg_list.h"
+#include "storage/itemptr.h"
 
 #include "api.h"
 #include "error.h"
@@ -40,6 +41,14 @@ typedef enum OmniRow
 	OMNI_ROW_LOCKED,			/* by another session */
 	OMNI_ROW_GONE				/* deleted, or not of that status any more */
 } OmniRow;
+
+/* The version of a row that this transaction has inserted */
+typedef struct OmniRowVersion
+{
+	Oid			table;			/* InvalidOid if the version is not known */
+	Oid			file;			/* the table's relfilenode */
+	ItemPointerData tid;
+} OmniRowVersion;
 
 /* A place in the queue, which is ordered like this */
 typedef struct OmniPlace
@@ -115,7 +124,8 @@ extern void omni_job_delay(OmniJob *job, int64 wait);
 extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
 extern OmniRow omni_job_record(OmniJob *job, const OmniOutcome *outcome);
 extern bool omni_job_any_unfinished(void);
-extern Datum omni_job_queue(OmniJob *job);
+extern Datum omni_job_queue(OmniJob *job, OmniRowVersion *version);
+extern bool omni_job_is_unchanged(const OmniRowVersion *version);
 extern Datum omni_job_read(int64 id);
 extern bool omni_job_look(int64 id, OmniJobState *state);
 extern Oid	omni_job_owner(void);
