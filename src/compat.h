@@ -51,6 +51,11 @@
 	 pg_foreign_data_wrapper_aclcheck(objectid, roleid, mode))
 #endif
 
+/* 16 renamed what identifies a relation's file */
+#if PG_VERSION_NUM < 160000
+#define rd_firstRelfilelocatorSubid rd_firstRelfilenodeSubid
+#endif
+
 /* 16 added the fifth argument, the result relations */
 #if PG_VERSION_NUM < 160000
 #define EvalPlanQualInit(epqstate, parent, subplan, auxrowmarks, param, results) \

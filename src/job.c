@@ -10,14 +10,19 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "access/table.h"
+#include "access/tableam.h"
 #include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
+#include "executor/tuptable.h"
 #include "funcapi.h"
 #include "miscadmin.h"
 #include "storage/lmgr.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 #include "utils/typcache.h"
 
@@ -156,17 +161,47 @@ omni_job_refuse(OmniJob *job, const OmniOutcome *outcome)
 	(void) omni_job_record(job, outcome);
 }
 
-/* In a backend: add a job to the queue and return its row, palloc'd. */
+/*
+ * In a backend: add a job to the queue and return its row, palloc'd.  Sets *version for
+ * omni_job_is_unchanged().
+ */
 Datum
-omni_job_queue(const OmniJob *job)
+omni_job_queue(const OmniJob *job, OmniRowVersion *version)
 {
 	OmniWrite	write;
 	Datum		row;
 
 	insert_into(&write, job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
 	row = omni_written_row(&write);
+	omni_written_version(&write, version);
 	omni_write_end(&write);
 	return row;
+}
+
+/*
+ * In a backend, after omni_tables_find(): return whether a row is still as this transaction
+ * has inserted it.  The transaction must not have rolled back the insertion.  A change by the
+ * same transaction counts at once, and no longer once it is rolled back.
+ */
+bool
+omni_job_is_unchanged(const OmniRowVersion *version)
+{
+	Relation	relation;
+	bool		unchanged = false;
+
+	if (version->table != omni_job_table.oid)
+		return false;			/* DROP EXTENSION, CREATE EXTENSION */
+	relation = table_open(version->table, NoLock);	/* locked since the INSERT */
+	if (relation->rd_rel->relfilenode == version->file)
+	{
+		TupleTableSlot *slot = table_slot_create(relation, NULL);
+		ItemPointerData tid = version->tid;
+
+		unchanged = table_tuple_fetch_row_version(relation, &tid, SnapshotSelf, slot);
+		ExecDropSingleTupleTableSlot(slot);
+	}
+	table_close(relation, NoLock);
+	return unchanged;
 }
 
 /* Insert a job, and set job->id.  sent_at is 0 if it is not sent yet. */

@@ -9,6 +9,7 @@
 #define OMNI_JOB_H
 
 #include "nodes/pg_list.h"
+#include "storage/itemptr.h"
 
 #include "api.h"
 #include "error.h"
@@ -42,6 +43,14 @@ typedef enum OmniRow
 	OMNI_ROW_LOCKED,			/* by another session */
 	OMNI_ROW_GONE				/* deleted, or no longer has that status */
 } OmniRow;
+
+/* The version of a row that this transaction has inserted */
+typedef struct OmniRowVersion
+{
+	Oid			table;			/* InvalidOid if the version is not known */
+	Oid			file;			/* the table's relfilenode */
+	ItemPointerData tid;
+} OmniRowVersion;
 
 /* A place in the queue, which is ordered by these fields */
 typedef struct OmniPlace
@@ -118,7 +127,8 @@ extern void omni_job_delay(OmniJob *job, int64 wait);
 extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
 extern OmniRow omni_job_record(OmniJob *job, const OmniOutcome *outcome);
 extern bool omni_job_any_unfinished(void);
-extern Datum omni_job_queue(const OmniJob *job);
+extern Datum omni_job_queue(const OmniJob *job, OmniRowVersion *version);
+extern bool omni_job_is_unchanged(const OmniRowVersion *version);
 extern Datum omni_job_read(int64 id);
 extern bool omni_job_look(int64 id, OmniJobState *state);
 extern Oid	omni_job_owner(void);

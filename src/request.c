@@ -14,10 +14,12 @@
 #include "miscadmin.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
+#include "utils/inval.h"
 #include "utils/timestamp.h"
 
 #include "job.h"
 #include "omni_refresh.h"
+#include "once.h"
 #include "option.h"
 #include "request.h"
 #include "setting.h"
@@ -64,6 +66,7 @@ omni_may_request(const OmniJob *job, OmniError *error)
 {
 	OmniTarget	target;
 
+	AcceptInvalidationMessages();	/* what others have revoked by now */
 	return !omni_in_recovery(error) &&
 		omni_target_find(NameStr(job->request.server), job->request.role, &target, error);
 }
@@ -81,12 +84,16 @@ omni_in_recovery(OmniError *error)
 }
 
 /*
- * Insert a queued job as a part of this transaction and return its row.
+ * Insert a queued job as a part of this transaction and return its row.  If an on-commit
+ * job of this transaction covers the request, insert nothing and return that job's row.
+ * A job that is to be repeated is always inserted.
  */
 Datum
 omni_queue_job(OmniJob *job)
 {
+	bool		once = strcmp(job->origin, OMNI_ORIGIN_ON_COMMIT) == 0;
 	OmniError	error = {0};
+	OmniRowVersion version;
 	Datum		row;
 
 	if (!omni_enabled)
@@ -97,7 +104,11 @@ omni_queue_job(OmniJob *job)
 		return omni_job_form(job, OMNI_NAME_FAILED, omni_error_text(&error));
 	}
 
-	row = omni_job_queue(job);
+	if (once && omni_once_find(&job->request, &row))
+		return row;
+	row = omni_job_queue(job, &version);
+	if (once)
+		omni_once_remember(&job->request, row, &version);
 	omni_wake_on_commit();
 	return row;
 }

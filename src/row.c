@@ -71,6 +71,7 @@ omni_write_begin(OmniWrite *write, OmniTable *table, const OmniRowValues *update
 {
 	AclResult	allowed;
 
+	PreventCommandIfReadOnly(update != NULL ? "UPDATE" : "INSERT");
 	omni_as_owner(table, &write->before);
 	write->table = table;
 	write->update = update != NULL;
@@ -304,6 +305,25 @@ Datum
 omni_written_row(const OmniWrite *write)
 {
 	return ExecFetchSlotHeapTupleDatum(write->new);
+}
+
+/*
+ * Note the version of the row inserted last.  It counts as not known if a BEFORE INSERT
+ * trigger of the table's owner may have put something else into the row.  The same is true
+ * if this transaction has given the table another file: it could truncate that file in
+ * place and use its tids again.
+ */
+void
+omni_written_version(const OmniWrite *write, OmniRowVersion *version)
+{
+	Relation	relation = write->relation;
+	TriggerDesc *triggers = write->result->ri_TrigDesc;
+	bool		known = relation->rd_firstRelfilelocatorSubid == InvalidSubTransactionId &&
+	(triggers == NULL || !triggers->trig_insert_before_row);
+
+	version->table = known ? RelationGetRelid(relation) : InvalidOid;
+	version->file = relation->rd_rel->relfilenode;
+	version->tid = write->new->tts_tid;
 }
 
 /* Fire the triggers that are left, and be who we were. */

@@ -43,6 +43,7 @@ extern OmniRow omni_write_update(OmniWrite *write, int64 id, bool (*wanted) (Omn
 								 const OmniRowValues *row);
 extern Datum omni_written_value(const OmniWrite *write, int column);
 extern Datum omni_written_row(const OmniWrite *write);
+extern void omni_written_version(const OmniWrite *write, OmniRowVersion *version);
 extern void omni_write_end(OmniWrite *write);
 extern bool omni_row_read(OmniTable *table, int64 id, Datum *row);
 

@@ -60,6 +60,16 @@ sub server
 	return;
 }
 
+# A statement that queues so many equal jobs. Requests would not: a transaction's equal ones have one job.
+sub equal_jobs
+{
+	my ($arguments, $count) = @_;
+	my $columns = 'status, model_id, kind, hard, server, origin, requested_by, requested_by_oid, requested_at, run_at, database';
+
+	return "WITH job AS (SELECT * FROM omni_refresh_on_commit($arguments))
+		INSERT INTO omni_refresh_job ($columns) SELECT $columns FROM job, generate_series(2, $count)";
+}
+
 # Starts psql with some statements and does not wait for it. Options: db, user, app.
 sub begin
 {

@@ -14,6 +14,7 @@ use Time::HiRes ();
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniMerge;
 
 my $seed = $ENV{OMNI_MERGE_SEED} || int(Time::HiRes::time * 1000) % 2**31;
 my $omni = OmniAPI->start;
@@ -59,95 +60,7 @@ sub clear
 	return @ids;
 }
 
-# The SQL of a request: { model, branch, hard, schemas, tables }, of which all but the first may be missing.
-sub sql
-{
-	my ($request) = @_;
-	my @arguments = ("'$request->{model}'");
-
-	push @arguments, "branch => '$request->{branch}'" if $request->{branch};
-	push @arguments, 'hard => ' . ($request->{hard} ? 'true' : 'false') if defined $request->{hard};
-	for my $list (qw(schemas tables))
-	{
-		push @arguments, "$list => '{" . join(',', @{ $request->{$list} }) . "}'" if $request->{$list};
-	}
-	return 'SELECT FROM omni_refresh_on_commit(' . join(', ', @arguments) . ')';
-}
-
-# What a request asks for, in words of which two are equal if it is the same.
-sub extent
-{
-	my ($request) = @_;
-	my ($schemas, $tables) = map { $request->{$_} ? do { my %set = map { $_ => 1 } @{ $request->{$_} }; join ',', sort keys %set } : undef } qw(schemas tables);
-
-	return 'hard' if $request->{hard} || (!defined $request->{hard} && !defined $schemas && !defined $tables);
-	return 'soft' if !defined $schemas && !defined $tables;
-	return join ' ', (defined $schemas ? "schemas $schemas" : ()), (defined $tables ? "tables $tables" : ());
-}
-
-# What must be sent for some requests for one model and branch: by the rules, one after the other.
-sub expected
-{
-	my (@requests) = @_;
-	my @extents = map { extent($_) } @requests;
-	my (%schemas, %tables, %both);
-
-	return ('hard') if grep { $_ eq 'hard' } @extents;
-	return ('soft') if grep { $_ eq 'soft' } @extents;
-	for my $request (@requests)
-	{
-		if ($request->{schemas} && $request->{tables}) { $both{ extent($request) } = 1 }
-		elsif ($request->{schemas}) { $schemas{$_} = 1 for @{ $request->{schemas} } }
-		else { $tables{$_} = 1 for @{ $request->{tables} } }
-	}
-	return sort keys %both, (%schemas ? 'schemas ' . join(',', sort keys %schemas) : ()), (%tables ? 'tables ' . join(',', sort keys %tables) : ());
-}
-
-# What was sent, as "MODEL BRANCH" => [ extents ].
-sub sent
-{
-	my %sent;
-
-	for my $request ($omni->requests(qr/refresh$/))
-	{
-		my %parameters = map { my ($name, $value) = split /=/; $value =~ s/%([0-9a-f]{2})/chr hex $1/gie; $name => $value }
-			split /&/, $request->{query} // '';
-		my ($model) = $request->{path} =~ m{models/([^/]*)/};
-		my %lists = map { $_ => [ split /,/, $parameters{$_} ] } grep { defined $parameters{$_} } qw(schemas tables);
-		my $hard = defined $parameters{hard_refresh} ? $parameters{hard_refresh} eq 'true' : undef;
-		push @{ $sent{ $model . ' ' . ($parameters{branch_id} // '') } }, extent({ hard => $hard, %lists });
-	}
-	return map { $_ => [ sort @{ $sent{$_} } ] } keys %sent;
-}
-
 # Random requests for many models: each model and branch is a case of its own
-
-sub some
-{
-	my @names = @_;
-	my @chosen = grep { rand() < 0.4 } @names;
-
-	return @chosen ? \@chosen : [ $names[ rand @names ] ];
-}
-
-sub random_request
-{
-	my ($model) = @_;
-	my %request = (model => $model);
-	my $kind = rand;
-
-	$request{branch} = '00000000-0000-0000-0000-00000000000' . int rand 2 if rand() < 0.3;
-	if ($kind < 0.05) { }
-	elsif ($kind < 0.1) { $request{hard} = 1 }
-	elsif ($kind < 0.2) { $request{hard} = 0 }
-	else
-	{
-		$request{schemas} = some(qw(a b c d)) if $kind < 0.75;
-		$request{tables} = some(qw(u v w)) if $kind >= 0.5;
-		$request{hard} = 0 if rand() < 0.3;
-	}
-	return \%request;
-}
 
 for my $round (1 .. 3)
 {
@@ -158,9 +71,9 @@ for my $round (1 .. 3)
 	{
 		for (1 .. 1 + rand 7)
 		{
-			my $request = random_request($model);
+			my $request = OmniMerge::random_request($model);
 			push @{ $requests{ $model . ' ' . ($request->{branch} // '') } }, $request;
-			push @sql, [ rand, sql($request) . ';' ];
+			push @sql, [ rand, OmniMerge::sql($request) . ';' ];
 		}
 	}
 	@sql = map { $_->[1] } sort { $a->[0] <=> $b->[0] } @sql;
@@ -170,8 +83,8 @@ for my $round (1 .. 3)
 	enable('on');
 	ok($node->poll_query_until('postgres', $all_done), 'round ' . $round . ': ' . @sql . ' requests');
 
-	my %sent = sent();
-	my %expected = map { $_ => [ expected(@{ $requests{$_} }) ] } keys %requests;
+	my %sent = OmniMerge::sent($omni);
+	my %expected = map { $_ => [ OmniMerge::expected(@{ $requests{$_} }) ] } keys %requests;
 	is_deeply(\%sent, \%expected, '... make just those that are needed')
 		or diag("OMNI_MERGE_SEED=$seed");
 	is($node->safe_psql('postgres', q{
@@ -250,7 +163,7 @@ for my $n (0, 1)
 	$session->query('COMMIT');
 	$session->quit;
 	ok($node->poll_query_until('postgres', $all_done), '... and all come to an end');
-	my %sent = sent();
+	my %sent = OmniMerge::sent($omni);
 	my $names = join ' ', map { @$_ } values %sent;
 	like($names, qr/\b$_\b/, "... $_ is sent") for grep { $_ ne ($n == 0 ? 'a' : 'b') } 'a' .. 'c';
 	is($node->safe_psql('postgres', q{SELECT count(*) FROM omni_refresh_job WHERE status = 'canceled'}), '1', '... but not what was canceled');

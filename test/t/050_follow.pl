@@ -310,7 +310,7 @@ is($call->{sqlstate}, '38000', '... failed');
 
 $omni->reset;
 $omni->set(job_seconds => 0);
-sql("SELECT id FROM omni_refresh_on_commit('$model') UNION ALL SELECT id FROM omni_refresh_on_commit('$model')");
+sql("SELECT id FROM omni_refresh_on_commit('$model', hard => false) UNION ALL SELECT id FROM omni_refresh_on_commit('$model')");
 my ($carrier, $merged) = split /\n/, sql('SELECT id FROM omni_refresh_job ORDER BY id DESC LIMIT 2 OFFSET 0') =~ s/(\d+)\n(\d+)/$2\n$1/r;
 wait_for('of jobs that were merged', "status = 'running' FROM omni_refresh_job WHERE id = $carrier");
 hurry();

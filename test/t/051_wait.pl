@@ -120,7 +120,7 @@ $omni->set(job_seconds => 1000);
 
 # Merged jobs
 
-my ($carrier, $merged) = split /\n/, sql("SELECT (omni_refresh_on_commit('$model')).id UNION ALL SELECT (omni_refresh_on_commit('$model')).id");
+my ($carrier, $merged) = split /\n/, sql("SELECT id FROM omni_refresh_on_commit('$model', hard => false) UNION ALL SELECT id FROM omni_refresh_on_commit('$model')");
 $node->poll_query_until('postgres', "SELECT status = 'running' FROM omni_refresh_job WHERE id = $carrier") or die;
 is(sql("SELECT status, merged_into FROM omni_refresh_job WHERE id = $merged"), "merged|$carrier", 'of a job that was merged');
 $call = begin(wait_sql($merged), 'merged');

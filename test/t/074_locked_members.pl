@@ -19,7 +19,7 @@ my $model = $omni->model;
 END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
 
 OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0);
-$node->safe_psql('postgres', "SET omni_refresh.enabled = on; SELECT count(omni_refresh_on_commit('$model', hard => false)) FROM generate_series(1, 1500)");
+$node->safe_psql('postgres', "SET omni_refresh.enabled = on; " . OmniFault::equal_jobs("'$model', hard => false", 1500));
 
 my $session = OmniLife::session($node, 'postgres');
 $session->query('BEGIN; SELECT count(*) FILTER (WHERE omni_refresh_cancel(id)) FROM omni_refresh_job WHERE id > 1');
