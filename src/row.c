@@ -348,13 +348,15 @@ omni_write_end(OmniWrite *write)
 bool
 omni_row_read(OmniTable *table, int64 id, Datum *row)
 {
-	Relation	relation;
-	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
+	Relation	relation = try_table_open(table->oid, AccessShareLock);
+	Snapshot	snapshot;
 	SysScanDesc scan;
 	HeapTuple	tuple;
 
+	if (relation == NULL)
+		return false;			/* DROP EXTENSION was faster */
 	omni_check_table(table);
-	relation = table_open(table->oid, AccessShareLock);
+	snapshot = RegisterSnapshot(GetLatestSnapshot());
 	scan = begin_scan(table, relation, find_index(table, relation), snapshot, id);
 	tuple = systable_getnext(scan);
 	if (HeapTupleIsValid(tuple))

@@ -6,7 +6,7 @@ SET client_min_messages = warning;
 
 BEGIN;
 CREATE EXTENSION pgtap;
-SELECT plan(96);
+SELECT plan(97);
 
 -- All there is of ours in the catalogs, except for what is pgTAP's, by kind and name
 CREATE VIEW pg_temp.ours AS

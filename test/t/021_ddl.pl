@@ -209,5 +209,5 @@ for my $state ('idle', 'abandoned', 'hanging', 'busy')
 $node->stop('fast');
 OmniLife::clean($node, 'the log is clean', qr/terminating (background worker|connection)/,
 	qr/FATAL:  database \d+ does not exist/,	# of a worker that was on its way
-	qr/ERROR:  .*ended before job/, qr/connection to client lost/, qr/will try again: another session holds a lock/);
+	qr/ERROR:  .*ended before job/, qr/ERROR:  job \d+ was deleted while it was waited for/, qr/connection to client lost/, qr/will try again: another session holds a lock/);
 done_testing();

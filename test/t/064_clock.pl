@@ -233,7 +233,7 @@ sub prepare_busy
 	$omni->set(refresh_status => 'completed');
 	$omni->fault('hang', path => $busy{hanging}{model}, times => -1);
 	$omni->fault('delay', path => $busy{slow}{model}, delay => $pause / 2);
-	$omni->fault('answer', path => $busy{retried}{model}, status => 500, headers => { 'Retry-After' => $pause });
+	$omni->fault('answer', path => $busy{retried}{model}, status => 504, headers => { 'Retry-After' => $pause });
 	$omni->fault('answer', path => $busy{paused}{model}, status => 429, headers => { 'Retry-After' => $pause });
 
 	$busy{wait} = begin($clock, 'busy', "SELECT status FROM omni_refresh_wait($busy{endless}{id}, '$pause s')");
@@ -434,8 +434,8 @@ for my $job (@job{qw(followed asked)})
 }
 $omni->fault('delay', path => $job{asked}{job_id}, delay => $pause / 2);
 $omni->set(refresh_status => 'completed');
-$omni->fault('answer', path => $job{retried}{model}, status => 500, headers => { 'Retry-After' => $pause });
-$omni->fault('answer', path => $job{retried}{model}, status => 500);
+$omni->fault('answer', path => $job{retried}{model}, status => 504, headers => { 'Retry-After' => $pause });
+$omni->fault('answer', path => $job{retried}{model}, status => 504);
 $omni->fault('hang', path => $job{impatient}{model});
 $omni->fault('delay', path => $job{answered}{model}, delay => $pause / 2);
 $omni->fault('answer', path => $job{repeated}{model}, status => 500, headers => { 'Retry-After' => $pause });

@@ -125,7 +125,7 @@ is(job(sql("SET default_transaction_read_only = on; CALL omni_refresh_await($id)
 is(job(sql("UPDATE omni_refresh_job SET error = (SELECT string_agg(md5(i::text), ' ') FROM generate_series(1, 10000) AS i) WHERE id = $id;"
 	. "SET client_encoding = 'UTF8'; CALL omni_refresh_await($id)")), "$id|completed", '... with a long error');
 
-my ($carrier, $merged) = split /\n/, sql("SELECT (omni_refresh_on_commit('$model', hard => true)).id UNION ALL SELECT (omni_refresh_on_commit('$model', hard => false)).id");
+my ($carrier, $merged) = split /\n/, sql("SELECT (omni_refresh_on_commit('$model', hard => false)).id UNION ALL SELECT (omni_refresh_on_commit('$model', hard => true)).id");
 $node->poll_query_until('postgres', "SELECT status = 'running' FROM omni_refresh_job WHERE id = $carrier") or die;
 is(sql("SELECT status, merged_into FROM omni_refresh_job WHERE id = $merged"), "merged|$carrier", 'of a job that was merged');
 $call = begin("CALL omni_refresh_await($merged)");
@@ -265,7 +265,7 @@ $id = running();
 my %ends = (
 	cancel => [ sub { sql("SELECT pg_cancel_backend($_[0])") }, '57014' ],
 	terminate => [ sub { sql("SELECT pg_terminate_backend($_[0])") }, '57P01' ],
-	statement_timeout => [ sub { }, '57014', q{SET statement_timeout = '500 ms'; } ]);
+	statement_timeout => [ sub { }, '57014', q{SET statement_timeout = '5 s'; } ]);
 for my $end (sort keys %ends)
 {
 	my ($how, $sqlstate, $before) = @{ $ends{$end} };
