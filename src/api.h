@@ -101,7 +101,9 @@ extern void omni_api_probe_outcome(const OmniRequest *request, const char *key,
 								   const OmniAnswer *answer, OmniOutcome *outcome);
 extern void omni_api_copy(char *buffer, Size size, const char *text, const char *key);
 extern Jsonb *omni_api_json(const char *body, size_t length, char **why);
+extern bool omni_api_is_policy(const char *text);
 extern bool omni_api_uuid(const char *text, Datum *uuid);
+extern bool omni_api_any_uuid(const char *text, pg_uuid_t *uuid);
 extern bool omni_api_time(const char *text, Datum *time);
 extern char *omni_api_member(JsonbContainer *object, const char *name);
 
