@@ -295,6 +295,17 @@ omni_api_fits(const OmniRequest *request)
 	return omni_api_path_length(request) <= OMNI_MAX_PATH;
 }
 
+/*
+ * Return whether a text can be the name of a cache policy.  It is a segment of a path, where
+ * "." and ".." have a meaning of their own.
+ */
+bool
+omni_api_is_policy(const char *text)
+{
+	return text[strspn(text, " \t\r\n")] != '\0' && strlen(text) < OMNI_MAX_POLICY &&
+		strcmp(text, ".") != 0 && strcmp(text, "..") != 0;
+}
+
 /* Join the elements of a list by commas, as Omni expects it. */
 static char *
 list_text(ArrayType *list)
@@ -816,6 +827,18 @@ bool
 omni_api_uuid(const char *text, Datum *uuid)
 {
 	return looks_like_uuid(text) && try_input(uuid_in, text, uuid);
+}
+
+/* Read a uuid in any form that uuid_in() accepts; return false if the text is not one. */
+bool
+omni_api_any_uuid(const char *text, pg_uuid_t *uuid)
+{
+	Datum		value;
+
+	if (!try_input(uuid_in, text, &value))
+		return false;
+	*uuid = *DatumGetUUIDP(value);
+	return true;
 }
 
 /* Read a timestamp; return false if the text is not one. */
