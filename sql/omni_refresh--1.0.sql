@@ -91,6 +91,9 @@ CREATE TABLE omni_refresh_job (
 	attempts		int NOT NULL DEFAULT 0,
 	merged_into		bigint,
 	renewed_at		pg_catalog.timestamptz,
+	retry_of		bigint,
+	called_by		pg_catalog.text COLLATE pg_catalog."C",
+	application		pg_catalog.text,
 	database		pg_catalog.oid NOT NULL,
 	error			pg_catalog.text
 ) WITH (fillfactor = 50);
@@ -119,6 +122,10 @@ COMMENT ON COLUMN omni_refresh_job.finished_at IS 'when the job reached its end'
 COMMENT ON COLUMN omni_refresh_job.attempts IS 'how often it was sent, raised before each sending';
 COMMENT ON COLUMN omni_refresh_job.merged_into IS 'the job that carries this one out';
 COMMENT ON COLUMN omni_refresh_job.renewed_at IS 'when the newest request was made that this job carries out, too';
+COMMENT ON COLUMN omni_refresh_job.retry_of IS 'the job that this one repeats';
+COMMENT ON COLUMN omni_refresh_job.called_by IS
+	'the role of the session that asked: not requested_by, but its caller, if a SECURITY DEFINER function asked';
+COMMENT ON COLUMN omni_refresh_job.application IS 'the application_name of that session';
 COMMENT ON COLUMN omni_refresh_job.database IS 'the OID of the database it was asked for in; copies elsewhere are never sent';
 COMMENT ON COLUMN omni_refresh_job.error IS 'the last error: SQLSTATE, message, detail and hint';
 
@@ -141,6 +148,10 @@ COMMENT ON INDEX omni_refresh_job_active_idx IS 'the jobs that are being carried
 CREATE INDEX omni_refresh_job_finished_idx ON omni_refresh_job (server, status, finished_at)
 	WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, failed, accepted, canceled, unknown}');
 COMMENT ON INDEX omni_refresh_job_finished_idx IS 'the jobs that are at an end, by server and status, in order of time';
+
+/* whether a job was repeated */
+CREATE INDEX omni_refresh_job_retry_idx ON omni_refresh_job (retry_of) WHERE retry_of IS NOT NULL;
+COMMENT ON INDEX omni_refresh_job_retry_idx IS 'the retries of a job';
 
 /*
  * The event log
@@ -216,15 +227,18 @@ ALTER TABLE omni_refresh_job ENABLE REPLICA TRIGGER omni_refresh_job_keep_out;
 ALTER TABLE omni_refresh_event ENABLE REPLICA TRIGGER omni_refresh_event_keep_out;
 
 /*
- * Everyone sees the jobs of the roles whose privileges they have, monitors see
- * all.  The array is made once a statement, and a dropped role is no error.
+ * Everyone sees the jobs requested or called by roles whose privileges they have, and the
+ * events of those requested by them; monitors see all.  Each array is made once
+ * a statement, and a dropped role is no error.
  */
 ALTER TABLE omni_refresh_job ENABLE ROW LEVEL SECURITY;
 ALTER TABLE omni_refresh_event ENABLE ROW LEVEL SECURITY;
 
 CREATE POLICY omni_refresh_job_own ON omni_refresh_job FOR SELECT
 	USING (requested_by OPERATOR(pg_catalog.=) ANY (ARRAY(
-		SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+			SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE')))
+		OR called_by OPERATOR(pg_catalog.=) ANY (ARRAY(
+			SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
 CREATE POLICY omni_refresh_job_monitor ON omni_refresh_job FOR SELECT
 	TO pg_monitor USING (true);
 CREATE POLICY omni_refresh_event_own ON omni_refresh_event FOR SELECT
@@ -232,9 +246,9 @@ CREATE POLICY omni_refresh_event_own ON omni_refresh_event FOR SELECT
 		SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
 CREATE POLICY omni_refresh_event_monitor ON omni_refresh_event FOR SELECT
 	TO pg_monitor USING (true);
-COMMENT ON POLICY omni_refresh_job_own ON omni_refresh_job IS 'the jobs of the roles whose privileges one has';
+COMMENT ON POLICY omni_refresh_job_own ON omni_refresh_job IS 'the jobs requested or called by roles whose privileges one has';
 COMMENT ON POLICY omni_refresh_job_monitor ON omni_refresh_job IS 'monitors see every job';
-COMMENT ON POLICY omni_refresh_event_own ON omni_refresh_event IS 'the events of the jobs that one sees';
+COMMENT ON POLICY omni_refresh_event_own ON omni_refresh_event IS 'the events of the jobs requested by roles whose privileges one has';
 COMMENT ON POLICY omni_refresh_event_monitor ON omni_refresh_event IS 'monitors see every event';
 
 GRANT SELECT ON omni_refresh_job, omni_refresh_event TO PUBLIC;

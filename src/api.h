@@ -58,6 +58,9 @@ typedef struct OmniRequest
 	NameData	server;
 	NameData	requested_by;	/* role whose key is used ... */
 	Oid			role;			/* ... and its OID */
+	NameData	called_by;		/* role of the session, as of a wrapper's
+								 * caller; empty if it was dropped */
+	NameData	application;	/* application_name, may be empty */
 	TimestampTz requested_at;
 } OmniRequest;
 

@@ -51,6 +51,24 @@ static OmniStatement look_at_job = {
 	.argtypes = {INT8OID}
 };
 
+/* Waits for the row.  In a transaction with an old snapshot, too, it may have just changed. */
+static OmniStatement lock_job = {
+	.table = &omni_job_table,
+	.latest = true,
+	.text = "SELECT FROM %s WHERE id = $1 FOR NO KEY UPDATE",
+	.nargs = 1,
+	.argtypes = {INT8OID}
+};
+
+/* Do not ask for max(id): it might be looked for in the primary key, from its end. */
+static OmniStatement select_retries = {
+	.table = &omni_job_table,
+	.read = true,
+	.text = "SELECT id FROM %s WHERE retry_of = $1 AND requested_by_oid = $2 AND requested_by = $3",
+	.nargs = 3,
+	.argtypes = {INT8OID, OIDOID, TEXTOID}
+};
+
 static OmniStatement count_unfinished = {
 	.table = &omni_job_table,
 	.read = true,
@@ -247,6 +265,12 @@ insert_into(OmniWrite *write, const OmniJob *job, OmniStatus status, TimestampTz
 	if (sent_at != 0)
 		omni_set(&row, OMNI_JOB_sent_at, TimestampTzGetDatum(sent_at));
 	omni_set(&row, OMNI_JOB_attempts, Int32GetDatum(sent_at != 0 ? 1 : 0));
+	if (job->retry_of != 0)
+		omni_set(&row, OMNI_JOB_retry_of, Int64GetDatum(job->retry_of));
+	if (NameStr(request->called_by)[0] != '\0')
+		omni_set(&row, OMNI_JOB_called_by, CStringGetTextDatum(NameStr(request->called_by)));
+	if (NameStr(request->application)[0] != '\0')
+		omni_set(&row, OMNI_JOB_application, CStringGetTextDatum(NameStr(request->application)));
 	omni_set(&row, OMNI_JOB_database, ObjectIdGetDatum(MyDatabaseId));
 
 	omni_write_begin(write, &omni_job_table, NULL);
@@ -361,6 +385,65 @@ omni_job_read(int64 id)
 }
 
 /*
+ * The same for a merged job: what it has asked for, and what became of its carrier.
+ */
+Datum
+omni_job_read_outcome(int64 id, int64 carrier)
+{
+	static const int columns[] = {
+		OMNI_JOB_status, OMNI_JOB_job_id, OMNI_JOB_sent_at, OMNI_JOB_finished_at, OMNI_JOB_attempts, OMNI_JOB_error
+	};
+	int			numbers[lengthof(columns)];
+	Datum		values[lengthof(columns)];
+	bool		nulls[lengthof(columns)];
+	HeapTupleHeader outcome;
+	HeapTupleData job;
+	HeapTuple	result;
+
+	/* keep the table from being altered in between */
+	LockRelationOid(omni_job_table.oid, AccessShareLock);
+	outcome = DatumGetHeapTupleHeader(omni_job_read(carrier));
+	job.t_data = DatumGetHeapTupleHeader(omni_job_read(id));
+	job.t_len = HeapTupleHeaderGetDatumLength(job.t_data);
+	ItemPointerSetInvalid(&job.t_self);
+	job.t_tableOid = InvalidOid;
+	for (int i = 0; i < lengthof(columns); i++)
+	{
+		numbers[i] = omni_job_table.numbers[columns[i]];
+		values[i] = GetAttributeByNum(outcome, numbers[i], &nulls[i]);
+	}
+	result = heap_modify_tuple_by_cols(&job, omni_table_rowtype(&omni_job_table), lengthof(columns),
+									   numbers, values, nulls);
+	UnlockRelationOid(omni_job_table.oid, AccessShareLock);
+	return HeapTupleGetDatum(result);
+}
+
+/*
+ * In a backend, after omni_tables_find(): return the id of the newest retry of the job that a
+ * job is to repeat, by the same requester, or 0.  Locks the repeated job until the end of the
+ * transaction: who retries it at the same time waits, and then finds this retry.
+ */
+int64
+omni_job_last_retry(const OmniJob *job)
+{
+	Datum		values[3] = {
+		Int64GetDatum(job->retry_of),
+		ObjectIdGetDatum(job->request.role),
+		CStringGetTextDatum(NameStr(job->request.requested_by))
+	};
+	int64		last = 0;
+	uint64		count;
+
+	SPI_connect();
+	(void) omni_run(&lock_job, values, NULL);
+	count = omni_run(&select_retries, values, NULL);
+	for (uint64 row = 0; row < count; row++)
+		last = Max(last, DatumGetInt64(omni_value(row, 0, INT8OID)));
+	SPI_finish();
+	return last;
+}
+
+/*
  * In a backend with SPI connected, after omni_tables_find(): read a job under the latest
  * snapshot.  Returns false if there is no such job.  The lists of schemas and tables are
  * palloc'd in the context of SPI's caller.
@@ -442,6 +525,9 @@ omni_job_decode(int row, OmniJobState *state)
 													 * queued job */
 	request->requested_by = omni_name(VALUE(requested_by, TEXTOID));
 	request->role = DatumGetObjectId(VALUE(requested_by_oid, OIDOID));
+	value = VALUE_OR_NULL(called_by, TEXTOID);
+	if (!isnull)
+		request->called_by = omni_name(value);
 	request->requested_at = to_finite(DatumGetTimestampTz(VALUE(requested_at, TIMESTAMPTZOID)));
 	value = VALUE_OR_NULL(renewed_at, TIMESTAMPTZOID);
 	job->renewed_at = isnull ? request->requested_at : Max(request->requested_at, to_finite(DatumGetTimestampTz(value)));
@@ -530,6 +616,9 @@ omni_job_form(const OmniJob *job, const char *status, const char *error)
 	SET("run_at", TimestampTzGetDatum(request->requested_at), false);
 	SET("finished_at", TimestampTzGetDatum(GetCurrentTimestamp()), false);
 	SET("attempts", Int32GetDatum(0), false);
+	SET("retry_of", Int64GetDatum(job->retry_of), job->retry_of == 0);
+	SET("called_by", CStringGetTextDatum(NameStr(request->called_by)), NameStr(request->called_by)[0] == '\0');
+	SET("application", CStringGetTextDatum(NameStr(request->application)), NameStr(request->application)[0] == '\0');
 	SET("database", ObjectIdGetDatum(MyDatabaseId), false);
 	SET("error", error == NULL ? (Datum) 0 : CStringGetTextDatum(error), error == NULL);
 #undef SET

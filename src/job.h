@@ -23,6 +23,8 @@ typedef struct OmniJob
 {
 	int64		id;				/* 0 as long as there is no row */
 	const char *origin;			/* OMNI_ORIGIN_* */
+	int64		retry_of;		/* id of the job that this one repeats, or 0;
+								 * not read from rows */
 	int64		merge_key;		/* of a queued job: a hash of the columns in
 								 * which merged jobs agree */
 	OmniRequest request;
@@ -130,6 +132,8 @@ extern bool omni_job_any_unfinished(void);
 extern Datum omni_job_queue(const OmniJob *job, OmniRowVersion *version);
 extern bool omni_job_is_unchanged(const OmniRowVersion *version);
 extern Datum omni_job_read(int64 id);
+extern Datum omni_job_read_outcome(int64 id, int64 carrier);
+extern int64 omni_job_last_retry(const OmniJob *job);
 extern bool omni_job_look(int64 id, OmniJobState *state);
 extern Oid	omni_job_owner(void);
 extern bool omni_job_count(OmniJobCounts *counts);

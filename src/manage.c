@@ -33,7 +33,7 @@ omni_refresh_cancel(PG_FUNCTION_ARGS)
 	OmniJobState carrier;
 	bool		canceled;
 
-	omni_job_find(id, &own, &carrier);
+	omni_job_find(id, OMNI_USE_MANAGE, &own, &carrier);
 	SPI_connect();
 	canceled = omni_job_cancel(&own.job, GetUserNameFromId(GetUserId(), false));
 	SPI_finish();
@@ -45,7 +45,7 @@ omni_refresh_cancel(PG_FUNCTION_ARGS)
 
 /*
  * Queue the request of a job again, on behalf of the current user, and return the new
- * job's row.
+ * job's row.  If that was done already, and not in vain, return the row of that job.
  */
 Datum
 omni_refresh_retry(PG_FUNCTION_ARGS)
@@ -56,10 +56,8 @@ omni_refresh_retry(PG_FUNCTION_ARGS)
 	OmniJob		job;
 	OmniRequest *request = &own.job.request;
 
-	omni_job_find(id, &own, &carrier);
-	if (strcmp(carrier.status, OMNI_NAME_FAILED) != 0 &&
-		strcmp(carrier.status, OMNI_NAME_CANCELED) != 0 &&
-		strcmp(carrier.status, OMNI_NAME_UNKNOWN) != 0)
+	omni_job_find(id, OMNI_USE_MANAGE, &own, &carrier);
+	if (!omni_job_can_be_retried(&carrier))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("job " INT64_FORMAT " is %s", carrier.job.id, carrier.status),
@@ -68,8 +66,11 @@ omni_refresh_retry(PG_FUNCTION_ARGS)
 	omni_job_init(&job, OMNI_ORIGIN_RETRY);
 	request->role = job.request.role;
 	request->requested_by = job.request.requested_by;
+	request->called_by = job.request.called_by;
+	request->application = job.request.application;
 	request->requested_at = job.request.requested_at;
 	job.request = *request;
+	job.retry_of = id;
 	job.request.schemas = own.job.request.schemas;
 	job.request.tables = own.job.request.tables;
 	PG_RETURN_DATUM(omni_queue_job(&job));

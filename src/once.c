@@ -5,8 +5,9 @@
  *		covers adds no row.
  *
  * A job covers the requests that the worker would merge into it without changing it; see
- * omni_queue_merge().  NOTIFY does likewise: it sends equal notifications of a transaction
- * once.  A trigger FOR EACH ROW may therefore ask as often as it fires.
+ * omni_queue_merge().  The same role must have called, too, since a job's row is shown to its
+ * caller only.  NOTIFY does likewise: it sends equal notifications of a transaction once.  A
+ * trigger FOR EACH ROW may therefore ask as often as it fires.
  *
  * What is remembered belongs to the subtransaction that has queued the job: a rollback of
  * that forgets it, a release hands it to the parent.  A job may also be canceled, or its
@@ -155,8 +156,8 @@ copy_request(const OmniRequest *request)
 }
 
 /*
- * Whether a job does all that another request asks for.  A reset without a time is one of
- * the moment when it is sent, and so the latest.
+ * Whether a job does all that another request asks for, and the same role called.  A reset
+ * without a time is one of the moment when it is sent, and so the latest.
  */
 static bool
 covers(const Asked *job, const Asked *other)
@@ -164,7 +165,7 @@ covers(const Asked *job, const Asked *other)
 	const OmniRequest *has = job->request;
 	const OmniRequest *wants = other->request;
 
-	if (!is_alike(has, wants))
+	if (!is_alike(has, wants) || strcmp(NameStr(has->called_by), NameStr(wants->called_by)) != 0)
 		return false;
 	if (has->kind == OMNI_KIND_CACHE)
 		return !has->has_reset_at || (wants->has_reset_at && wants->reset_at <= has->reset_at);

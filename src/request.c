@@ -15,6 +15,7 @@
 #include "miscadmin.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
+#include "utils/guc.h"
 #include "utils/inval.h"
 #include "utils/timestamp.h"
 
@@ -27,21 +28,31 @@
 #include "status.h"
 #include "wakeup.h"
 
-static bool is_own(const OmniRequest *request);
+static bool find_retry(const OmniJob *job, Datum *row);
+static bool look(int64 id, OmniJobState *own, OmniJobState *carrier);
+static bool may_use(const OmniRequest *request, OmniUse use);
+static bool is_requester(const OmniRequest *request);
+static bool is_caller(const OmniRequest *request);
 
 /*
- * Initialize a job of the current user for the server that omni_refresh.server names.
+ * Initialize a job of the current user for the server that omni_refresh.server names.  In a
+ * SECURITY DEFINER function the outer user is the one who called it.  That role may have been
+ * dropped.
  */
 void
 omni_job_init(OmniJob *job, const char *origin)
 {
 	OmniRequest *request = &job->request;
+	const char *caller = GetUserNameFromId(GetOuterUserId(), true);
 
 	memset(job, 0, sizeof(*job));
 	job->origin = origin;
 	namestrcpy(&request->server, omni_server);
 	request->role = GetUserId();
 	namestrcpy(&request->requested_by, GetUserNameFromId(request->role, false));
+	if (caller != NULL)
+		namestrcpy(&request->called_by, caller);
+	namestrcpy(&request->application, application_name);
 	request->requested_at = GetCurrentTimestamp();
 	omni_tables_require();
 }
@@ -146,8 +157,8 @@ omni_in_recovery(OmniError *error)
 
 /*
  * Insert a queued job as a part of this transaction and return its row.  If an on-commit
- * job of this transaction covers the request, insert nothing and return that job's row.
- * A job that is to be repeated is always inserted.
+ * job of this transaction covers the request, insert nothing and return that job's row;
+ * likewise if a job that is to be repeated was repeated before, unless in vain.
  */
 Datum
 omni_queue_job(OmniJob *job)
@@ -168,11 +179,30 @@ omni_queue_job(OmniJob *job)
 
 	if (once && omni_once_find(&job->request, &row))
 		return row;
+	if (job->retry_of != 0 && find_retry(job, &row))
+		return row;
 	row = omni_job_queue(job, &version);
 	if (once)
 		omni_once_remember(&job->request, row, &version);
 	omni_wake_on_commit();
 	return row;
+}
+
+/*
+ * Find an earlier retry of the job that a job is to repeat, which is unfinished or has
+ * succeeded.  Only the newest may be: it was queued because those before it were neither.
+ */
+static bool
+find_retry(const OmniJob *job, Datum *row)
+{
+	int64		last = omni_job_last_retry(job);
+	OmniJobState own;
+	OmniJobState carrier;
+
+	if (last == 0 || !look(last, &own, &carrier) || omni_job_can_be_retried(&carrier))
+		return false;
+	*row = omni_job_read(last);
+	return true;
 }
 
 /* Form the row of a job that is not inserted because omni_refresh.enabled is off. */
@@ -198,15 +228,32 @@ omni_job_argument(FunctionCallInfo fcinfo)
 
 /*
  * Read the job with an id, and its carrier: the job itself unless it was merged.  Raises
- * an error if the job does not exist or the current user may not manage it.
+ * an error if the job does not exist or the current user may not use it so.
  */
 void
-omni_job_find(int64 id, OmniJobState *own, OmniJobState *carrier)
+omni_job_find(int64 id, OmniUse use, OmniJobState *own, OmniJobState *carrier)
+{
+	omni_tables_require();
+	if (!look(id, own, carrier))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_OBJECT),
+				 errmsg("job " INT64_FORMAT " does not exist", id)));
+	if (!may_use(&own->job.request, use))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied for job " INT64_FORMAT, id),
+				 use == OMNI_USE_SEE ?
+				 errdetail("Only roles with the privileges of the role that requested or called it, or of the owner of the table, may wait for it.") :
+				 errdetail("Only roles with the privileges of the role that requested it, or of the owner of the table, may use it.")));
+}
+
+/* Read a job and its carrier.  Returns false if there is no such job. */
+static bool
+look(int64 id, OmniJobState *own, OmniJobState *carrier)
 {
 	OmniJobState next;
 	bool		found;
 
-	omni_tables_require();
 	SPI_connect();
 	found = omni_job_look(id, own);
 	*carrier = *own;
@@ -219,27 +266,56 @@ omni_job_find(int64 id, OmniJobState *own, OmniJobState *carrier)
 		   omni_job_look(carrier->merged_into, &next))
 		*carrier = next;
 	SPI_finish();
-	if (!found)
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_OBJECT),
-				 errmsg("job " INT64_FORMAT " does not exist", id)));
-	if (!is_own(&own->job.request))
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("permission denied for job " INT64_FORMAT, id),
-				 errdetail("Only roles with the privileges of the role that requested it, or of the owner of the table, may use it.")));
+	return found;
 }
 
 /*
- * Return whether the current user has the privileges of the requester or of the table's owner.
- * Compare the name, too: the OID of a dropped role may be in use again.
+ * Return the row of a job's carrier.  To whoever may not see that, as somebody else has called,
+ * return the row of the job itself, with the outcome of its carrier.
+ */
+Datum
+omni_job_result(const OmniJobState *own, const OmniJobState *carrier)
+{
+	if (may_use(&carrier->job.request, OMNI_USE_SEE))
+		return omni_job_read(carrier->job.id);
+	return omni_job_read_outcome(own->job.id, carrier->job.id);
+}
+
+/* Return whether a job, or its carrier, has ended without success. */
+bool
+omni_job_can_be_retried(const OmniJobState *carrier)
+{
+	return strcmp(carrier->status, OMNI_NAME_FAILED) == 0 ||
+		strcmp(carrier->status, OMNI_NAME_CANCELED) == 0 ||
+		strcmp(carrier->status, OMNI_NAME_UNKNOWN) == 0;
+}
+
+/* Return whether the current user may use a job; its row is shown to the same roles. */
+static bool
+may_use(const OmniRequest *request, OmniUse use)
+{
+	return has_privs_of_role(GetUserId(), omni_job_owner()) || is_requester(request) ||
+		(use == OMNI_USE_SEE && is_caller(request));
+}
+
+/*
+ * Return whether the current user has the privileges of the requester.  Compare the name, too:
+ * the OID of a dropped role may be in use again.
  */
 static bool
-is_own(const OmniRequest *request)
+is_requester(const OmniRequest *request)
 {
 	char	   *rolename = GetUserNameFromId(request->role, true);
 
-	return has_privs_of_role(GetUserId(), omni_job_owner()) ||
-		(rolename != NULL && strcmp(rolename, NameStr(request->requested_by)) == 0 &&
-		 has_privs_of_role(GetUserId(), request->role));
+	return rolename != NULL && strcmp(rolename, NameStr(request->requested_by)) == 0 &&
+		has_privs_of_role(GetUserId(), request->role);
+}
+
+/* Return whether the current user has the privileges of the role that called. */
+static bool
+is_caller(const OmniRequest *request)
+{
+	Oid			role = get_role_oid(NameStr(request->called_by), true);
+
+	return OidIsValid(role) && has_privs_of_role(GetUserId(), role);
 }

@@ -24,6 +24,16 @@ extern bool omni_in_recovery(OmniError *error);
 extern Datum omni_queue_job(OmniJob *job);
 extern Datum omni_job_form_disabled(const OmniJob *job);
 extern int64 omni_job_argument(FunctionCallInfo fcinfo);
-extern void omni_job_find(int64 id, OmniJobState *own, OmniJobState *carrier);
+
+/* Who may use a job, apart from the owner of the table */
+typedef enum OmniUse
+{
+	OMNI_USE_MANAGE,			/* its requester */
+	OMNI_USE_SEE				/* who called, too */
+} OmniUse;
+
+extern void omni_job_find(int64 id, OmniUse use, OmniJobState *own, OmniJobState *carrier);
+extern Datum omni_job_result(const OmniJobState *own, const OmniJobState *carrier);
+extern bool omni_job_can_be_retried(const OmniJobState *carrier);
 
 #endif							/* OMNI_REQUEST_H */

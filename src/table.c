@@ -242,7 +242,7 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 	PG_TRY();
 	{
 		code = SPI_execute_snapshot(statement->plan, values, nulls,
-									statement->read ? GetLatestSnapshot() : InvalidSnapshot,
+									statement->read || statement->latest ? GetLatestSnapshot() : InvalidSnapshot,
 									InvalidSnapshot, statement->read, true, 0);
 	}
 	PG_FINALLY();

@@ -70,6 +70,9 @@ typedef struct OmniTable
 	X(attempts, INT4OID, true) \
 	X(merged_into, INT8OID, false) \
 	X(renewed_at, TIMESTAMPTZOID, false) \
+	X(retry_of, INT8OID, false) \
+	X(called_by, TEXTOID, false) \
+	X(application, TEXTOID, false) \
 	X(database, OIDOID, true) \
 	X(error, TEXTOID, false)
 
@@ -129,6 +132,8 @@ typedef struct OmniStatement
 {
 	OmniTable  *table;
 	bool		read;			/* read-only, with the latest snapshot */
+	bool		latest;			/* with the latest snapshot, though it locks
+								 * rows */
 	const char *text;
 	int			nargs;
 	Oid			argtypes[11];

@@ -45,7 +45,8 @@
 /* How often to report that a job has not ended yet, in ms */
 #define REPORT_ROUND		30000
 
-static int64 wait_for_end(int64 id, int64 timeout, bool commits);
+static void wait_for_end(int64 id, int64 timeout, bool commits, OmniJobState *own,
+						 OmniJobState *carrier);
 static bool may_commit(FunctionCallInfo fcinfo);
 static int64 timeout_argument(FunctionCallInfo fcinfo);
 static bool has_ended(const OmniJobState *state);
@@ -63,9 +64,12 @@ omni_refresh_wait(PG_FUNCTION_ARGS)
 {
 	int64		id = omni_job_argument(fcinfo);
 	int64		timeout = timeout_argument(fcinfo);
+	OmniJobState own;
+	OmniJobState carrier;
 
 	omni_not_in_worker();
-	PG_RETURN_DATUM(omni_job_read(wait_for_end(id, timeout, false)));
+	wait_for_end(id, timeout, false, &own, &carrier);
+	PG_RETURN_DATUM(omni_job_result(&own, &carrier));
 }
 
 /*
@@ -78,6 +82,8 @@ omni_refresh_await(PG_FUNCTION_ARGS)
 	int64		id = omni_job_argument(fcinfo);
 	int64		timeout = timeout_argument(fcinfo);
 	bool		commits = may_commit(fcinfo);
+	OmniJobState own;
+	OmniJobState carrier;
 	TupleDesc	result;
 	Datum		job;
 	bool		isnull = false;
@@ -88,11 +94,11 @@ omni_refresh_await(PG_FUNCTION_ARGS)
 		SPI_connect_ext(SPI_OPT_NONATOMIC);
 		SPI_commit();
 	}
-	id = wait_for_end(id, timeout, commits);
+	wait_for_end(id, timeout, commits, &own, &carrier);
 	if (commits)
 		SPI_finish();			/* before the result is palloc'd */
 
-	job = omni_job_read(id);
+	job = omni_job_result(&own, &carrier);
 	if (get_call_result_type(fcinfo, NULL, &result) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "the procedure returns no record");
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(result), &job, &isnull)));
@@ -100,11 +106,11 @@ omni_refresh_await(PG_FUNCTION_ARGS)
 
 /*
  * Wait until a job, or its carrier, has ended, or raise a WARNING after the timeout, in
- * microseconds.  Returns the id of the job, or of its carrier.  If commits is true, which
+ * microseconds.  Sets *own and *carrier, but for their lists.  If commits is true, which
  * needs a nonatomic connection to SPI, commit after each look.
  */
-static int64
-wait_for_end(int64 id, int64 timeout, bool commits)
+static void
+wait_for_end(int64 id, int64 timeout, bool commits, OmniJobState *own, OmniJobState *carrier)
 {
 	int64		began = omni_clock();
 	int64		until = began + timeout;
@@ -115,8 +121,6 @@ wait_for_end(int64 id, int64 timeout, bool commits)
 	long		delay = LOOK_FIRST;
 	MemoryContext looks = AllocSetContextCreate(CurrentMemoryContext, "omni_refresh wait",
 												ALLOCSET_SMALL_SIZES);
-	OmniJobState own;
-	OmniJobState state;
 	OmniError	error;
 
 	for (;;)
@@ -126,12 +130,12 @@ wait_for_end(int64 id, int64 timeout, bool commits)
 
 		if (commits)
 			EnsurePortalSnapshotExists();	/* the commit has released it */
-		omni_job_find(id, &own, &state);
+		omni_job_find(id, OMNI_USE_SEE, own, carrier);
 		MemoryContextSwitchTo(context);
 		MemoryContextReset(looks);
-		if (has_ended(&state))
+		if (has_ended(carrier))
 			break;
-		if (state.uncommitted)
+		if (carrier->uncommitted)
 			ereport(ERROR,
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					 errmsg("job " INT64_FORMAT " was requested by this transaction, which is not committed", id),
@@ -140,8 +144,8 @@ wait_for_end(int64 id, int64 timeout, bool commits)
 		if (now >= until)
 		{
 			ereport(WARNING,
-					(errmsg("timed out waiting for job " INT64_FORMAT, state.job.id),
-					 errdetail("The job is %s.", state.status),
+					(errmsg("timed out waiting for job " INT64_FORMAT, carrier->job.id),
+					 errdetail("The job is %s.", carrier->status),
 					 errhint("See its events in table \"omni_refresh_event\".")));
 			break;
 		}
@@ -155,21 +159,20 @@ wait_for_end(int64 id, int64 timeout, bool commits)
 			}
 			woken = now;
 		}
-		if ((last[0] != '\0' && strcmp(last, state.status) != 0) ||
+		if ((last[0] != '\0' && strcmp(last, carrier->status) != 0) ||
 			now - reported >= OMNI_MS(REPORT_ROUND))
 		{
 			ereport(NOTICE,
-					(errmsg("job " INT64_FORMAT " is %s", state.job.id, state.status)));
+					(errmsg("job " INT64_FORMAT " is %s", carrier->job.id, carrier->status)));
 			reported = now;
 		}
-		strcpy(last, state.status);
+		strcpy(last, carrier->status);
 
 		if (commits)
 			SPI_commit();
 		wait_for_latch(Max(Min(delay, (until - now) / 1000), 1));
 		delay = Min(2 * delay, LOOK_LAST);
 	}
-	return state.job.id;
 }
 
 /*

@@ -89,6 +89,9 @@ SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_job')$$, $$VALUE
 	('attempts', 'integer', true),
 	('merged_into', 'bigint', false),
 	('renewed_at', 'timestamp with time zone', false),
+	('retry_of', 'bigint', false),
+	('called_by', 'text', false),
+	('application', 'text', false),
 	('database', 'oid', true),
 	('error', 'text', false)$$,
 	'omni_refresh_job has the columns of its documentation');

@@ -23,7 +23,7 @@ like($job->{job_id}, qr/^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/, 'Omni give
 my %expected = (
 	model_id => $model, branch_id => undef, kind => 'schema', hard => JSON::PP::true,
 	schemas => undef, tables => undef, policy => undef, reset_at => undef, server => 'omni',
-	origin => 'call', requested_by => $user, attempts => 1, merged_into => undef, error => undef);
+	origin => 'call', requested_by => $user, called_by => $user, retry_of => undef, attempts => 1, merged_into => undef, error => undef);
 is_deeply({ map { $_ => $job->{$_} } keys %expected }, \%expected, 'the row says what was asked for');
 is_deeply($test->job, $job, 'the row that is returned is the row in the table');
 is($test->sql(qq{

@@ -67,8 +67,9 @@ $omni->set(key => 'omni_osk_alice');
 is($test->sql('SELECT status, requested_by FROM refresh()', undef, 'outsider'), 'accepted|alice',
 	'a SECURITY DEFINER function calls on behalf of its owner');
 is(key_used(), 'alice', 'a SECURITY DEFINER function calls with the key of its owner');
-is($test->sql('SELECT count(*) FROM omni_refresh_job', undef, 'outsider'), '0',
-	'who calls such a function does not see its job');
+is($test->sql('SELECT requested_by, called_by FROM omni_refresh_job', undef, 'outsider'), 'alice|outsider',
+	'who calls such a function sees its job');
+is($test->sql('SELECT count(*) FROM omni_refresh_event', undef, 'outsider'), '0', '... but not its events');
 is($test->sql('SELECT DISTINCT requested_by FROM omni_refresh_job', undef, 'alice'), 'alice',
 	'a role sees its own jobs only');
 like(($test->failure('', undef, 'outsider'))[0],

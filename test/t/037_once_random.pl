@@ -2,6 +2,7 @@
 # that are canceled, deleted or changed. A reference keeps each request that commits, as if it had
 # a row of its own, and leaves all else to merging: Omni must be sent the same. Of each request the
 # reference says which jobs of the transaction cover it, too: one of these is returned, or else a new one.
+# Some requests are made by way of a function of another role: the jobs of each caller stay apart.
 #
 # A request that is returned a job shares its fate: who cancels the job has canceled the request.
 
@@ -41,6 +42,9 @@ $node->safe_psql('postgres', q{
 	CREATE ROLE one; CREATE ROLE two;
 	CREATE TABLE asked (request int, job bigint);	-- within a DO block
 	GRANT ALL ON asked TO PUBLIC;
+	CREATE FUNCTION wrapped(call text, OUT id bigint) LANGUAGE plpgsql SECURITY DEFINER SET search_path = public AS
+		$$ BEGIN EXECUTE 'SELECT id FROM ' || call INTO id; END $$;
+	ALTER FUNCTION wrapped OWNER TO one;
 	CREATE FUNCTION cancel(job bigint) RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = public AS $$
 	BEGIN PERFORM omni_refresh_cancel(id) FROM omni_refresh_job WHERE id = job; END $$;
 	CREATE FUNCTION remove(job bigint) RETURNS void LANGUAGE sql SECURITY DEFINER SET search_path = public AS
@@ -78,6 +82,7 @@ sub random_request
 
 	delete $request->{branch} if rand() < 0.5;
 	$request = { %{ $recent[ rand @recent ] } } if @recent && rand() < 0.3;
+	$request->{wrapped} = rand() < 0.2;
 	$request->{number} = @requests;
 	push @$_, $request for \@requests, \@recent;
 	return $request;
@@ -94,6 +99,7 @@ sub call
 {
 	my ($request) = @_;
 
+	return 'wrapped($c$' . call({ %$request, wrapped => 0 }) . '$c$)' if $request->{wrapped};
 	return OmniMerge::call($request) if !defined $request->{policy};
 	return "omni_refresh_cache_on_commit('$request->{model}', '$request->{policy}'" . (defined $request->{reset_at} ? ", '$request->{reset_at}')" : ')');
 }
@@ -131,7 +137,7 @@ sub place
 {
 	my ($request) = @_;
 
-	return join ' ', map { $_ // '-' } @$now{qw(server role)}, @$request{qw(model branch policy)};
+	return join ' ', map { $_ // '-' } $now->{server}, $request->{wrapped} ? 'one' : $now->{role}, @$request{qw(model branch policy)};
 }
 
 sub asked
@@ -139,11 +145,11 @@ sub asked
 	my ($request, $id) = @_;
 	my $place = place($request);
 	my $rows = $now->{rows};
-	my @covering = grep { $rows->{$_}{mine} && $rows->{$_}{place} eq $place && covers($rows->{$_}{requests}[0], $request) } keys %$rows;
+	my @covering = grep { $rows->{$_}{mine} && $rows->{$_}{place} eq $place && $rows->{$_}{caller} eq $now->{role} && covers($rows->{$_}{requests}[0], $request) } keys %$rows;
 
 	push @wrong, "request $request->{number} got job $id, and not one of (@covering)" if @covering ? !grep { $_ == $id } @covering : $seen{$id};
 	$seen{$id} = 1;
-	$rows->{$id} //= { place => $place, mine => 1 };
+	$rows->{$id} //= { place => $place, caller => $now->{role}, mine => 1 };
 	push @{ $rows->{$id}{requests} }, $request;
 	return;
 }
