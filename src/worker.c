@@ -41,6 +41,7 @@
 #include "clock.h"
 #include "compat.h"
 #include "dispatch.h"
+#include "ending.h"
 #include "kind.h"
 #include "omni_refresh.h"
 #include "setting.h"
@@ -102,8 +103,11 @@ omni_refresh_worker_main(Datum main_arg)
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
+	omni_ending_watch();
 	leave_at_once = omni_worker_begin(&starter);
 	omni_call_watch_start(starter);
+	if (starter == DSM_HANDLE_INVALID && !omni_worker_take_slot())
+		return;
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(main_arg), InvalidOid, 0);
 	override_settings();
 	omni_in_worker = true;
@@ -112,7 +116,7 @@ omni_refresh_worker_main(Datum main_arg)
 	StartTransactionCommand();
 	if (!omni_extension_is_same())
 	{
-		if (!leave_at_once)
+		if (starter != DSM_HANDLE_INVALID)
 			ereport(FATAL,
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					 errmsg("extension \"%s\" does not exist in this database", OMNI_EXTENSION),
@@ -309,8 +313,14 @@ compare_extension(void *same)
 static bool
 has_work_for_next(void)
 {
-	return omni_dispatch_any_left() || omni_works_count(&omni_queued_kind, NULL) > 0 ||
-		omni_works_count(&omni_poll_kind, NULL) > 0;
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &omni_works)
+	{
+		if (dlist_container(OmniWork, node, iter.cur)->kind->has_job)
+			return true;
+	}
+	return omni_dispatch_any_left();
 }
 
 /* Return whether the caller of any call in flight waits for it. */
