@@ -44,6 +44,7 @@
 #include "ending.h"
 #include "kind.h"
 #include "omni_refresh.h"
+#include "report.h"
 #include "setting.h"
 #include "workerslot.h"
 #include "xact.h"
@@ -128,6 +129,7 @@ omni_refresh_worker_main(Datum main_arg)
 	omni_call_started();
 	CommitTransactionCommand();
 
+	omni_report_begin();
 	if (!leave_at_once)
 		worker.busy_at = omni_clock();
 	while (!leave)
@@ -259,6 +261,7 @@ turn(void)
 
 	delay = move_on();
 	omni_notify_listeners();
+	omni_report_left_out();
 	delay = Min(delay, prune());
 	if (worker.prune_more)
 		worker.busy_at = omni_clock();
