@@ -22,6 +22,7 @@
 #include "dispatch.h"
 #include "inflight.h"
 #include "omni_refresh.h"
+#include "report.h"
 #include "retry.h"
 #include "status.h"
 #include "throttle.h"
@@ -690,6 +691,7 @@ finished(OmniWork *work)
 {
 	const OmniOutcome *outcome = &work->outcome;
 
+	omni_report_finished(work);
 	if (work->kind->has_caller && outcome->again &&
 		strcmp(outcome->status, OMNI_NAME_PENDING) == 0)
 	{

@@ -26,6 +26,7 @@
 #include "dispatch.h"
 #include "kind.h"
 #include "polls.h"
+#include "report.h"
 #include "round.h"
 #include "sent.h"
 #include "setting.h"
@@ -390,7 +391,8 @@ omni_dispatch_settle(void)
 	count = 0;
 	dlist_foreach(iter, &omni_works)
 		in_flight[count++] = dlist_container(OmniWork, node, iter.cur)->job.id;
-	dispatch.settled_now = omni_job_settle(in_flight, count);
+	omni_report_settling();
+	dispatch.settled_now = omni_job_settle(in_flight, count, omni_report_add_settled);
 
 	omni_sent_recall();
 }
@@ -400,4 +402,5 @@ void
 omni_dispatch_settled(void)
 {
 	dispatch.settled_all |= dispatch.settled_now;
+	omni_report_settled();
 }

@@ -97,6 +97,7 @@ static void insert_into(OmniWrite *write, const OmniJob *job, OmniStatus status,
 						TimestampTz sent_at);
 static const char *kind_name(OmniKind kind);
 static ArrayType *keep_list(ArrayType *list);
+static const char *origin_of(const char *name);
 static TimestampTz to_finite(TimestampTz time);
 
 /*
@@ -520,9 +521,7 @@ omni_job_decode(int row, OmniJobState *state)
 	if (request->has_reset_at)
 		request->reset_at = DatumGetTimestampTz(value);
 	request->server = omni_name(VALUE(server, TEXTOID));
-	job->origin = strcmp(TextDatumGetCString(VALUE(origin, TEXTOID)), OMNI_ORIGIN_CALL) == 0 ?
-		OMNI_ORIGIN_CALL : OMNI_ORIGIN_ON_COMMIT;	/* or any other of a
-													 * queued job */
+	job->origin = origin_of(TextDatumGetCString(VALUE(origin, TEXTOID)));
 	request->requested_by = omni_name(VALUE(requested_by, TEXTOID));
 	request->role = DatumGetObjectId(VALUE(requested_by_oid, OIDOID));
 	value = VALUE_OR_NULL(called_by, TEXTOID);
@@ -541,6 +540,20 @@ omni_job_decode(int row, OmniJobState *state)
 	state->uncommitted = TransactionIdIsCurrentTransactionId(DatumGetTransactionId(VALUE(xmin, XIDOID)));
 #undef VALUE
 #undef VALUE_OR_NULL
+}
+
+/* Return the origin with a name; that of most queued jobs if its row was tampered with. */
+static const char *
+origin_of(const char *name)
+{
+	static const char *const origins[] = {OMNI_ORIGIN_CALL, OMNI_ORIGIN_RETRY};
+
+	for (int i = 0; i < lengthof(origins); i++)
+	{
+		if (strcmp(name, origins[i]) == 0)
+			return origins[i];
+	}
+	return OMNI_ORIGIN_ON_COMMIT;
 }
 
 /* Clamp a time, "infinity" in particular, so that intervals can be added to it. */

@@ -143,7 +143,8 @@ extern Datum omni_job_form(const OmniJob *job, const char *status,
 /* in queue.c */
 extern OmniRow *omni_job_lock(const int64 *ids, int count);
 extern void omni_job_defer(int64 id, TimestampTz run_at);
-extern bool omni_job_settle(const int64 *in_flight, int count);
+extern bool omni_job_settle(const int64 *in_flight, int count,
+							void (*tell) (const OmniJob *job, const OmniOutcome *outcome));
 extern OmniHead *omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit,
 								  int due_limit, int due_limit_of_server, int *count);
 

@@ -5,9 +5,10 @@
  *		database after a start of the server or a promotion, so that queued jobs are
  *		sent without a new request.
  *
- * A worker that finds nothing to do exits at once.  The launcher then sleeps forever
- * instead of exiting: so the postmaster restarts it after the crash of a backend, which
- * ends all workers.
+ * A worker that finds nothing to do exits at once.  The launcher then sleeps instead of
+ * exiting: so the postmaster restarts it after the crash of a backend, which ends all
+ * workers.  It wakes up to start a worker that another process could not start, because all
+ * worker processes were in use.
  *
  *-------------------------------------------------------------------------
  */
@@ -29,6 +30,7 @@
 
 #include "clock.h"
 #include "compat.h"
+#include "ending.h"
 #include "launcher.h"
 #include "omni_refresh.h"
 #include "workerslot.h"
@@ -70,14 +72,16 @@ omni_refresh_launcher_main(Datum main_arg)
 
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
+	omni_ending_watch();
 	BackgroundWorkerInitializeConnection(NULL, NULL, 0);
+	omni_launcher_attach();
 
 	databases = list_databases();
 	foreach(cell, databases)
 		launch(lfirst_oid(cell));
 
 	for (;;)
-		wait_for_latch(-1);
+		wait_for_latch(omni_worker_launch_lacking());
 }
 
 /* List the databases that accept connections and are not templates. */

@@ -323,8 +323,9 @@ typedef struct MergeSet
 
 static OmniJobState *decode_all(int *count);
 static void add_rows_events(void);
-static void settle(OmniJobState *left, int count);
-static void recover(OmniJob *job);
+static void settle(OmniJobState *left, int count,
+				   void (*tell) (const OmniJob *job, const OmniOutcome *outcome));
+static void recover(const OmniJob *job, OmniOutcome *outcome);
 static void set_due(Datum *values);
 static Datum text_array(List *texts);
 static void set_heads(Datum *values, const OmniHead *heads, int count);
@@ -388,11 +389,13 @@ decode_all(int *count)
 
 /*
  * Settle a batch of jobs that an earlier worker has left behind; in_flight has the ids of
- * the jobs that this worker has in flight.  Returns false if more such jobs remain, some
- * perhaps because another session has locked their rows.
+ * the jobs that this worker has in flight.  Calls tell() with each job and its outcome.
+ * Returns false if more such jobs remain, some perhaps because another session has locked
+ * their rows.
  */
 bool
-omni_job_settle(const int64 *in_flight, int count)
+omni_job_settle(const int64 *in_flight, int count,
+				void (*tell) (const OmniJob *job, const OmniOutcome *outcome))
 {
 	Datum		values[3] = {
 		ObjectIdGetDatum(MyDatabaseId),
@@ -404,7 +407,7 @@ omni_job_settle(const int64 *in_flight, int count)
 
 	(void) omni_run(&select_left, values, NULL);
 	left = decode_all(&nleft);
-	settle(left, nleft);
+	settle(left, nleft, tell);
 	return omni_run(&any_left, values, NULL) == 0;
 }
 
@@ -424,7 +427,7 @@ omni_queue_cancel_copies(const OmniPlace *place)
 
 	(void) omni_run(&select_copies, values, NULL);
 	copies = decode_all(&ncopies);
-	settle(copies, ncopies);
+	settle(copies, ncopies, NULL);
 }
 
 /*
@@ -434,7 +437,8 @@ omni_queue_cancel_copies(const OmniPlace *place)
  * from this database.
  */
 static void
-settle(OmniJobState *left, int count)
+settle(OmniJobState *left, int count,
+	   void (*tell) (const OmniJob *job, const OmniOutcome *outcome))
 {
 	for (int i = 0; i < count; i++)
 	{
@@ -453,11 +457,9 @@ settle(OmniJobState *left, int count)
 			omni_error_hint(&outcome.error, "If the job was being sent, look in Omni before you send it again.");
 		}
 		else
-		{
-			recover(job);
-			continue;
-		}
-		(void) omni_job_record(job, &outcome);
+			recover(job, &outcome);
+		if (omni_job_record(job, &outcome) == OMNI_ROW_OURS && tell != NULL)
+			tell(job, &outcome);
 	}
 }
 
@@ -466,22 +468,22 @@ settle(OmniJobState *left, int count)
  * the job itself may be what crashes the worker or the server.
  */
 static void
-recover(OmniJob *job)
+recover(const OmniJob *job, OmniOutcome *outcome)
 {
-	OmniOutcome outcome = {.status = OMNI_NAME_PENDING,.again = true};
-
 	if (omni_events_recoveries(job->id) < MAX_RECOVERIES)
-		outcome.attempt_event = OMNI_NAME_RECOVERED;
+	{
+		outcome->status = OMNI_NAME_PENDING;
+		outcome->again = true;
+		outcome->attempt_event = OMNI_NAME_RECOVERED;
+	}
 	else
 	{
-		outcome.status = OMNI_NAME_UNKNOWN;
-		outcome.again = false;
-		omni_error_set(&outcome.error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
+		outcome->status = OMNI_NAME_UNKNOWN;
+		omni_error_set(&outcome->error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
 					   "the background worker or the server ended %d times while the job was being sent",
 					   MAX_RECOVERIES + 1);
-		omni_error_hint(&outcome.error, "Look in Omni whether it has arrived.  The server's log says why the worker ended.");
+		omni_error_hint(&outcome->error, "Look in Omni whether it has arrived.  The server's log says why the worker ended.");
 	}
-	(void) omni_job_record(job, &outcome);
 }
 
 /*

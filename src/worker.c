@@ -41,8 +41,10 @@
 #include "clock.h"
 #include "compat.h"
 #include "dispatch.h"
+#include "ending.h"
 #include "kind.h"
 #include "omni_refresh.h"
+#include "report.h"
 #include "setting.h"
 #include "workerslot.h"
 #include "xact.h"
@@ -102,8 +104,11 @@ omni_refresh_worker_main(Datum main_arg)
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
+	omni_ending_watch();
 	leave_at_once = omni_worker_begin(&starter);
 	omni_call_watch_start(starter);
+	if (starter == DSM_HANDLE_INVALID && !omni_worker_take_slot())
+		return;
 	BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(main_arg), InvalidOid, 0);
 	override_settings();
 	omni_in_worker = true;
@@ -112,7 +117,7 @@ omni_refresh_worker_main(Datum main_arg)
 	StartTransactionCommand();
 	if (!omni_extension_is_same())
 	{
-		if (!leave_at_once)
+		if (starter != DSM_HANDLE_INVALID)
 			ereport(FATAL,
 					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 					 errmsg("extension \"%s\" does not exist in this database", OMNI_EXTENSION),
@@ -124,6 +129,7 @@ omni_refresh_worker_main(Datum main_arg)
 	omni_call_started();
 	CommitTransactionCommand();
 
+	omni_report_begin();
 	if (!leave_at_once)
 		worker.busy_at = omni_clock();
 	while (!leave)
@@ -255,6 +261,7 @@ turn(void)
 
 	delay = move_on();
 	omni_notify_listeners();
+	omni_report_left_out();
 	delay = Min(delay, prune());
 	if (worker.prune_more)
 		worker.busy_at = omni_clock();
@@ -309,8 +316,14 @@ compare_extension(void *same)
 static bool
 has_work_for_next(void)
 {
-	return omni_dispatch_any_left() || omni_works_count(&omni_queued_kind, NULL) > 0 ||
-		omni_works_count(&omni_poll_kind, NULL) > 0;
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &omni_works)
+	{
+		if (dlist_container(OmniWork, node, iter.cur)->kind->has_job)
+			return true;
+	}
+	return omni_dispatch_any_left();
 }
 
 /* Return whether the caller of any call in flight waits for it. */

@@ -16,9 +16,17 @@
  * database has one worker at most, since two versions of this library may each have
  * shared memory of their own.
  *
- * No process watches a start that a commit requested.  If that start fails, the slot stays
- * occupied for OMNI_UNWATCHED_START, so that not each commit starts a worker that cannot
- * run; then the next process that looks for the slot frees it.
+ * No process watches the start of a worker for queued jobs: one that a commit, the launcher
+ * or a worker that ends has requested.  The worker takes the slot over as soon as its
+ * process exists.  If it does not within OMNI_UNWATCHED_START, the next process that looks
+ * for the slot frees it.
+ *
+ * A worker that ends with work left, for whatever reason, hands the slot over to its
+ * successor.  The successor rests before it connects to the database, the longer the more
+ * workers have ended early in a row, so that a worker that cannot run, or a start that cannot
+ * succeed, does not keep the server busy.  A call does not wait for the end of the rest, but
+ * ends it.  While all worker processes are in use, the launcher, if there is one, tries again
+ * to start any worker.
  *
  *-------------------------------------------------------------------------
  */
@@ -38,6 +46,7 @@
 
 #include "clock.h"
 #include "compat.h"
+#include "ending.h"
 #include "omni_refresh.h"
 #include "workerslot.h"
 
@@ -51,6 +60,16 @@
 /* How many workers a call starts before it gives up */
 #define MAX_STARTS			3
 
+/* How long a successor rests, in ms: the least, doubled after each worker that ended early */
+#define REST_MIN			1000
+#define REST_MAX			(5 * 60 * 1000)
+
+/* A worker that ends sooner than this after its start has ended early, in ms */
+#define EARLY				(60 * 1000)
+
+/* How often the launcher tries to start a worker, in ms */
+#define LAUNCH_AGAIN		1000
+
 typedef struct RingEntry
 {
 	dsm_handle	handle;
@@ -60,7 +79,9 @@ typedef struct RingEntry
 typedef enum SlotState
 {
 	SLOT_FREE,
+	SLOT_LACKING,				/* the launcher is to start a worker */
 	SLOT_STARTING,
+	SLOT_RESTING,				/* the worker has a process, and waits */
 	SLOT_RUNNING
 } SlotState;
 
@@ -73,7 +94,10 @@ typedef struct Slot
 	bool		flag;			/* something was queued */
 	int			owner;			/* PGPROC of the worker, or of its starter, or
 								 * NOBODY */
-	int64		made_at;		/* by omni_clock() */
+	int64		made_at;		/* when the state was reached, by omni_clock() */
+	int			rest;			/* of the last successor in ms, 0 if there was
+								 * none */
+	int64		rest_until;		/* by omni_clock() */
 	uint64		generation;		/* never used twice */
 	int			first;			/* oldest entry of the ring */
 	int			count;			/* entries in use */
@@ -84,6 +108,7 @@ typedef struct Shared
 {
 	LWLock		lock;			/* protects all of this */
 	uint64		generation;		/* of the newest slot */
+	int			launcher;		/* its PGPROC, or NOBODY */
 	ConditionVariable room;		/* some ring was full and no longer is */
 	Slot		slots[MAX_DATABASES];
 } Shared;
@@ -102,19 +127,28 @@ StaticAssertDecl(sizeof(StartInfo) <= BGW_EXTRALEN, "too much for bgw_extra");
 
 static Shared *shared = NULL;
 static LOCKTAG worker_lock;		/* held by the worker of the database */
+static Oid	worker_database;	/* of this worker */
 static bool (*has_work) (void) = NULL;	/* see omni_worker_attach() */
 
 static void init_shared(OMNI_SHARED_INIT_ARGS);
 static Slot *find_slot(Oid database);
 static Slot *make_slot(Oid database, SlotState state, int owner);
 static void free_slot(Slot *slot);
+static void set_state(Slot *slot, SlotState state, int owner);
 static bool start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handle);
-static OmniHandOver ensure_worker(Oid database, bool flag, bool leave_at_once,
+static OmniHandOver ensure_worker(Oid database, bool flag, bool at_once, bool leave_at_once,
 								  BackgroundWorkerHandle **handle);
 static OmniHandOver start_in_slot(Oid database, int owner, const StartInfo *info,
 								  BackgroundWorkerHandle **handle, Slot **slot);
-static OmniHandOver start_successor(void);
+static bool is_mine(const Slot *slot);
+static bool rests(long *left);
+static void end_rest(Slot *slot);
+static void wake_callers(const Slot *slot);
+static OmniHandOver start_successor(Slot *slot, bool in_order);
+static int	next_rest(const Slot *slot, bool in_order);
+static bool leave_to_launcher(Slot *slot);
 static void report_successor(OmniHandOver result);
+static void forget_launcher(int code, Datum arg);
 static bool start_has_failed(const Slot *slot);
 static bool lock_on_database(VirtualTransactionId *holder);
 static void leave_slot(int code, Datum arg);
@@ -126,7 +160,7 @@ static void leave_slot(int code, Datum arg);
 OmniHandOver
 omni_worker_ensure(bool flag)
 {
-	return ensure_worker(MyDatabaseId, flag, false, NULL);
+	return ensure_worker(MyDatabaseId, flag, false, false, NULL);
 }
 
 /*
@@ -148,13 +182,16 @@ omni_worker_hand_over(OmniWaiter *waiter)
 	if (slot != NULL && slot->state == SLOT_STARTING && slot->owner == omni_my_proc() &&
 		GetBackgroundWorkerPid(waiter->start, &pid) == BGWH_STOPPED)
 	{
-		free_slot(slot);
+		if (slot->rest == 0 || !leave_to_launcher(slot))
+			free_slot(slot);
 		result = START_FAILED;
 	}
-	else if (slot == NULL)
+	else if (slot == NULL || slot->state == SLOT_LACKING || slot->state == SLOT_RESTING)
 	{
 		if (waiter->starts == MAX_STARTS)
 			result = START_FAILED;
+		else if (slot != NULL && slot->state == SLOT_RESTING)
+			end_rest(slot);
 		else
 			result = start_in_slot(MyDatabaseId, omni_my_proc(), &info, &waiter->start, &slot);
 		if (result == HANDED_OVER)
@@ -251,13 +288,14 @@ omni_worker_abandon_call(void)
 }
 
 /*
- * Make sure that a database has a worker, running or starting; no process watches the
- * start.  With flag, have the worker read the queue.  If handle is not NULL, sets *handle
- * when a worker was started.  If it is NULL, raises no error, since it may be called after
- * a commit.
+ * Make sure that a database has a worker, running, starting or resting; no process watches
+ * the start.  With flag, have the worker read the queue; with at_once, even if it rests.  If
+ * handle is not NULL, sets *handle when a worker was started.  If it is NULL, raises no error,
+ * since it may be called after a commit.
  */
 static OmniHandOver
-ensure_worker(Oid database, bool flag, bool leave_at_once, BackgroundWorkerHandle **handle)
+ensure_worker(Oid database, bool flag, bool at_once, bool leave_at_once,
+			  BackgroundWorkerHandle **handle)
 {
 	StartInfo	info = {
 		.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = leave_at_once
@@ -267,8 +305,10 @@ ensure_worker(Oid database, bool flag, bool leave_at_once, BackgroundWorkerHandl
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(database);
-	if (slot == NULL)
+	if (slot == NULL || slot->state == SLOT_LACKING)
 		result = start_in_slot(database, NOBODY, &info, handle, &slot);
+	else if (at_once && slot->state == SLOT_RESTING)
+		end_rest(slot);
 	if (flag && result == HANDED_OVER && !slot->flag)
 	{
 		slot->flag = true;
@@ -287,7 +327,50 @@ bool
 omni_worker_launch(Oid database, BackgroundWorkerHandle **handle)
 {
 	omni_workerslots_attach();
-	return ensure_worker(database, false, true, handle) == HANDED_OVER;
+	return ensure_worker(database, false, false, true, handle) == HANDED_OVER;
+}
+
+/* Become the process that starts the workers that could not be started at once. */
+void
+omni_launcher_attach(void)
+{
+	omni_workerslots_attach();
+	before_shmem_exit(forget_launcher, (Datum) 0);
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	shared->launcher = omni_my_proc();
+	LWLockRelease(&shared->lock);
+}
+
+/* before_shmem_exit callback of the launcher.  The next launcher goes on. */
+static void
+forget_launcher(int code, Datum arg)
+{
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	shared->launcher = NOBODY;
+	LWLockRelease(&shared->lock);
+}
+
+/*
+ * In the launcher: start the workers that databases lack.  Returns how long to wait for the
+ * next try, in ms, or -1 if no database lacks one.
+ */
+long
+omni_worker_launch_lacking(void)
+{
+	StartInfo	info = {.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = true};
+	long		delay = -1;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	for (int i = 0; i < MAX_DATABASES; i++)
+	{
+		Slot	   *slot = &shared->slots[i];
+
+		if (slot->state == SLOT_LACKING && (slot->rest_until > omni_clock() ||
+											start_in_slot(slot->database, NOBODY, &info, NULL, &slot) != HANDED_OVER))
+			delay = LAUNCH_AGAIN;
+	}
+	LWLockRelease(&shared->lock);
+	return delay;
 }
 
 /* Have the worker read the queue.  Returns false and sets *error if there is no worker. */
@@ -297,25 +380,33 @@ omni_worker_wake(OmniError *error)
 	OmniHandOver result;
 
 	omni_workerslots_attach();
-	result = ensure_worker(MyDatabaseId, true, false, NULL);
+	result = ensure_worker(MyDatabaseId, true, true, false, NULL);
 	if (result != HANDED_OVER)
 		omni_worker_explain(result, NULL, error);
 	return result == HANDED_OVER;
 }
 
-/* Make a slot and start its worker.  Called with the lock held. */
+/*
+ * Start a worker in *slot, which is SLOT_LACKING, or in a new slot if *slot is NULL.  If that
+ * fails, and there is a launcher, it tries again.  Called with the lock held.
+ */
 static OmniHandOver
 start_in_slot(Oid database, int owner, const StartInfo *info, BackgroundWorkerHandle **handle,
 			  Slot **slot)
 {
-	*slot = make_slot(database, SLOT_STARTING, owner);
+	bool		is_new = *slot == NULL;
+
+	if (is_new)
+		*slot = make_slot(database, SLOT_STARTING, owner);
 	if (*slot == NULL)
 		return NO_SLOT;
 	if (!start_worker(database, info, handle))
 	{
-		free_slot(*slot);
+		if (is_new && !leave_to_launcher(*slot))
+			free_slot(*slot);
 		return NO_WORKER;
 	}
+	set_state(*slot, SLOT_STARTING, owner);
 	return HANDED_OVER;
 }
 
@@ -353,9 +444,11 @@ start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handl
 }
 
 /*
- * Begin a worker: raise an error unless its library is the starter's.  Sets *call to the
- * call that it was started for, or DSM_HANDLE_INVALID.  Returns whether to leave at once
- * if there is nothing to do.
+ * Begin a worker.  Sets *call to the call that it was started for, or DSM_HANDLE_INVALID.
+ * Returns whether to leave at once if there is nothing to do.
+ *
+ * If its library is not the starter's, it cannot take a call: raise an error if the starter
+ * watches the start.  Otherwise it is for queued jobs, which it finds in their table.
  */
 bool
 omni_worker_begin(dsm_handle *call)
@@ -364,25 +457,111 @@ omni_worker_begin(dsm_handle *call)
 
 	memcpy(&info, MyBgworkerEntry->bgw_extra, sizeof(info));
 	if (strncmp(info.layout, SHARED_NAME, sizeof(info.layout)) != 0)
-		ereport(FATAL,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("the library of omni_refresh is not the one that the session has loaded"),
-				 errhint("It was replaced, by an upgrade: open a new session.")));
+	{
+		if (MyBgworkerEntry->bgw_notify_pid != 0)
+			ereport(FATAL,
+					(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+					 errmsg("the library of omni_refresh is not the one that the session has loaded"),
+					 errhint("It was replaced, by an upgrade: open a new session.")));
+		info.call = DSM_HANDLE_INVALID;
+		info.leave_at_once = false;
+	}
 
+	worker_database = DatumGetObjectId(MyBgworkerEntry->bgw_main_arg);
+	omni_workerslots_attach();
+	before_shmem_exit(leave_slot, (Datum) 0);
 	*call = info.call;
 	return info.leave_at_once;
 }
 
-/* Free the slot instead of omni_worker_attach(), so that another worker can be started. */
+/*
+ * Before the worker connects to its database: take over the slot if no process watches this
+ * start, and rest as long as the slot says.  Returns false if the database has another worker,
+ * which is then to read the queue.
+ */
+bool
+omni_worker_take_slot(void)
+{
+	Slot	   *slot;
+	bool		taken;
+	long		left;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(worker_database);
+	if (slot == NULL)
+		slot = make_slot(worker_database, SLOT_STARTING, NOBODY);
+	taken = slot == NULL || slot->state == SLOT_LACKING ||
+		(slot->state == SLOT_STARTING && slot->owner == NOBODY);
+	if (taken && slot != NULL)
+	{
+		set_state(slot, slot->rest_until > omni_clock() ? SLOT_RESTING : SLOT_STARTING,
+				  omni_my_proc());
+		if (slot->state == SLOT_RESTING)
+			wake_callers(slot); /* to end the rest */
+	}
+	else if (!taken)
+	{
+		slot->flag = true;
+		if (slot->state == SLOT_RUNNING)
+			omni_set_latch(slot->owner);
+	}
+	LWLockRelease(&shared->lock);
+
+	while (taken && rests(&left))
+	{
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | WL_TIMEOUT, left,
+						 WaitEventExtensionNew("OmniRefreshRest"));
+		ResetLatch(MyLatch);
+		CHECK_FOR_INTERRUPTS();
+	}
+	return taken;
+}
+
+/* Return whether this worker has to rest, and for how long; if no longer, end the rest. */
+static bool
+rests(long *left)
+{
+	Slot	   *slot;
+	bool		resting;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(worker_database);
+	resting = is_mine(slot) && slot->state == SLOT_RESTING;
+	if (resting)
+	{
+		*left = omni_clock_until(slot->rest_until);
+		resting = *left > 0;
+		if (!resting)
+			end_rest(slot);
+	}
+	LWLockRelease(&shared->lock);
+	return resting;
+}
+
+/* End the rest of a worker.  Called with the lock held. */
+static void
+end_rest(Slot *slot)
+{
+	set_state(slot, SLOT_STARTING, slot->owner);
+	omni_set_latch(slot->owner);
+}
+
+/* Return whether a slot, or NULL, belongs to this worker.  Called with the lock held. */
+static bool
+is_mine(const Slot *slot)
+{
+	return slot != NULL && slot->owner == omni_my_proc();
+}
+
+/* There is no extension: free the slot instead of omni_worker_attach(). */
 void
 omni_worker_turn_back(void)
 {
 	Slot	   *slot;
 
-	omni_workerslots_attach();
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	slot = find_slot(MyDatabaseId);
-	if (slot != NULL && slot->state == SLOT_STARTING && slot->owner == NOBODY)
+	slot = find_slot(worker_database);
+	if (is_mine(slot))
 		free_slot(slot);
 	LWLockRelease(&shared->lock);
 }
@@ -417,21 +596,16 @@ omni_worker_attach(bool (*has_work_for_next) (void))
 {
 	Slot	   *slot;
 
-	has_work = has_work_for_next;
-	omni_workerslots_attach();
 	SET_LOCKTAG_ADVISORY(worker_lock, MyDatabaseId, 0x6f6d6e69, 0x72667368, 0x4f52);	/* "omnirfsh" */
 	(void) LockAcquire(&worker_lock, ExclusiveLock, true, false);
-	before_shmem_exit(leave_slot, (Datum) 0);
+	has_work = has_work_for_next;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	slot = find_slot(MyDatabaseId);
+	slot = find_slot(worker_database);
 	if (slot == NULL)
-		slot = make_slot(MyDatabaseId, SLOT_RUNNING, omni_my_proc());
+		slot = make_slot(worker_database, SLOT_RUNNING, omni_my_proc());
 	if (slot != NULL)
-	{
-		slot->state = SLOT_RUNNING;
-		slot->owner = omni_my_proc();
-	}
+		set_state(slot, SLOT_RUNNING, omni_my_proc());
 	LWLockRelease(&shared->lock);
 
 	if (slot == NULL)
@@ -519,16 +693,17 @@ omni_worker_leave_if_idle(void)
 	OmniHandOver result = HANDED_OVER;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	slot = find_slot(MyDatabaseId);
+	slot = find_slot(worker_database);
 	idle = slot == NULL || (slot->count == 0 && !slot->flag);
 	if (idle && slot != NULL)
 	{
 		/* the next worker must not find the lock taken */
 		LockReleaseSession(USER_LOCKMETHOD);
-		free_slot(slot);
+		if (!relieved && has_work())
+			result = start_successor(slot, true);
+		else
+			free_slot(slot);
 	}
-	if (idle && !relieved && has_work())
-		result = start_successor();
 	LWLockRelease(&shared->lock);
 
 	report_successor(result);
@@ -536,51 +711,86 @@ omni_worker_leave_if_idle(void)
 }
 
 /*
- * before_shmem_exit callback: free the slot on every way out.  From 19 on, a session that
- * renames or copies the database terminates its workers: start another one then.
+ * before_shmem_exit callback: on every way out, free the slot if it is this worker's, and
+ * start a successor if any work is left, or if that is not known.  ShutdownPostgres(), which
+ * has run before, has released the lock.
+ *
+ * From 19 on, a session that renames or copies the database terminates its workers: that is
+ * in order, as if this worker had left by itself.
  */
 static void
 leave_slot(int code, Datum arg)
 {
-	Slot	   *slot;
-	bool		locked;
 	VirtualTransactionId holder;
+	bool		locked = OidIsValid(MyDatabaseId) && lock_on_database(&holder);
 	OmniHandOver result = HANDED_OVER;
-
-	/*
-	 * as ShutdownPostgres() will do, so that the lock is released before the
-	 * slot
-	 */
-	AbortOutOfAnyTransaction();
-	locked = lock_on_database(&holder);
-	LockReleaseAll(USER_LOCKMETHOD, true);
+	Slot	   *slot;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	slot = find_slot(MyDatabaseId);
-	if (slot != NULL && slot->state == SLOT_RUNNING && slot->owner == omni_my_proc())
-	{
-		bool		wanted = locked && (slot->flag || has_work());
-
+	slot = find_slot(worker_database);
+	if (is_mine(slot) && !omni_ending_is_final() &&
+		(has_work == NULL || slot->flag || has_work()))
+		result = start_successor(slot, locked);
+	else if (is_mine(slot))
 		free_slot(slot);
-		if (wanted)
-			result = start_successor();
-	}
 	LWLockRelease(&shared->lock);
 
 	report_successor(result);
 }
 
 /*
- * Start the next worker, which waits like any new session while the database is locked.
- * Called with the lock held.
+ * Hand the slot of this worker over to its successor, which rests first.  Then the successor
+ * waits like any new session while the database is locked.  Give up if no worker has come as
+ * far as to be attached in all the time until the rest is the longest.  Called with the lock
+ * held.
  */
 static OmniHandOver
-start_successor(void)
+start_successor(Slot *slot, bool in_order)
 {
 	StartInfo	info = {.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = true};
-	Slot	   *slot;
+	int			rest = next_rest(slot, in_order);
+	bool		give_up = has_work == NULL && slot->rest == REST_MAX;
 
-	return start_in_slot(MyDatabaseId, NOBODY, &info, NULL, &slot);
+	free_slot(slot);
+	if (give_up)
+		return START_FAILED;
+	slot = make_slot(worker_database, SLOT_STARTING, NOBODY);	/* one is free */
+	slot->rest = rest;
+	slot->rest_until = omni_clock() + OMNI_MS(rest);
+	if (start_worker(worker_database, &info, NULL))
+		return HANDED_OVER;
+	if (!leave_to_launcher(slot))
+		free_slot(slot);
+	return NO_WORKER;
+}
+
+/* Return how long the successor of this worker rests, in ms. */
+static int
+next_rest(const Slot *slot, bool in_order)
+{
+	bool		early = slot->state != SLOT_RUNNING ||
+	omni_clock() - slot->made_at < OMNI_MS(EARLY);
+
+	if (in_order || !early || slot->rest == 0)
+		return REST_MIN;
+	return Min(2 * slot->rest, REST_MAX);
+}
+
+/*
+ * Have the launcher start a worker in a slot.  Returns false if there is no launcher.  Called
+ * with the lock held.
+ */
+static bool
+leave_to_launcher(Slot *slot)
+{
+	if (shared->launcher == NOBODY)
+		return false;
+	wake_callers(slot);
+	slot->count = 0;
+	slot->generation = ++shared->generation;
+	set_state(slot, SLOT_LACKING, NOBODY);
+	omni_set_latch(shared->launcher);
+	return true;
 }
 
 static void
@@ -590,7 +800,13 @@ report_successor(OmniHandOver result)
 		ereport(LOG,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
 				 errmsg("could not start a background worker for queued requests"),
-				 errhint("Call omni_refresh_wake() when a background worker is available.")));
+				 result == START_FAILED ?
+				 errdetail("All attempts have failed for several minutes.") :
+				 errdetail("All of the server's max_worker_processes (%d) are in use.",
+						   max_worker_processes),
+				 result == NO_WORKER && shared->launcher != NOBODY ?
+				 errhint("The launcher tries again.") :
+				 errhint("Call omni_refresh_wake() when a background worker can start.")));
 }
 
 /* Return whether a job was queued since the last call of this function. */
@@ -601,7 +817,7 @@ omni_worker_take_flag(void)
 	bool		flag;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	slot = find_slot(MyDatabaseId);
+	slot = find_slot(worker_database);
 	flag = slot != NULL && slot->flag;
 	if (flag)
 		slot->flag = false;
@@ -618,7 +834,7 @@ omni_worker_next_call(void)
 	Slot	   *slot;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	slot = find_slot(MyDatabaseId);
+	slot = find_slot(worker_database);
 	if (slot != NULL && slot->count > 0)
 	{
 		handle = slot->ring[slot->first].handle;
@@ -652,6 +868,7 @@ init_shared(OMNI_SHARED_INIT_ARGS)
 
 	memset(new, 0, sizeof(Shared));
 	LWLockInitialize(&new->lock, LWLockNewTrancheId(OMNI_EXTENSION));
+	new->launcher = NOBODY;
 	ConditionVariableInit(&new->room);
 }
 
@@ -684,11 +901,11 @@ make_slot(Oid database, SlotState state, int owner)
 
 		if (slot->state == SLOT_FREE)
 		{
-			slot->state = state;
+			set_state(slot, state, owner);
 			slot->database = database;
 			slot->flag = false;
-			slot->owner = owner;
-			slot->made_at = omni_clock();
+			slot->rest = 0;
+			slot->rest_until = 0;
 			slot->generation = ++shared->generation;
 			slot->first = 0;
 			slot->count = 0;
@@ -702,10 +919,26 @@ make_slot(Oid database, SlotState state, int owner)
 static void
 free_slot(Slot *slot)
 {
-	for (int i = 0; i < slot->count; i++)
-		omni_set_latch(slot->ring[(slot->first + i) % RING_SIZE].caller);
+	wake_callers(slot);
 	slot->state = SLOT_FREE;
 	ConditionVariableBroadcast(&shared->room);
+}
+
+/* Set the latches of the callers in the ring of a slot.  Called with the lock held. */
+static void
+wake_callers(const Slot *slot)
+{
+	for (int i = 0; i < slot->count; i++)
+		omni_set_latch(slot->ring[(slot->first + i) % RING_SIZE].caller);
+}
+
+/* Called with the lock held. */
+static void
+set_state(Slot *slot, SlotState state, int owner)
+{
+	slot->state = state;
+	slot->owner = owner;
+	slot->made_at = omni_clock();
 }
 
 int

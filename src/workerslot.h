@@ -47,11 +47,16 @@ extern void omni_worker_explain(OmniHandOver result, const OmniError *start_erro
 extern void omni_worker_wait_for_room(void);
 extern void omni_worker_abandon_call(void);
 extern bool omni_worker_wake(OmniError *error);
+
+/* in the launcher */
+extern void omni_launcher_attach(void);
 extern bool omni_worker_launch(Oid database, BackgroundWorkerHandle **handle);
+extern long omni_worker_launch_lacking(void);
 
 /* in the worker */
 extern void omni_not_in_worker(void);
 extern bool omni_worker_begin(dsm_handle *call);
+extern bool omni_worker_take_slot(void);
 extern void omni_worker_turn_back(void);
 extern void omni_worker_attach(bool (*has_work) (void));
 extern void omni_worker_hold(void);

@@ -123,6 +123,6 @@ SKIP:
 }
 
 $node->stop('fast');
-OmniLife::clean($node, 'the log is clean', qr/terminating (background worker|connection|walreceiver)/, qr/the database system is/,
+OmniLife::clean($node, 'the log is clean', qr/terminating (connection|walreceiver)/, qr/the database system is/,
 	qr/connection to client lost/);
 done_testing();

@@ -148,5 +148,5 @@ $standby->append_conf('postgresql.conf', "max_worker_processes = 2\n");	# the lo
 $standby->restart;
 is($standby->safe_psql('postgres', q{SELECT count(*) FROM pg_stat_activity WHERE backend_type ~ 'omni_refresh'}), '1', 'without room for a worker the launcher waits');
 $standby->stop('fast');
-OmniLife::clean($standby, 'the log is clean', qr/terminating/, qr/could not (receive data from|connect to)/, qr/the database system is/, qr/invalid record length/);
+OmniLife::clean($standby, 'the log is clean', qr/terminating (connection|walreceiver)/, qr/could not (receive data from|connect to)/, qr/the database system is/, qr/invalid record length/);
 done_testing();

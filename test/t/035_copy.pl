@@ -159,5 +159,5 @@ like($upgraded->safe_psql('postgres', $history), qr/\A\Q$events\E;/, '... with t
 is(scalar(() = $omni->requests), 1, '... once');
 
 $_->stop('fast') for $subscriber, $upgraded;
-OmniLife::clean($node, 'the log is clean', qr/terminating|ERROR|no privileges were granted|connection to client lost/);
+OmniLife::clean($node, 'the log is clean', qr/terminating connection|ERROR|no privileges were granted|connection to client lost/);
 done_testing();

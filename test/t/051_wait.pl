@@ -350,5 +350,5 @@ is(scalar(() = $call->{err} =~ /WARNING/g), 2, '... and what has become of the j
 
 ok(index(slurp_file($node->logfile), $omni->key) < 0, 'the key is not in the log');
 $node->stop('fast');
-OmniLife::clean($node, 'the log is clean', qr/terminating background worker/, qr/connection to client lost/, qr/WARNING:  timed out waiting for job \d+/, qr/WARNING:  .*no background worker is available/);
+OmniLife::clean($node, 'the log is clean', qr/connection to client lost/, qr/WARNING:  timed out waiting for job \d+/, qr/WARNING:  .*no background worker is available/);
 done_testing();

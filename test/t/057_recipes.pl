@@ -110,5 +110,5 @@ END
 }
 
 $node->stop('fast');
-OmniLife::clean($node, 'the log is clean', qr/terminating background worker/, qr/ERROR:  refresh 4 is failed/);
+OmniLife::clean($node, 'the log is clean', qr/ERROR:  refresh 4 is failed/);
 done_testing();
