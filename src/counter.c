@@ -147,17 +147,19 @@ static bool
 may_count(void)
 {
 	static bool tried = false;
+	static bool can = false;
 
 	if (!tried)
 	{
 		tried = true;
-		if (attach_safely())
+		can = attach_safely();
+		if (can)
 		{
 			RegisterXactCallback(at_transaction_end, NULL);
 			RegisterSubXactCallback(at_subtransaction_end, NULL);
 		}
 	}
-	return shared != NULL;
+	return can;
 }
 
 static void
