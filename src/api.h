@@ -43,14 +43,16 @@ typedef enum OmniKind
 typedef struct OmniRequest
 {
 	OmniKind	kind;
-	pg_uuid_t	model;
+	pg_uuid_t	model;			/* if has_model */
+	bool		has_model;		/* false in a look-up, and until
+								 * omni_job_complete() */
 	pg_uuid_t	branch;			/* if has_branch */
 	bool		has_branch;
 	bool		hard;			/* as given, or by default */
 	bool		hard_named;		/* send the parameter hard_refresh */
 	ArrayType  *schemas;		/* text[], or NULL */
 	ArrayType  *tables;			/* text[], or NULL */
-	char		policy[OMNI_MAX_POLICY];
+	char		policy[OMNI_MAX_POLICY];	/* empty: none */
 	bool		has_reset_at;
 	TimestampTz reset_at;		/* if has_reset_at */
 	NameData	server;
@@ -92,6 +94,8 @@ extern Size omni_api_encoded_length(const char *text);
 extern Size omni_api_path_length(const OmniRequest *request);
 extern bool omni_api_fits(const OmniRequest *request);
 extern char *omni_api_models_lookup(const char *name, const char *kind, const char *cursor);
+extern char *omni_api_model_lookup(const pg_uuid_t *model);
+extern char *omni_api_schemas_lookup(const pg_uuid_t *model, const pg_uuid_t *branch);
 extern void omni_api_job_outcome(const OmniRequest *request, const char *key,
 								 const OmniAnswer *answer, OmniOutcome *outcome);
 extern bool omni_api_poll_outcome(const OmniRequest *request, const char *key,
@@ -100,9 +104,13 @@ extern void omni_api_lookup_outcome(const OmniRequest *request, const char *key,
 									const OmniAnswer *answer, OmniOutcome *outcome);
 extern void omni_api_probe_outcome(const OmniRequest *request, const char *key,
 								   const OmniAnswer *answer, OmniOutcome *outcome);
+extern bool omni_api_find_model(const OmniAnswer *answer, const pg_uuid_t *model, const char *key,
+								char *name, Size size);
 extern void omni_api_copy(char *buffer, Size size, const char *text, const char *key);
 extern Jsonb *omni_api_json(const char *body, size_t length, char **why);
+extern bool omni_api_is_policy(const char *text);
 extern bool omni_api_uuid(const char *text, Datum *uuid);
+extern bool omni_api_any_uuid(const char *text, pg_uuid_t *uuid);
 extern bool omni_api_time(const char *text, Datum *time);
 extern char *omni_api_member(JsonbContainer *object, const char *name);
 

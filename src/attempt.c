@@ -598,6 +598,7 @@ send_request(OmniWork *work)
 		MemoryContextSwitchTo(work->attempt);
 		request.body = omni_api_job_body(&work->job.request);
 		work->transfer = omni_http_start(&request);
+		omni_rate_sent(NameStr(work->job.request.server), work->kind->class);
 	}
 	PG_CATCH();
 	{

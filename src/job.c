@@ -419,6 +419,7 @@ omni_job_decode(int row, OmniJobState *state)
 	if (!isnull)
 		job->job_id = *DatumGetUUIDP(value);
 	request->model = *DatumGetUUIDP(VALUE(model_id, UUIDOID));
+	request->has_model = true;
 	value = VALUE_OR_NULL(branch_id, UUIDOID);
 	request->has_branch = !isnull;
 	if (!isnull)
@@ -496,7 +497,8 @@ omni_job_owner(void)
 
 /*
  * In a backend, after omni_tables_find(): form a row, palloc'd, for a job that was never
- * written to the table.
+ * written to the table.  If the server could not be used, the row lacks what was to be taken
+ * from the server's options.
  */
 Datum
 omni_job_form(const OmniJob *job, const char *status, const char *error)
@@ -515,13 +517,13 @@ omni_job_form(const OmniJob *job, const char *status, const char *error)
 
 	memset(nulls, true, rowtype->natts);
 	SET("status", CStringGetTextDatum(status), false);
-	SET("model_id", UUIDPGetDatum(&request->model), false);
+	SET("model_id", UUIDPGetDatum(&request->model), !request->has_model);
 	SET("branch_id", UUIDPGetDatum(&request->branch), !request->has_branch);
 	SET("kind", CStringGetTextDatum(kind_name(request->kind)), false);
 	SET("hard", BoolGetDatum(request->hard), request->kind == OMNI_KIND_CACHE);
 	SET("schemas", PointerGetDatum(job->request.schemas), job->request.schemas == NULL);
 	SET("tables", PointerGetDatum(job->request.tables), job->request.tables == NULL);
-	SET("policy", CStringGetTextDatum(request->policy), request->kind != OMNI_KIND_CACHE);
+	SET("policy", CStringGetTextDatum(request->policy), request->policy[0] == '\0');
 	SET("reset_at", TimestampTzGetDatum(request->reset_at), !request->has_reset_at);
 	SET("server", CStringGetTextDatum(NameStr(request->server)), false);
 	SET("origin", CStringGetTextDatum(job->origin), false);

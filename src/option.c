@@ -58,6 +58,8 @@ typedef struct Option
 static void check_base_url(const char *name, const char *value);
 static void check_duration(const char *name, const char *value);
 static void check_rate_limit(const char *name, const char *value);
+static void check_uuid(const char *name, const char *value);
+static void check_policy(const char *name, const char *value);
 static void check_proxy(const char *name, const char *value);
 static void check_path(const char *name, const char *value);
 static void check_key(const char *name, const char *value);
@@ -67,6 +69,9 @@ static const Option options[] = {
 	{"connect_timeout", ForeignServerRelationId, false, check_duration},
 	{"timeout", ForeignServerRelationId, false, check_duration},
 	{"rate_limit", ForeignServerRelationId, false, check_rate_limit},
+	{"model", ForeignServerRelationId, false, check_uuid},
+	{"branch", ForeignServerRelationId, false, check_uuid},
+	{"cache_policy", ForeignServerRelationId, false, check_policy},
 	{"proxy", ForeignServerRelationId, true, check_proxy},
 	{"ca_file", ForeignServerRelationId, true, check_path},
 	{"api_key_file", UserMappingRelationId, true, check_path},
@@ -76,6 +81,7 @@ static const Option options[] = {
 static const Option *find_option(const char *name, Oid catalog);
 pg_noreturn static void unrecognized_option(const char *name, Oid catalog);
 static int	parse_duration(const char *value);
+static pg_uuid_t *read_uuid(const char *value);
 static bool find_server(const char *servername, Oid role, OmniTarget *target,
 						ForeignServer **found, OmniError *error);
 static bool find_mapping(const ForeignServer *server, Oid role,
@@ -95,6 +101,8 @@ omni_refresh_validator(PG_FUNCTION_ARGS)
 	List	   *list = untransformRelOptions(PG_GETARG_DATUM(0));
 	Oid			catalog = PG_GETARG_OID(1);
 	bool		has_base_url = false;
+	bool		has_model = false;
+	bool		has_branch = false;
 	bool		has_key = false;
 	ListCell   *cell;
 
@@ -130,6 +138,10 @@ omni_refresh_validator(PG_FUNCTION_ARGS)
 		}
 		if (strcmp(option->name, "base_url") == 0)
 			has_base_url = true;
+		else if (strcmp(option->name, "model") == 0)
+			has_model = true;
+		else if (strcmp(option->name, "branch") == 0)
+			has_branch = true;
 	}
 
 	if (catalog == ForeignServerRelationId && !has_base_url)
@@ -137,6 +149,12 @@ omni_refresh_validator(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_FDW_OPTION_NAME_NOT_FOUND),
 				 errmsg("option \"base_url\" is required"),
 				 errhint("Give the address you log in to Omni with: OPTIONS (base_url 'https://acme.omniapp.co').")));
+	if (has_branch && !has_model)
+		ereport(ERROR,
+				(errcode(ERRCODE_FDW_OPTION_NAME_NOT_FOUND),
+				 errmsg("option \"branch\" requires the option \"model\""),
+				 errdetail("A branch belongs to one model."),
+				 errhint("Add the model with OPTIONS (ADD model '...'), or drop both with OPTIONS (DROP model, DROP branch).")));
 
 	PG_RETURN_VOID();
 }
@@ -181,7 +199,7 @@ unrecognized_option(const char *name, Oid catalog)
 			 nearest != NULL ?
 			 errhint("Perhaps you meant the option \"%s\".", nearest->name) :
 			 catalog == ForeignServerRelationId ?
-			 errhint("Options of a server are base_url, connect_timeout, timeout, rate_limit, proxy and ca_file.") :
+			 errhint("Options of a server are base_url, connect_timeout, timeout, rate_limit, model, branch, cache_policy, proxy and ca_file.") :
 			 catalog == UserMappingRelationId ?
 			 errhint("Options of a user mapping are api_key_file and api_key.") :
 			 errhint("There are no options in this context.")));
@@ -362,6 +380,35 @@ check_rate_limit(const char *name, const char *value)
 						 MAX_RATE_LIMIT)));
 }
 
+/* Return the uuid of a model or branch, palloc'd; NULL if the value is not one. */
+static pg_uuid_t *
+read_uuid(const char *value)
+{
+	pg_uuid_t  *uuid = palloc(sizeof(pg_uuid_t));
+
+	return omni_api_any_uuid(value, uuid) ? uuid : NULL;
+}
+
+static void
+check_uuid(const char *name, const char *value)
+{
+	if (read_uuid(value) == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid value for option \"%s\": \"%s\"", name, value),
+				 errhint("Give a uuid; omni_refresh_models() lists those of the models and of their branches.")));
+}
+
+static void
+check_policy(const char *name, const char *value)
+{
+	if (!omni_api_is_policy(value))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("invalid value for option \"%s\": \"%s\"", name, value),
+				 errhint("Give the name of a cache policy, which may have %d bytes.", OMNI_MAX_POLICY - 1)));
+}
+
 static void
 check_path(const char *name, const char *value)
 {
@@ -502,6 +549,12 @@ find_server(const char *servername, Oid role, OmniTarget *target,
 			target->timeout = parse_duration(value);
 		else if (strcmp(def->defname, "rate_limit") == 0)
 			(void) parse_int(value, &target->rate_limit, 0, NULL);
+		else if (strcmp(def->defname, "model") == 0)
+			target->model = read_uuid(value);
+		else if (strcmp(def->defname, "branch") == 0)
+			target->branch = read_uuid(value);
+		else if (strcmp(def->defname, "cache_policy") == 0 && omni_api_is_policy(value))
+			target->cache_policy = value;
 	}
 	*found = server;
 	return true;

@@ -8,6 +8,8 @@
 #ifndef OMNI_OPTION_H
 #define OMNI_OPTION_H
 
+#include "utils/uuid.h"
+
 #include "error.h"
 
 /* Where and how to reach Omni: the options of a server and a user mapping */
@@ -19,6 +21,12 @@ typedef struct OmniTarget
 	int			connect_timeout;	/* ms */
 	int			timeout;		/* ms, of one attempt */
 	int			rate_limit;		/* requests a minute, 0 means no limit */
+
+	/* what a request takes that leaves it out; NULL: nothing */
+	pg_uuid_t  *model;
+	pg_uuid_t  *branch;
+	char	   *cache_policy;	/* shorter than OMNI_MAX_POLICY */
+
 	char	   *key_file;		/* NULL: key is set */
 	char	   *key;
 } OmniTarget;

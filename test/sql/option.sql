@@ -43,7 +43,7 @@ LANGUAGE sql RETURN split_part(message, E'\n', 1);
 CREATE SERVER omni FOREIGN DATA WRAPPER omni_refresh OPTIONS (base_url 'https://acme.omniapp.co');
 GRANT USAGE ON FOREIGN SERVER omni TO regress_omni_owner;
 
-SELECT plan(188);
+SELECT plan(232);
 
 -- base_url
 SELECT is(pg_temp.server(format('base_url %L', url)), 'done', format('%L is a base URL', url))
@@ -169,6 +169,50 @@ Give a number of requests a minute between 0 and 1000000; 0 means no limit.$$, v
 		  format('rate_limit cannot be %L', value))
 FROM unnest(ARRAY['', '-1', '1000001', '99999999999', 'many', '60/min', '60 s']) AS value;
 
+-- model, branch
+SELECT is(pg_temp.server(format('base_url %L, model %L, branch %L', 'https://acme.omniapp.co', value, value)), 'done',
+		  format('model and branch can be %L', value))
+FROM unnest(ARRAY['98c7ad96-5c04-4fb7-b33a-1389a65d16ed', '98C7AD96-5C04-4FB7-B33A-1389A65D16ED',
+	'{98c7ad96-5c04-4fb7-b33a-1389a65d16ed}', '98c7ad965c044fb7b33a1389a65d16ed',
+	'00000000-0000-0000-0000-000000000000']) AS value;
+SELECT is(E'\n' || pg_temp.server(format('base_url %L, model %L, branch %L', 'https://acme.omniapp.co',
+			CASE option WHEN 'model' THEN value ELSE '98c7ad96-5c04-4fb7-b33a-1389a65d16ed' END, value)),
+		  format($$
+22023: invalid value for option "%s": "%s"
+Give a uuid; omni_refresh_models() lists those of the models and of their branches.$$, option, value),
+		  format('%s cannot be %L', option, value))
+FROM unnest(ARRAY['model', 'branch']) AS option,
+	 unnest(ARRAY['', 'main', '98c7ad96-5c04-4fb7-b33a-1389a65d16e', '98c7ad96-5c04-4fb7-b33a-1389a65d16ed ',
+				  ' 98c7ad96-5c04-4fb7-b33a-1389a65d16ed', '98c7ad96-5c04-4fb7-b33a-1389a65d16eg',
+				  '{98c7ad96-5c04-4fb7-b33a-1389a65d16ed', 'NULL']) AS value;
+SELECT is(E'\n' || pg_temp.server($$base_url 'https://acme.omniapp.co', branch '98c7ad96-5c04-4fb7-b33a-1389a65d16ed'$$), $$
+HV00J: option "branch" requires the option "model"
+A branch belongs to one model.
+Add the model with OPTIONS (ADD model '...'), or drop both with OPTIONS (DROP model, DROP branch).$$,
+	'A branch needs its model');
+SELECT is(pg_temp.server($$branch '98c7ad96-5c04-4fb7-b33a-1389a65d16ed', base_url 'https://acme.omniapp.co', model '98c7ad96-5c04-4fb7-b33a-1389a65d16ed'$$),
+	'done', '... which may come after it');
+SELECT is(pg_temp.first_line(pg_temp.outcome($$ALTER SERVER omni OPTIONS (ADD branch '98c7ad96-5c04-4fb7-b33a-1389a65d16ed')$$)),
+	'HV00J: option "branch" requires the option "model"', '... also if it is added');
+SELECT is(pg_temp.first_line(pg_temp.outcome($$
+	ALTER SERVER omni OPTIONS (ADD model '98c7ad96-5c04-4fb7-b33a-1389a65d16ed', ADD branch '98c7ad96-5c04-4fb7-b33a-1389a65d16ed');
+	ALTER SERVER omni OPTIONS (DROP model)$$)),
+	'HV00J: option "branch" requires the option "model"', '... which cannot be dropped alone');
+SELECT is(pg_temp.outcome($$
+	ALTER SERVER omni OPTIONS (ADD model '98c7ad96-5c04-4fb7-b33a-1389a65d16ed', ADD branch '98c7ad96-5c04-4fb7-b33a-1389a65d16ed');
+	ALTER SERVER omni OPTIONS (DROP model, DROP branch)$$), 'done', '... but with it, as the hint says');
+
+-- cache_policy
+SELECT is(pg_temp.server(format('base_url %L, cache_policy %L', 'https://acme.omniapp.co', value)), 'done',
+		  format('cache_policy can be %s', left(value, 20)))
+FROM unnest(ARRAY['nightly', 'every hour', ' x ', '...', 'a/b?c', repeat('x', 255)]) AS value;
+SELECT is(E'\n' || pg_temp.server(format('base_url %L, cache_policy %L', 'https://acme.omniapp.co', value)),
+		  format($$
+22023: invalid value for option "cache_policy": "%s"
+Give the name of a cache policy, which may have 255 bytes.$$, value),
+		  format('cache_policy cannot be %s', left(value, 20)))
+FROM unnest(ARRAY['', ' ', E' \t\r\n', '.', '..', repeat('x', 256)]) AS value;
+
 -- proxy, ca_file
 SELECT is(pg_temp.server($$base_url 'https://acme.omniapp.co', proxy 'http://proxy.example:3128'$$),
 	'done', 'A superuser can set a proxy');
@@ -202,7 +246,9 @@ FROM (VALUES ('proxy', 'http://proxy.example:3128'), ('ca_file', '/etc/ssl/own.p
 SELECT is(pg_temp.server(format('base_url %L, %I %L', 'https://acme.omniapp.co', option, '5'),
 						 'regress_omni_owner'),
 		  'done', format('An ordinary role can set %s', option))
-FROM unnest(ARRAY['connect_timeout', 'timeout', 'rate_limit']) AS option;
+FROM unnest(ARRAY['connect_timeout', 'timeout', 'rate_limit', 'cache_policy']) AS option;
+SELECT is(pg_temp.server($$base_url 'https://acme.omniapp.co', model '98c7ad96-5c04-4fb7-b33a-1389a65d16ed'$$, 'regress_omni_owner'),
+	'done', 'An ordinary role can set model');
 
 CREATE SERVER guarded FOREIGN DATA WRAPPER omni_refresh
 	OPTIONS (base_url 'https://acme.omniapp.co', ca_file '/etc/ssl/own.pem');
@@ -284,7 +330,7 @@ HV00D: unrecognized option "%s"
 Perhaps you meant the option "%s".$$, option, meant),
 	format('%I on a server is taken for %s', option, meant))
 FROM (VALUES ('timeuot', 'timeout'), ('connection_timeout', 'connect_timeout'), ('ratelimit', 'rate_limit'),
-	('CA_file', 'ca_file'), ('proxi', 'proxy'), ('Base_URL', 'base_url')) AS v(option, meant);
+	('CA_file', 'ca_file'), ('models', 'model'), ('model_id', 'model'), ('branch_id', 'branch'), ('cachepolicy', 'cache_policy'), ('proxi', 'proxy'), ('Base_URL', 'base_url')) AS v(option, meant);
 SELECT is(E'\n' || pg_temp.mapping(format('%I %L', option, '5')), format($$
 HV00D: unrecognized option "%s"
 Perhaps you meant the option "%s".$$, option, meant),
@@ -292,7 +338,7 @@ Perhaps you meant the option "%s".$$, option, meant),
 FROM (VALUES ('apikey', 'api_key'), ('api-key', 'api_key'), ('key_file', 'api_key_file')) AS v(option, meant);
 SELECT is(E'\n' || pg_temp.server(format('base_url %L, %I %L', 'https://acme.omniapp.co', option, '5')), format($$
 HV00D: unrecognized option "%s"
-Options of a server are base_url, connect_timeout, timeout, rate_limit, proxy and ca_file.$$, option),
+Options of a server are base_url, connect_timeout, timeout, rate_limit, model, branch, cache_policy, proxy and ca_file.$$, option),
 	'An option of a server that is like no other gets a list of them: ' || option)
 FROM unnest(ARRAY['wallet', 'verify_peer', 'sslmode']) AS option;
 SELECT is(E'\n' || pg_temp.mapping($$password_required 'false'$$), $$
@@ -320,7 +366,7 @@ SELECT is(pg_temp.outcome(format('SELECT omni_refresh_validator(%L, %L::regclass
 FROM (VALUES
 	('a very long name', ARRAY[repeat('x', 200) || '=1', 'base_url=https://acme.omniapp.co'], 'pg_foreign_server',
 		'HV00D: unrecognized option "' || repeat('x', 200) || E'"\nOptions of a server are '
-		'base_url, connect_timeout, timeout, rate_limit, proxy and ca_file.'),
+		'base_url, connect_timeout, timeout, rate_limit, model, branch, cache_policy, proxy and ca_file.'),
 	('an option without a value', ARRAY['base_url'], 'pg_foreign_server',
 		'42601: base_url requires a parameter'),
 	('no option at all', '{}', 'pg_user_mapping', 'done'),

@@ -16,8 +16,8 @@ my ($node, $omni) = ($test->node, $test->omni);
 my $model = $omni->model;
 my $second = OmniAPI->start;
 my $second_key = $node->basedir . '/second.key';
-my @numbers = qw(pending sending running completed accepted failed canceled unknown requests_last_minute);
-my @others = qw(oldest_pending last_success last_failure last_error p50 p95 worker_pid);
+my @numbers = qw(pending sending running completed accepted failed canceled unknown failures_in_a_row requests_last_minute);
+my @others = qw(oldest_pending oldest_unfinished last_success last_failure last_error p50 p95 worker_pid);
 
 END { my $rc = $?; $second->stop if $second; $? = $rc; }
 
