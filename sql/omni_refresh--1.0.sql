@@ -518,7 +518,7 @@ CREATE FUNCTION omni_refresh_outcomes()
 		status pg_catalog.text,
 		finished_at pg_catalog.timestamptz,
 		error pg_catalog.text)
-	LANGUAGE sql STABLE PARALLEL UNSAFE ROWS 100
+	LANGUAGE sql VOLATILE PARALLEL UNSAFE ROWS 100
 	SET jit = off SET work_mem = '64MB'
 BEGIN ATOMIC
 	SELECT DISTINCT ON (server, model_id, kind, branch_id, status)

@@ -444,7 +444,7 @@ omni_api_find_model(const OmniAnswer *answer, const pg_uuid_t *model, const char
 	{
 		JsonbValue *record = getIthJsonbValueFromContainer(records.val.binary.data, i);
 		char	   *id = record->type == jbvBinary ?
-			omni_api_member(record->val.binary.data, "id") : NULL;
+		omni_api_member(record->val.binary.data, "id") : NULL;
 
 		if (id != NULL && pg_strcasecmp(id, uuid_text(model)) == 0)
 		{

@@ -373,7 +373,9 @@ check_settings(ReturnSetInfo *result)
 	{
 		enum
 		{
-			NAME, VALUE, UNIT, SOURCE, FILE, LINE, COLUMNS
+			NAME, VALUE, UNIT, SOURCE, FILE,
+						LINE,
+						COLUMNS
 		};
 		char	   *row[COLUMNS];
 		bool		ok;

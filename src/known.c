@@ -18,6 +18,28 @@
 #include "api.h"
 #include "known.h"
 
+/*
+ * The schemas of this database that have a table or view of a user's, and whether $1 names
+ * them: with a catalog or without, and either may have dots in its name.
+ */
+static const char *const select_schemas =
+"SELECT nspname::pg_catalog.text, pg_catalog.lower(nspname::pg_catalog.text COLLATE pg_catalog.\"default\")"
+"  OPERATOR(pg_catalog.=) ANY ("
+"    SELECT pg_catalog.lower(form COLLATE pg_catalog.\"default\")"
+"    FROM pg_catalog.unnest($1) AS name, LATERAL (VALUES (name),"
+"      (pg_catalog.regexp_replace(name, '^[^.]*[.]', '')),"
+"      (pg_catalog.regexp_replace(name, '^.*[.]', ''))) AS forms (form))"
+" FROM pg_catalog.pg_namespace AS n"
+" WHERE NOT pg_catalog.starts_with(nspname::pg_catalog.text, 'pg_')"
+"  AND nspname OPERATOR(pg_catalog.<>) 'information_schema'"
+"  AND EXISTS (SELECT FROM pg_catalog.pg_class AS c"
+"    WHERE relnamespace OPERATOR(pg_catalog.=) n.oid"
+"      AND relkind OPERATOR(pg_catalog.=) ANY ('{r, p, v, m, f}')"
+"      AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend"
+"        WHERE classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass"
+"          AND objid OPERATOR(pg_catalog.=) c.oid AND deptype OPERATOR(pg_catalog.=) 'e'))"
+" ORDER BY nspname";
+
 static ArrayType *read_names(const char *answer, Size length);
 
 /*
@@ -37,24 +59,7 @@ omni_known_compare(const char *answer, Size length, List **unknown, int *all)
 		return false;
 	*unknown = NIL;
 	SPI_connect();
-	if (SPI_execute_with_args(
-							  "SELECT nspname::pg_catalog.text, pg_catalog.lower(nspname::pg_catalog.text COLLATE pg_catalog.\"default\")"
-							  "  OPERATOR(pg_catalog.=) ANY ("
-							  "    SELECT pg_catalog.lower(form COLLATE pg_catalog.\"default\")"
-							  "    FROM pg_catalog.unnest($1) AS name, LATERAL (VALUES (name),"
-							  "      (pg_catalog.regexp_replace(name, '^[^.]*[.]', '')),"
-							  "      (pg_catalog.regexp_replace(name, '^.*[.]', ''))) AS forms (form))"
-							  " FROM pg_catalog.pg_namespace AS n"
-							  " WHERE NOT pg_catalog.starts_with(nspname::pg_catalog.text, 'pg_')"
-							  "  AND nspname OPERATOR(pg_catalog.<>) 'information_schema'"
-							  "  AND EXISTS (SELECT FROM pg_catalog.pg_class AS c"
-							  "    WHERE relnamespace OPERATOR(pg_catalog.=) n.oid"
-							  "      AND relkind OPERATOR(pg_catalog.=) ANY ('{r, p, v, m, f}')"
-							  "      AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend"
-							  "        WHERE classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass"
-							  "          AND objid OPERATOR(pg_catalog.=) c.oid AND deptype OPERATOR(pg_catalog.=) 'e'))"
-							  " ORDER BY nspname",
-							  1, argtypes, values, NULL, true, 0) != SPI_OK_SELECT)
+	if (SPI_execute_with_args(select_schemas, 1, argtypes, values, NULL, true, 0) != SPI_OK_SELECT)
 		elog(ERROR, "could not read the schemas");
 	*all = (int) SPI_processed;
 	for (int i = 0; i < *all; i++)
