@@ -154,6 +154,15 @@ CREATE INDEX omni_refresh_job_retry_idx ON omni_refresh_job (retry_of) WHERE ret
 COMMENT ON INDEX omni_refresh_job_retry_idx IS 'the retries of a job';
 
 /*
+ * when each model was refreshed last, for omni_refresh_freshness.  The all-zero branch stands
+ * for none, because a comparison of rows that meets a null is neither true nor false.
+ */
+CREATE INDEX omni_refresh_job_outcome_idx ON omni_refresh_job (server, model_id, kind,
+		COALESCE(branch_id, '00000000-0000-0000-0000-000000000000'), status, finished_at)
+	WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, failed, accepted, unknown}');
+COMMENT ON INDEX omni_refresh_job_outcome_idx IS 'the jobs that succeeded or failed, by what they asked for and status, in order of time';
+
+/*
  * The event log
  */
 CREATE TABLE omni_refresh_event (
@@ -354,9 +363,9 @@ COMMENT ON FUNCTION omni_refresh_models(pg_catalog.text, pg_catalog.text) IS
 	'the models that Omni has, of a name and of a kind if these are given';
 
 CREATE FUNCTION omni_refresh_check()
-	RETURNS TABLE (check_name pg_catalog.text, ok boolean, detail pg_catalog.text)
+	RETURNS TABLE (check_name pg_catalog.text, ok boolean, detail pg_catalog.text, hint pg_catalog.text)
 	AS 'MODULE_PATHNAME', 'omni_refresh_check'
-	LANGUAGE C VOLATILE PARALLEL UNSAFE ROWS 20;
+	LANGUAGE C VOLATILE PARALLEL UNSAFE ROWS 30;
 COMMENT ON FUNCTION omni_refresh_check() IS
 	'goes the way of a request, step by step, and says what is wrong and what to do';
 
@@ -367,24 +376,48 @@ CREATE FUNCTION omni_refresh_wake()
 COMMENT ON FUNCTION omni_refresh_wake() IS
 	'starts the background worker if any job is unfinished, and returns whether there is one';
 
+CREATE FUNCTION omni_refresh_requests_last_minute(server pg_catalog.name)
+	RETURNS bigint
+	AS 'MODULE_PATHNAME', 'omni_refresh_requests_last_minute'
+	LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_requests_last_minute(pg_catalog.name) IS
+	'how many HTTP requests this database has sent to a server in the last minute, polls and look-ups included';
+
 /*
  * For monitoring.  Whatever the tables hold, it reads no more than what is unfinished,
- * what came to an end in the last hour, and the last jobs of each server.  So that an
- * index finds them, the times must not be those of clock_timestamp(), which is
- * volatile, and each status must be asked for by itself: the condition that makes the
- * index one that may be used is none that it is searched by.
+ * what came to an end in the last hour, the last jobs of each server, and a bounded number
+ * of attempts and of failures.  So that an index finds them, the times must not be those
+ * of clock_timestamp(), which is volatile, and each status must be asked for by itself: the
+ * condition that makes the index one that may be used is none that it is searched by.
+ *
+ * Let no plan depend on statistics, which there are none of until the first ANALYZE: a
+ * subquery with LIMIT is not joined in another way, and with ORDER BY it reads the index.
  */
 CREATE VIEW omni_refresh_status AS
+WITH answers AS MATERIALIZED (
+	SELECT
+		job_server,
+		pg_catalog.percentile_cont(0.5::double precision) WITHIN GROUP (ORDER BY duration) AS p50,
+		pg_catalog.percentile_cont(0.95::double precision) WITHIN GROUP (ORDER BY duration) AS p95
+	FROM (
+		SELECT job, duration FROM omni_refresh_event
+		WHERE occurred_at OPERATOR(pg_catalog.>) (pg_catalog.statement_timestamp() OPERATOR(pg_catalog.-) interval '1 hour')
+			AND duration IS NOT NULL AND http_status IS NOT NULL
+		ORDER BY occurred_at DESC LIMIT 10000) AS attempt, LATERAL (
+		SELECT server AS job_server FROM omni_refresh_job WHERE id OPERATOR(pg_catalog.=) attempt.job LIMIT 1) AS job
+	GROUP BY job_server
+)
 SELECT
 	srvname AS server,
 	pending, sending, running,
-	oldest_pending,
+	oldest_pending, oldest_unfinished,
 	completed, accepted, failed, canceled, unknown,
 	last_success,
 	last_failure,
 	last_error,
+	failures_in_a_row,
 	p50, p95,
-	requests_last_minute,
+	omni_refresh_requests_last_minute(srvname) AS requests_last_minute,
 	worker_pid
 FROM pg_catalog.pg_foreign_server
 	JOIN pg_catalog.pg_foreign_data_wrapper AS w
@@ -395,7 +428,8 @@ FROM pg_catalog.pg_foreign_server
 			pg_catalog.count(*) FILTER (WHERE status OPERATOR(pg_catalog.=) 'sending') AS sending,
 			pg_catalog.count(*) FILTER (WHERE status OPERATOR(pg_catalog.=) 'running') AS running,
 			pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-)
-				pg_catalog.min(requested_at) FILTER (WHERE status OPERATOR(pg_catalog.=) 'pending') AS oldest_pending
+				pg_catalog.min(requested_at) FILTER (WHERE status OPERATOR(pg_catalog.=) 'pending') AS oldest_pending,
+			pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.min(requested_at) AS oldest_unfinished
 		FROM (
 			SELECT status, requested_at FROM omni_refresh_job
 			WHERE status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.<>) 'call'
@@ -437,15 +471,19 @@ FROM pg_catalog.pg_foreign_server
 		ORDER BY last DESC LIMIT 1
 	) AS failure ON true,
 	LATERAL (
-		SELECT
-			pg_catalog.percentile_cont(0.5::double precision) WITHIN GROUP (ORDER BY duration) AS p50,
-			pg_catalog.percentile_cont(0.95::double precision) WITHIN GROUP (ORDER BY duration) AS p95,
-			pg_catalog.count(*) FILTER (WHERE event OPERATOR(pg_catalog.=) 'sending'
-				AND occurred_at OPERATOR(pg_catalog.>) (pg_catalog.statement_timestamp() OPERATOR(pg_catalog.-) interval '1 min')) AS requests_last_minute
-		FROM omni_refresh_event AS e JOIN omni_refresh_job AS j ON j.id OPERATOR(pg_catalog.=) e.job
-		WHERE occurred_at OPERATOR(pg_catalog.>) (pg_catalog.statement_timestamp() OPERATOR(pg_catalog.-) interval '1 hour')
-			AND (event OPERATOR(pg_catalog.=) 'sending' OR duration IS NOT NULL) AND server OPERATOR(pg_catalog.=) srvname::pg_catalog.text
-	) AS answers,
+		SELECT pg_catalog.count(*) AS failures_in_a_row
+		FROM (
+			SELECT FROM (VALUES ('failed'), ('unknown')) AS ends (name), LATERAL (
+				SELECT FROM omni_refresh_job
+				WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, failed, accepted, canceled, unknown}')
+					AND server OPERATOR(pg_catalog.=) srvname::pg_catalog.text AND status OPERATOR(pg_catalog.=) name
+					AND finished_at OPERATOR(pg_catalog.>) COALESCE(last_success, '-infinity')
+				ORDER BY finished_at DESC LIMIT 1000) AS job
+			LIMIT 1000) AS failures
+	) AS failures
+	LEFT JOIN LATERAL (
+		SELECT p50, p95 FROM answers WHERE job_server OPERATOR(pg_catalog.=) srvname::pg_catalog.text
+	) AS answer ON true,
 	LATERAL (
 		SELECT pg_catalog.max(pid) AS worker_pid FROM pg_catalog.pg_stat_activity
 		WHERE backend_type OPERATOR(pg_catalog.=) 'omni_refresh worker' AND datname OPERATOR(pg_catalog.=) pg_catalog.current_database()
@@ -456,6 +494,7 @@ COMMENT ON COLUMN omni_refresh_status.pending IS 'jobs that wait to be sent';
 COMMENT ON COLUMN omni_refresh_status.sending IS 'jobs that were sent and are not answered';
 COMMENT ON COLUMN omni_refresh_status.running IS 'jobs that Omni works on';
 COMMENT ON COLUMN omni_refresh_status.oldest_pending IS 'for how long the oldest pending job has been waiting';
+COMMENT ON COLUMN omni_refresh_status.oldest_unfinished IS 'how long ago the oldest job was requested that is pending, sending or running';
 COMMENT ON COLUMN omni_refresh_status.completed IS 'jobs that were completed in the last hour';
 COMMENT ON COLUMN omni_refresh_status.accepted IS 'jobs that were accepted in the last hour, and not followed';
 COMMENT ON COLUMN omni_refresh_status.failed IS 'jobs that failed in the last hour';
@@ -464,8 +503,163 @@ COMMENT ON COLUMN omni_refresh_status.unknown IS 'jobs whose end became unknown 
 COMMENT ON COLUMN omni_refresh_status.last_success IS 'when a job was completed or accepted last';
 COMMENT ON COLUMN omni_refresh_status.last_failure IS 'when a job failed, or its end became unknown, last';
 COMMENT ON COLUMN omni_refresh_status.last_error IS 'why that was';
-COMMENT ON COLUMN omni_refresh_status.p50 IS 'median time to Omni''s answer in the last hour';
+COMMENT ON COLUMN omni_refresh_status.failures_in_a_row IS 'jobs that failed, or whose end became unknown, since the last success; counted up to 1000';
+COMMENT ON COLUMN omni_refresh_status.p50 IS 'median time to Omni''s answer in the last hour, of the last 10000 attempts that were answered';
 COMMENT ON COLUMN omni_refresh_status.p95 IS '95th percentile of that';
-COMMENT ON COLUMN omni_refresh_status.requests_last_minute IS 'refreshes and resets sent in the last minute';
+COMMENT ON COLUMN omni_refresh_status.requests_last_minute IS
+	'HTTP requests sent by this database in the last minute, polls and look-ups included; other databases may use the same key, too';
 COMMENT ON COLUMN omni_refresh_status.worker_pid IS 'the process of this database''s background worker, if there is one';
 GRANT SELECT ON omni_refresh_status TO pg_monitor;
+
+/*
+ * For everyone: how fresh each model is, by the jobs that one sees.
+ *
+ * Monitors see every job.  For them, the view steps backward through
+ * omni_refresh_job_outcome_idx, from the newest job of a server, model, kind, branch and
+ * status to that of the preceding one.  Only a comparison and an order by all columns of
+ * the index make every plan use it.
+ *
+ * Whoever sees some jobs only must not step over all others one by one: for them, this
+ * function reads the table once, by a condition that fits no index.  In the view itself, its
+ * cost would make PostgreSQL compile the plan of monitors, too, which takes longer than to run it.
+ */
+CREATE FUNCTION omni_refresh_outcomes()
+	RETURNS TABLE (
+		server pg_catalog.text,
+		model_id pg_catalog.uuid,
+		kind pg_catalog.text,
+		branch_id pg_catalog.uuid,
+		status pg_catalog.text,
+		finished_at pg_catalog.timestamptz,
+		error pg_catalog.text)
+	LANGUAGE sql VOLATILE PARALLEL UNSAFE ROWS 100
+	SET jit = off SET work_mem = '64MB'
+BEGIN ATOMIC
+	SELECT DISTINCT ON (server, model_id, kind, branch_id, status)
+		server, model_id, kind, branch_id, status, finished_at, error
+	FROM omni_refresh_job
+	WHERE status OPERATOR(pg_catalog.<>) ALL ('{pending, sending, running, canceled, merged}')
+	ORDER BY server, model_id, kind, branch_id, status, finished_at DESC;
+END;
+COMMENT ON FUNCTION omni_refresh_outcomes() IS
+	'the newest job of each server, model, kind, branch and status that one sees, for omni_refresh_freshness';
+
+CREATE VIEW omni_refresh_freshness WITH (security_invoker = true) AS
+WITH RECURSIVE newest AS (
+	(SELECT server, model_id, kind, branch_id, status, finished_at, error
+		FROM omni_refresh_job
+		WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, failed, accepted, unknown}')
+			AND pg_catalog.pg_has_role('pg_monitor', 'USAGE')
+		ORDER BY server DESC, model_id DESC, kind DESC,
+			COALESCE(branch_id, '00000000-0000-0000-0000-000000000000') DESC, status DESC, finished_at DESC
+		LIMIT 1)
+	UNION ALL
+	SELECT preceding.* FROM newest AS last, LATERAL (
+		SELECT server, model_id, kind, branch_id, status, finished_at, error
+		FROM omni_refresh_job
+		WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, failed, accepted, unknown}')
+			AND ROW(server, model_id, kind, COALESCE(branch_id, '00000000-0000-0000-0000-000000000000'), status)
+				OPERATOR(pg_catalog.<) ROW(last.server, last.model_id, last.kind,
+					COALESCE(last.branch_id, '00000000-0000-0000-0000-000000000000'), last.status)
+		ORDER BY server DESC, model_id DESC, kind DESC,
+			COALESCE(branch_id, '00000000-0000-0000-0000-000000000000') DESC, status DESC, finished_at DESC
+		LIMIT 1) AS preceding
+)
+SELECT server, model_id, branch_id, kind,
+	pg_catalog.max(finished_at) FILTER (WHERE status OPERATOR(pg_catalog.=) ANY ('{completed, accepted}')) AS last_success,
+	pg_catalog.max(finished_at) FILTER (WHERE status OPERATOR(pg_catalog.=) ANY ('{failed, unknown}')) AS last_failure,
+	(pg_catalog.array_agg(error ORDER BY finished_at DESC)
+		FILTER (WHERE status OPERATOR(pg_catalog.=) ANY ('{failed, unknown}')))[1] AS last_error,
+	pg_catalog.min(requested_at) AS unfinished_since
+FROM (
+	SELECT server, model_id, kind, branch_id, status, finished_at, error, NULL::pg_catalog.timestamptz AS requested_at FROM newest
+	UNION ALL
+	SELECT server, model_id, kind, branch_id, status, finished_at, error, NULL FROM omni_refresh_outcomes()
+	WHERE NOT pg_catalog.pg_has_role('pg_monitor', 'USAGE')
+	UNION ALL
+	SELECT server, model_id, kind, branch_id, status, NULL, NULL, requested_at FROM omni_refresh_job
+	WHERE status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.<>) 'call'
+	UNION ALL
+	SELECT server, model_id, kind, branch_id, status, NULL, NULL, requested_at FROM omni_refresh_job
+	WHERE status OPERATOR(pg_catalog.=) ANY ('{sending, running}')
+		OR (status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.=) 'call')) AS job
+GROUP BY server, model_id, kind, branch_id;
+COMMENT ON VIEW omni_refresh_freshness IS 'how fresh each model is: a row for each server, model, branch and kind of job that one sees';
+COMMENT ON COLUMN omni_refresh_freshness.server IS 'the foreign server that names the Omni instance';
+COMMENT ON COLUMN omni_refresh_freshness.model_id IS 'the model';
+COMMENT ON COLUMN omni_refresh_freshness.branch_id IS 'the branch of the model, if the jobs name one';
+COMMENT ON COLUMN omni_refresh_freshness.kind IS 'schema: a refresh of the schema model; cache: a reset of a cache policy';
+COMMENT ON COLUMN omni_refresh_freshness.last_success IS 'when a job was completed or accepted last';
+COMMENT ON COLUMN omni_refresh_freshness.last_failure IS 'when a job failed, or its end became unknown, last';
+COMMENT ON COLUMN omni_refresh_freshness.last_error IS 'why that was';
+COMMENT ON COLUMN omni_refresh_freshness.unfinished_since IS 'when the oldest job was requested that is pending, sending or running';
+GRANT SELECT ON omni_refresh_freshness TO PUBLIC;
+
+/*
+ * Counters, which only the end of the database server resets, as scrapers of metrics need
+ * them.  Servers that had no room for an entry, or do not exist, are counted together.
+ */
+CREATE FUNCTION omni_refresh_get_counters(
+	server pg_catalog.oid,
+	OUT requests_ok bigint,
+	OUT requests_rate_limited bigint,
+	OUT requests_refused bigint,
+	OUT requests_failed bigint,
+	OUT requests_unanswered bigint,
+	OUT polls bigint,
+	OUT lookups bigint,
+	OUT retried bigint,
+	OUT request_time double precision,
+	OUT throttled bigint,
+	OUT jobs_completed bigint,
+	OUT jobs_failed bigint,
+	OUT jobs_accepted bigint,
+	OUT jobs_canceled bigint,
+	OUT jobs_merged bigint,
+	OUT jobs_unknown bigint,
+	OUT since pg_catalog.timestamptz)
+	AS 'MODULE_PATHNAME', 'omni_refresh_get_counters'
+	LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_get_counters(pg_catalog.oid) IS
+	'what was counted for a foreign server of this database, or with 0 for all servers without an entry of their own';
+REVOKE EXECUTE ON FUNCTION omni_refresh_get_counters(pg_catalog.oid) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION omni_refresh_get_counters(pg_catalog.oid) TO pg_monitor;
+
+CREATE VIEW omni_refresh_counters AS
+SELECT
+	srvname AS server,
+	requests_ok, requests_rate_limited, requests_refused, requests_failed, requests_unanswered,
+	polls, lookups, retried,
+	request_time,
+	throttled,
+	jobs_completed, jobs_accepted, jobs_failed, jobs_canceled, jobs_merged, jobs_unknown,
+	since
+FROM (
+		SELECT s.oid, srvname::pg_catalog.text FROM pg_catalog.pg_foreign_server AS s
+			JOIN pg_catalog.pg_foreign_data_wrapper AS w
+				ON w.oid OPERATOR(pg_catalog.=) srvfdw AND fdwname OPERATOR(pg_catalog.=) 'omni_refresh'
+		UNION ALL
+		SELECT 0::pg_catalog.oid, NULL::pg_catalog.text
+	) AS servers (id, srvname),
+	LATERAL omni_refresh_get_counters(id);
+COMMENT ON VIEW omni_refresh_counters IS
+	'for monitoring: a row of counters for each server, and one with no name for all servers of the cluster that have none or no longer exist';
+COMMENT ON COLUMN omni_refresh_counters.server IS 'the foreign server that names the Omni instance; NULL: servers of any database that are not counted by themselves';
+COMMENT ON COLUMN omni_refresh_counters.requests_ok IS 'requests that Omni answered as expected, or by telling that it could not do what was asked';
+COMMENT ON COLUMN omni_refresh_counters.requests_rate_limited IS 'requests that Omni refused because of its own rate limit, with HTTP status 429';
+COMMENT ON COLUMN omni_refresh_counters.requests_refused IS 'requests that were refused with another HTTP status from 400 to 499';
+COMMENT ON COLUMN omni_refresh_counters.requests_failed IS 'requests with any other answer: another HTTP status, or not of the form of Omni''s answers';
+COMMENT ON COLUMN omni_refresh_counters.requests_unanswered IS 'requests without a complete answer: not sent at all, or timed out, or cut off';
+COMMENT ON COLUMN omni_refresh_counters.polls IS 'those of the requests that asked how far a job has come';
+COMMENT ON COLUMN omni_refresh_counters.lookups IS 'those of the requests that asked for models, or were sent by omni_refresh_check()';
+COMMENT ON COLUMN omni_refresh_counters.retried IS 'those of the requests after which another attempt was planned';
+COMMENT ON COLUMN omni_refresh_counters.request_time IS 'how long all requests took, in milliseconds';
+COMMENT ON COLUMN omni_refresh_counters.throttled IS 'requests that were held back by the server''s rate_limit, or by a pause that Omni had asked for';
+COMMENT ON COLUMN omni_refresh_counters.jobs_completed IS 'jobs that Omni has completed';
+COMMENT ON COLUMN omni_refresh_counters.jobs_failed IS 'jobs that failed';
+COMMENT ON COLUMN omni_refresh_counters.jobs_accepted IS 'jobs that were accepted and not followed';
+COMMENT ON COLUMN omni_refresh_counters.jobs_canceled IS 'jobs that were canceled';
+COMMENT ON COLUMN omni_refresh_counters.jobs_merged IS 'jobs that were merged into another one';
+COMMENT ON COLUMN omni_refresh_counters.jobs_unknown IS 'jobs whose end became unknown';
+COMMENT ON COLUMN omni_refresh_counters.since IS 'when counting began: after the start of the database server';
+GRANT SELECT ON omni_refresh_counters TO pg_monitor;

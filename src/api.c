@@ -253,6 +253,21 @@ omni_api_models_lookup(const char *name, const char *kind, const char *cursor)
 					cursor != NULL ? "&cursor=" : "", cursor != NULL ? escape(cursor) : "");
 }
 
+/* Return the look-up of one model, as a page of models; palloc'd. */
+char *
+omni_api_model_lookup(const pg_uuid_t *model)
+{
+	return psprintf("models?modelId=%s", uuid_text(model));
+}
+
+/* Return the look-up of the schemas of a model; branch may be NULL; palloc'd. */
+char *
+omni_api_schemas_lookup(const pg_uuid_t *model, const pg_uuid_t *branch)
+{
+	return psprintf("models/%s/schemas%s%s", uuid_text(model),
+					branch != NULL ? "?branch_id=" : "", branch != NULL ? uuid_text(branch) : "");
+}
+
 /*
  * Return how many bytes a text may take in a URL.  This is an upper bound: libcurl may
  * encode a space by one byte in place of three.
@@ -407,6 +422,37 @@ omni_api_probe_outcome(const OmniRequest *request, const char *key,
 		set_not_json(request, key, answer, why, outcome);
 	else if (!JB_ROOT_IS_OBJECT(json) || !has_value(json, "records"))
 		set_malformed(request, outcome, "The answer is JSON, but does not have the expected form.");
+}
+
+/*
+ * Find a model in a page of models, and copy its name, which is empty if it has none.  Returns
+ * false if the model is not there, or deleted.
+ */
+bool
+omni_api_find_model(const OmniAnswer *answer, const pg_uuid_t *model, const char *key,
+					char *name, Size size)
+{
+	char	   *why;
+	Jsonb	   *page = omni_api_json(answer->body, answer->length, &why);
+	JsonbValue	records;
+
+	if (page == NULL || !JB_ROOT_IS_OBJECT(page) ||
+		getKeyJsonValueFromContainer(&page->root, "records", strlen("records"), &records) == NULL ||
+		records.type != jbvBinary || !JsonContainerIsArray(records.val.binary.data))
+		return false;
+	for (uint32 i = 0; i < JsonContainerSize(records.val.binary.data); i++)
+	{
+		JsonbValue *record = getIthJsonbValueFromContainer(records.val.binary.data, i);
+		char	   *id = record->type == jbvBinary ?
+		omni_api_member(record->val.binary.data, "id") : NULL;
+
+		if (id != NULL && pg_strcasecmp(id, uuid_text(model)) == 0)
+		{
+			omni_api_copy(name, size, omni_api_member(record->val.binary.data, "name"), key);
+			return omni_api_member(record->val.binary.data, "deletedAt") == NULL;
+		}
+	}
+	return false;
 }
 
 /*

@@ -72,6 +72,7 @@ typedef struct OmniOutcome
 	int64		delay;			/* ... after this time, in microseconds */
 	const char *attempt_event;	/* the event to log, NULL: the status */
 	bool		quiet;			/* log no event */
+	bool		attempted;		/* it is the outcome of an HTTP request */
 	bool		retryable;		/* the same request might fare better later */
 	bool		few;			/* but not often: see OMNI_FEW_ATTEMPTS */
 	bool		may_have_arrived;	/* no answer came, and Omni may have got
@@ -96,6 +97,8 @@ extern Size omni_api_encoded_length(const char *text);
 extern Size omni_api_path_length(const OmniRequest *request);
 extern bool omni_api_fits(const OmniRequest *request);
 extern char *omni_api_models_lookup(const char *name, const char *kind, const char *cursor);
+extern char *omni_api_model_lookup(const pg_uuid_t *model);
+extern char *omni_api_schemas_lookup(const pg_uuid_t *model, const pg_uuid_t *branch);
 extern void omni_api_job_outcome(const OmniRequest *request, const char *key,
 								 const OmniAnswer *answer, OmniOutcome *outcome);
 extern bool omni_api_poll_outcome(const OmniRequest *request, const char *key,
@@ -104,6 +107,8 @@ extern void omni_api_lookup_outcome(const OmniRequest *request, const char *key,
 									const OmniAnswer *answer, OmniOutcome *outcome);
 extern void omni_api_probe_outcome(const OmniRequest *request, const char *key,
 								   const OmniAnswer *answer, OmniOutcome *outcome);
+extern bool omni_api_find_model(const OmniAnswer *answer, const pg_uuid_t *model, const char *key,
+								char *name, Size size);
 extern void omni_api_copy(char *buffer, Size size, const char *text, const char *key);
 extern Jsonb *omni_api_json(const char *body, size_t length, char **why);
 extern bool omni_api_is_policy(const char *text);

@@ -30,6 +30,8 @@ typedef struct OmniProbe
 								 * connection was reused and libcurl no longer
 								 * knows it */
 	char		expires[64];	/* likewise */
+	bool		has_model;		/* Omni has the model that the request names */
+	char		model[256];		/* its name; may be empty */
 } OmniProbe;
 
 /* The state of a call between backend and worker */
@@ -52,7 +54,8 @@ typedef struct OmniCall
 	pg_atomic_uint32 abandoned; /* not 0: the caller has left */
 	int			caller;			/* index of its PGPROC */
 	int64		deadline;		/* end of call_timeout, by omni_clock() */
-	OmniRequest request;		/* of a look-up: server and role only */
+	OmniRequest request;		/* of a look-up: server and role only; of a
+								 * probe: maybe the model to look for */
 	Size		schemas;		/* offset of a flat text[] in the segment, 0
 								 * if NULL */
 	Size		tables;			/* likewise */
@@ -60,7 +63,8 @@ typedef struct OmniCall
 								 * what to look up, as in "models?name=x"; 0
 								 * if this is no look-up */
 	Size		answer;			/* of a look-up: offset of room for the answer */
-	bool		probe;			/* of a look-up: describe the connection */
+	bool		once;			/* of a look-up: do not try again */
+	bool		probe;			/* of a look-up: describe the connection, too */
 
 	/* results */
 	int64		job_id;			/* 0 when there is no row */

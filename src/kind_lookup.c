@@ -48,8 +48,8 @@ judge(OmniWork *work, const OmniAnswer *answer)
 	else
 		omni_api_lookup_outcome(&work->job.request, work->target.key, answer, &work->outcome);
 	omni_kind_consider_retry(work);
-	if (probe)
-		work->outcome.again = false;	/* a probe reports on one attempt */
+	if (work->segment != NULL && work->call->once)
+		work->outcome.again = false;
 	else
 		omni_kind_keep_telling_error(work, answer);
 	reply(work, answer);
@@ -57,7 +57,7 @@ judge(OmniWork *work, const OmniAnswer *answer)
 
 /*
  * Write the answer into the caller's segment; for a probe, how the connection to Omni was
- * made.
+ * made, and whether Omni has the model.
  */
 static void
 reply(OmniWork *work, const OmniAnswer *answer)
@@ -81,6 +81,9 @@ reply(OmniWork *work, const OmniAnswer *answer)
 		probed->secure = pg_strncasecmp(work->target.base_url, "https:", 6) == 0;
 		omni_api_copy(probed->issuer, sizeof(probed->issuer), answer->issuer, work->target.key);
 		omni_api_copy(probed->expires, sizeof(probed->expires), answer->expires, work->target.key);
+		probed->has_model = work->outcome.error.sqlstate == 0 && call->request.has_model &&
+			omni_api_find_model(answer, &call->request.model, work->target.key,
+								probed->model, sizeof(probed->model));
 	}
 	else if (work->outcome.error.sqlstate == 0)
 	{

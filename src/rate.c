@@ -15,18 +15,21 @@
  * Omni may still answer 429, for others use the key, too.  Then omni_rate_block() stops all
  * requests with the key until the time that Omni gave.
  *
+ * For monitoring, count what each database sends to each of its servers in the same way.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
 #include "common/hashfn.h"
+#include "miscadmin.h"
 
 #include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 #include "rate.h"
 
-#define SHARED_NAME			"omni_refresh rates layout 4"
+#define SHARED_NAME			"omni_refresh rates layout 5"
 
 /*
  * 12 whole slices and the current one are a minute and a second or more.  The second
@@ -37,6 +40,12 @@
 
 /* If more keys than this are in use in a minute, some may exceed their limit */
 #define MAX_KEYS			32
+
+/* Likewise, of this many servers in all databases, some may be forgotten */
+#define MAX_SERVERS			32
+
+/* How many slices to sum up as the last minute */
+#define SLICES_SHOWN		12
 
 typedef struct Rate
 {
@@ -52,8 +61,11 @@ typedef struct Shared
 {
 	LWLock		lock;
 	uint64		salt;
-	Rate		rates[MAX_KEYS];
+	Rate		keys[MAX_KEYS];
+	Rate		servers[MAX_SERVERS];	/* only counts */
 } Shared;
+
+StaticAssertDecl(sizeof(Shared) < 20 * 1024, "too much shared memory");
 
 /* Each class has one n-th of the limit as its share */
 static const int shares[OMNI_RATE_CLASSES] = {
@@ -68,7 +80,9 @@ static void attach_shared(void);
 static void init_shared(OMNI_SHARED_INIT_ARGS);
 static bool has_room(const Rate *rate, OmniRateClass class, int limit,
 					 const uint32 *used, int64 all);
-static Rate *find_rate(uint64 id);
+static uint64 hash(const char *text);
+static uint64 server_id(const char *server);
+static Rate *find_rate(Rate *rates, int count, uint64 id);
 static bool is_dispensable(const Rate *one, const Rate *other);
 
 /* Return an identifier of a key at a host, which is valid until the server stops. */
@@ -76,12 +90,21 @@ uint64
 omni_rate_id(const char *host, const char *key)
 {
 	char	   *text = psprintf("%s %s", host, key);
+	uint64		id = hash(text);
+
+	explicit_bzero(text, strlen(text));
+	pfree(text);
+	return id;
+}
+
+/* Return an identifier of a text that nobody can foresee. */
+static uint64
+hash(const char *text)
+{
 	uint64		id;
 
 	attach_shared();
-	id = hash_bytes_extended((unsigned char *) text, strlen(text), shared->salt);
-	explicit_bzero(text, strlen(text));
-	pfree(text);
+	id = hash_bytes_extended((const unsigned char *) text, strlen(text), shared->salt);
 	return id != 0 ? id : 1;
 }
 
@@ -97,7 +120,7 @@ omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 	Rate	   *rate;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	rate = find_rate(id);
+	rate = find_rate(shared->keys, MAX_KEYS, id);
 	*blocked = rate->blocked_until != 0;
 	if (*blocked)
 		when = rate->blocked_until;
@@ -169,7 +192,7 @@ omni_rate_left(uint64 id, int limit)
 	Rate	   *rate;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	rate = find_rate(id);
+	rate = find_rate(shared->keys, MAX_KEYS, id);
 	for (int i = 0; i < SLICES; i++)
 	{
 		for (int c = 0; c < OMNI_RATE_CLASSES; c++)
@@ -188,26 +211,78 @@ omni_rate_block(uint64 id, int64 until)
 	Rate	   *rate;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	rate = find_rate(id);
+	rate = find_rate(shared->keys, MAX_KEYS, id);
 	rate->blocked_until = Max(rate->blocked_until, until);
 	LWLockRelease(&shared->lock);
 }
 
+/* Count a request that is sent to a server of this database. */
+void
+omni_rate_sent(const char *server, OmniRateClass class)
+{
+	uint64		id = server_id(server);
+	Rate	   *rate;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	rate = find_rate(shared->servers, MAX_SERVERS, id);
+	rate->counts[rate->slice % SLICES][class]++;
+	LWLockRelease(&shared->lock);
+}
+
 /*
- * Return the entry of a key.  Clear the counts of slices older than a minute, and blocked_until
- * if its time has passed.  A new key replaces the most dispensable entry.
+ * Return how many requests this database has sent to a server in the last minute.  Make no
+ * entry, since anyone may ask, for any name.
+ */
+int64
+omni_rate_sent_lately(const char *server)
+{
+	uint64		id = server_id(server);
+	int64		first = omni_clock() / SLICE_LENGTH + SLICES - SLICES_SHOWN + 1;
+	int64		sent = 0;
+
+	LWLockAcquire(&shared->lock, LW_SHARED);
+	for (int i = 0; i < MAX_SERVERS; i++)
+	{
+		const Rate *rate = &shared->servers[i];
+
+		if (rate->id != id)
+			continue;
+		for (int64 slice = first; slice <= rate->slice; slice++)
+		{
+			for (int c = 0; c < OMNI_RATE_CLASSES; c++)
+				sent += rate->counts[slice % SLICES][c];
+		}
+	}
+	LWLockRelease(&shared->lock);
+	return sent;
+}
+
+/* Return an identifier of a server of this database, which is valid until the server stops. */
+static uint64
+server_id(const char *server)
+{
+	char	   *text = psprintf("%u %s", MyDatabaseId, server);
+	uint64		id = hash(text);
+
+	pfree(text);
+	return id;
+}
+
+/*
+ * Return the entry of a key or server.  Clear the counts of slices older than a minute, and blocked_until
+ * if its time has passed.  A new key or server replaces the most dispensable entry.
  */
 static Rate *
-find_rate(uint64 id)
+find_rate(Rate *rates, int count, uint64 id)
 {
 	int64		now = omni_clock();
 	int64		slice = now / SLICE_LENGTH + SLICES;	/* the first slice needs
 														 * predecessors */
 	Rate	   *rate = NULL;
 
-	for (int i = 0; i < MAX_KEYS; i++)
+	for (int i = 0; i < count; i++)
 	{
-		Rate	   *other = &shared->rates[i];
+		Rate	   *other = &rates[i];
 
 		if (other->blocked_until <= now)
 			other->blocked_until = 0;

@@ -24,5 +24,7 @@ extern uint64 omni_rate_id(const char *host, const char *key);
 extern int64 omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked);
 extern int	omni_rate_left(uint64 id, int limit);
 extern void omni_rate_block(uint64 id, int64 until);
+extern void omni_rate_sent(const char *server, OmniRateClass class);
+extern int64 omni_rate_sent_lately(const char *server);
 
 #endif							/* OMNI_RATE_H */

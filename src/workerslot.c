@@ -51,7 +51,7 @@
 #include "workerslot.h"
 
 /* Raise the number with each change of the structs below, or of OmniCall */
-#define SHARED_NAME			"omni_refresh layout 6"
+#define SHARED_NAME			"omni_refresh layout 7"
 
 /* Keep the total under 20 kB, which PostgreSQL 16 and older have to spare */
 #define MAX_DATABASES		96
@@ -371,6 +371,19 @@ omni_worker_launch_lacking(void)
 	}
 	LWLockRelease(&shared->lock);
 	return delay;
+}
+
+/* Return whether this database has a worker, running or starting. */
+bool
+omni_worker_exists(void)
+{
+	bool		exists;
+
+	omni_workerslots_attach();
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	exists = find_slot(MyDatabaseId) != NULL;
+	LWLockRelease(&shared->lock);
+	return exists;
 }
 
 /* Have the worker read the queue.  Returns false and sets *error if there is no worker. */

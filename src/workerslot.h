@@ -47,6 +47,7 @@ extern void omni_worker_explain(OmniHandOver result, const OmniError *start_erro
 extern void omni_worker_wait_for_room(void);
 extern void omni_worker_abandon_call(void);
 extern bool omni_worker_wake(OmniError *error);
+extern bool omni_worker_exists(void);
 
 /* in the launcher */
 extern void omni_launcher_attach(void);

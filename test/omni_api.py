@@ -53,6 +53,7 @@ SETTINGS = {
     "job_spelling": ("documented", "openapi"),
     "job_early_404s": 0,                    # so many polls of a new job do not find it yet
     "job_forbidden": (False, True),         # polls are answered 403
+    "schemas": ["warehouse.public"],        # those that Omni knows of each model
     "record": (True, False),                # a long benchmark saves memory by only counting
 }
 
@@ -326,6 +327,12 @@ class Omni:
                                 "policy_name": policy, "created_at": now.isoformat(),
                                 "updated_at": now.isoformat(), "reset_at": reset_at.isoformat()}}
 
+    def list_schemas(self, request, model_id, *, branch_id=None):
+        model = self.model(model_id)
+        if branch_id is not None and branch_id not in [branch["id"] for branch in model["branches"]]:
+            raise Refusal(404, "No such branch of this model")
+        return {"schemas": self.settings["schemas"]}
+
     def model(self, model_id):
         if not UUID.fullmatch(model_id):
             raise Refusal(400, "modelId: Invalid uuid")
@@ -339,6 +346,7 @@ ROUTES = [(method, re.compile("/api/v1" + pattern), function) for method, patter
     ("GET", r"/jobs/([^/]*)/status", Omni.job_status),
     ("GET", r"/models", Omni.list_models),
     ("POST", r"/models/([^/]*)/cache_reset/([^/]+)", Omni.cache_reset),
+    ("GET", r"/models/([^/]*)/schemas", Omni.list_schemas),
 )]
 
 

@@ -6,7 +6,7 @@ SET client_min_messages = warning;
 
 BEGIN;
 CREATE EXTENSION pgtap;
-SELECT plan(97);
+SELECT plan(98);
 
 -- All there is of ours in the catalogs, except for what is pgTAP's, by kind and name
 CREATE VIEW pg_temp.ours AS
@@ -235,6 +235,8 @@ SELECT is_empty($$
 	WHERE relname ~ '^omni_refresh'
 	AND CASE relkind WHEN 'S' THEN has_sequence_privilege('regress_omni_bob', oid, 'SELECT, USAGE, UPDATE') END$$,
 	'Nobody but the owner touches the sequences');
+SELECT is((SELECT reloptions FROM pg_class WHERE oid = 'omni_refresh_freshness'::regclass), '{security_invoker=true}',
+	'omni_refresh_freshness shows everybody what row security does');
 SELECT is(has_function_privilege('regress_omni_bob', 'omni_refresh(uuid, uuid, bool, text[], text[])', 'EXECUTE'),
 	true, 'Everybody may call omni_refresh; what counts is the key');
 

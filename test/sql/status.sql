@@ -9,7 +9,7 @@ SET client_min_messages = warning;
 BEGIN;
 CREATE EXTENSION pgtap;
 CREATE EXTENSION omni_refresh;
-SELECT plan(7);
+SELECT plan(8);
 
 CREATE TABLE pg_temp.source AS SELECT pg_read_file(:'header') AS text;
 
@@ -55,6 +55,8 @@ SELECT is(pg_temp.sorted(pg_temp.indexed('omni_refresh_job_active_idx'), 'call')
 	'The index on the jobs of a worker has the statuses that are not final');
 SELECT is(pg_temp.indexed('omni_refresh_job_finished_idx'), pg_temp.sorted(pg_temp.list('OMNI_STATUSES_FINAL'), 'merged'),
 	'The index on finished jobs has the final statuses, but merged');
+SELECT is(pg_temp.indexed('omni_refresh_job_outcome_idx'), pg_temp.sorted(pg_temp.list('OMNI_STATUSES_FINAL'), 'canceled', 'merged'),
+	'The index on outcomes has the final statuses, but canceled and merged');
 SELECT is(pg_temp.sorted(pg_temp.list('OMNI_STATUSES_FINAL'),
 		VARIADIC string_to_array(pg_temp.list('OMNI_EVENTS'), ' ')), NULL,
 	'Each final status has an event of that name');

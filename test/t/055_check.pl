@@ -18,8 +18,9 @@ my ($node, $omni) = ($test->node, $test->omni);
 my ($key, $key_file, $ca) = ($omni->key, $test->{key_file}, $omni->ca);
 my $user = $test->sql('SELECT current_user');
 my $check = 'SELECT json_agg(c) FROM omni_refresh_check() AS c';
-my @way = ('server', 'usage', 'user mapping', 'background worker', 'api key', 'name', 'connection', 'tls', 'answer', 'authorization', 'rate limit');
-my @rest = ('jobs', 'enabled', 'preload', 'settings');
+my @way = ('server', 'usage', 'user mapping', 'background worker', 'api key', 'name', 'connection', 'tls', 'answer', 'authorization', 'rate limit', 'model');
+my @settings = map { "omni_refresh.$_" } qw(call_timeout enabled idle_timeout max_in_flight min_interval on_failure retention retry_for server track track_timeout);
+my @rest = ('jobs', 'preload', @settings);
 
 # Runs the check, after some statements; returns its lines, as hash references.
 sub check
@@ -37,7 +38,7 @@ sub line
 	my ($name, @lines) = @_;
 	my ($line) = grep { $_->{check_name} eq $name } @lines;
 
-	return $line ? ($line->{ok} ? 'ok: ' : 'not ok: ') . $line->{detail} : 'none';
+	return $line ? ($line->{ok} ? 'ok: ' : 'not ok: ') . $line->{detail} . (defined $line->{hint} ? "  $line->{hint}" : '') : 'none';
 }
 
 sub names { return join ', ', map { $_->{check_name} } @_ }
@@ -86,8 +87,15 @@ like(line('answer', @lines), qr/^ok: HTTP status 200 after \d+ ms$/, '... and ho
 is(line('rate limit', @lines), 'ok: none', '... and that there is no rate limit');
 is(line('jobs', @lines), 'ok: 0 pending, 0 sending, 0 running', '... and that there are no jobs');
 like(line('preload', @lines), qr/^ok: no: .*omni_refresh_wake\(\)/, '... and that nothing is preloaded, which is all right');
-like(line('settings', @lines), qr/\bomni_refresh\.$_ = \S/, "... and the setting $_")
-	for qw(enabled server on_failure call_timeout min_interval retry_for max_in_flight track track_timeout retention idle_timeout);
+like(line('model', @lines), qr/^ok: none: each request names its own  .*"model"/, '... and that the server names no model');
+is(line('omni_refresh.call_timeout', @lines), 'ok: 1min', '... and each setting, with its unit');
+like(line('omni_refresh.idle_timeout', @lines), qr/^ok: 10min; source: configuration file "[^"]+postgresql\.conf", line \d+$/, '... and its source, unless that is the default');
+is(join(' ', sort map { $_->{check_name} } grep { defined $_->{hint} } @lines), 'model preload', '... with few hints');
+is(scalar(grep { defined $_->{hint} && $_->{hint} !~ /^[A-Z].*\.$/ } @lines), 0, '... which are sentences');
+is(line('omni_refresh.retry_for', check('SET omni_refresh.call_timeout = 0.5')), 'ok: 1d', 'a setting of the worker');
+is(line('omni_refresh.call_timeout', check(q{SET omni_refresh.call_timeout = '1500 ms'})), 'ok: 1500ms; source: session', '... and one of the session');
+$omni->reset;
+@lines = check();
 my @requests = $omni->requests;
 is(scalar(@requests), 1, '... by one request');
 is("$requests[0]{method} $requests[0]{path}", 'GET /api/v1/models', '... that changes nothing');
@@ -128,6 +136,7 @@ $test->sql($fresh);
 fails_at('a mapping of this transaction', 'user mapping', qr/^not ok: .*Commit first/, "BEGIN; $mapping; SET omni_refresh.server = fresh");
 is(scalar($omni->requests), 0, '... of all which nothing is sent');
 is(wrong(check('', 'plain')), '', 'an unprivileged user');
+is(line('omni_refresh.idle_timeout', check('', 'plain')), 'ok: 10min; source: configuration file', '... who does not learn where the file is');
 like(line('authorization', @{ decode_json($test->sql('SELECT check_as_owner()', undef, 'outsider')) }), qr/^ok/, '... or one in the name of another');
 
 # The key
@@ -233,7 +242,7 @@ $omni->reset;
 like(line('rate limit', check($limited)), qr/^ok: 3 of 4 requests a minute are left$/, 'what is left of the rate limit');
 like(line('rate limit', check($limited)), qr/^ok: 2 of 4 requests a minute are left$/, '... is less each time');
 check($limited);
-like(line('rate limit', check($limited)), qr/^not ok: 0 of 4 requests a minute are left; wait/, '... until there is nothing');
+like(line('rate limit', check($limited)), qr/^not ok: 0 of 4 requests a minute are left  Wait/, '... until there is nothing');
 @lines = fails_at('no room', 'rate limit', qr/^not ok: the rate limit of server "other\d+" leaves no room .*"rate_limit"/, "$limited; SET omni_refresh.call_timeout = '300 ms'");
 is(scalar($omni->requests), 4, '... for more than there is');
 $node->restart;
@@ -301,11 +310,23 @@ $test->sql('SELECT pg_terminate_backend(' . OmniFault::worker($node) . ', 10000)
 OmniFault::finish($call);
 is($call->{out}, @way + @rest, 'if the worker ends meanwhile, the next one does it');
 
+# Jobs without a worker
+
+$node->restart;
+is(line('jobs', check('SET omni_refresh.server = nowhere')), 'ok: 0 pending, 0 sending, 0 running', 'no worker is needed without jobs');
+for my $status ('pending', 'sending', 'running')
+{
+	like(line('jobs', check('BEGIN; ' . job($status, '1 s') . 'SET omni_refresh.server = nowhere')),
+		qr/^not ok: .*\b1 $status.*; there is no background worker  Call omni_refresh_wake\(\)/, "a $status job without a worker");
+}
+is(OmniFault::worker($node), '', '... of which the check starts none');
+is(line('jobs', check('BEGIN; ' . job('pending', '1 s'))), 'ok: 1 pending, 0 sending, 0 running', '... unless it gets that far');
+
 # Settings
 
 @lines = check('SET omni_refresh.enabled = off');
-is(wrong(@lines), 'enabled', 'omni_refresh.enabled = off');
-like(line('enabled', @lines), qr/omni_refresh\.enabled = on/, '... and what to do about it');
+is(wrong(@lines), 'omni_refresh.enabled', 'omni_refresh.enabled = off');
+is(line('omni_refresh.enabled', @lines), 'not ok: off; source: session  Requests are canceled: set it to "on".', '... and what to do about it');
 $node->append_conf('postgresql.conf', "shared_preload_libraries = 'omni_refresh'\n");
 $node->restart;
 @lines = check();

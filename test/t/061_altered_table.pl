@@ -21,7 +21,7 @@ my $seen = 0;					# of the log, in bytes
 
 END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
 
-# What every case begins with, and so undoes what the last one did. The view and the policies would
+# What every case begins with, and so undoes what the last one did. The views and the policies would
 # keep most columns from being altered.
 my $fresh = qq{
 	SET client_min_messages = error;
@@ -35,7 +35,10 @@ my $fresh = qq{
 };
 my $bare = q{
 	ALTER EXTENSION omni_refresh DROP VIEW omni_refresh_status;
-	DROP VIEW omni_refresh_status;
+	ALTER EXTENSION omni_refresh DROP VIEW omni_refresh_freshness;
+	ALTER EXTENSION omni_refresh DROP FUNCTION omni_refresh_outcomes;
+	DROP VIEW omni_refresh_status, omni_refresh_freshness;
+	DROP FUNCTION omni_refresh_outcomes;
 	SET ROLE alice;
 	DROP POLICY omni_refresh_job_own ON omni_refresh_job;
 	DROP POLICY omni_refresh_event_own ON omni_refresh_event;
