@@ -33,12 +33,14 @@ my $fresh = qq{
 	ALTER TABLE omni_refresh_job OWNER TO alice;
 	ALTER TABLE omni_refresh_event OWNER TO alice;
 };
-my $bare = q{
+my $no_views = q{
 	ALTER EXTENSION omni_refresh DROP VIEW omni_refresh_status;
 	ALTER EXTENSION omni_refresh DROP VIEW omni_refresh_freshness;
 	ALTER EXTENSION omni_refresh DROP FUNCTION omni_refresh_outcomes;
 	DROP VIEW omni_refresh_status, omni_refresh_freshness;
 	DROP FUNCTION omni_refresh_outcomes;
+};
+my $bare = $no_views . q{
 	SET ROLE alice;
 	DROP POLICY omni_refresh_job_own ON omni_refresh_job;
 	DROP POLICY omni_refresh_event_own ON omni_refresh_event;
@@ -253,7 +255,7 @@ for my $case (
 	my $log;
 
 	$name = "omni_refresh_$table: $name";
-	$sql->($fresh);
+	$sql->("$fresh $no_views");
 	$sql->("SELECT omni_refresh('$model')");
 	my $worker = OmniFault::worker($node);
 	$log = -s $node->logfile;
