@@ -106,6 +106,8 @@ omni_queue_job(OmniJob *job)
 
 	if (once && omni_once_find(&job->request, &row))
 		return row;
+	if (job->request.kind == OMNI_KIND_SCHEMA)
+		omni_once_forget_resets(&job->request);
 	row = omni_job_queue(job, &version);
 	if (once)
 		omni_once_remember(&job->request, row, &version);
