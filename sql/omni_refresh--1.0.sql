@@ -121,7 +121,8 @@ COMMENT ON COLUMN omni_refresh_job.sent_at IS 'when the last attempt began';
 COMMENT ON COLUMN omni_refresh_job.finished_at IS 'when the job reached its end';
 COMMENT ON COLUMN omni_refresh_job.attempts IS 'how often it was sent, raised before each sending';
 COMMENT ON COLUMN omni_refresh_job.merged_into IS 'the job that carries this one out';
-COMMENT ON COLUMN omni_refresh_job.renewed_at IS 'when the newest request was made that this job carries out, too';
+COMMENT ON COLUMN omni_refresh_job.renewed_at IS
+	'when the newest request was made that this job carries out, too; of a reset, not before its first attempt: retries count from here';
 COMMENT ON COLUMN omni_refresh_job.retry_of IS 'the job that this one repeats';
 COMMENT ON COLUMN omni_refresh_job.called_by IS
 	'the role of the session that asked: not requested_by, but its caller, if a SECURITY DEFINER function asked';
@@ -134,7 +135,7 @@ COMMENT ON COLUMN omni_refresh_job.error IS 'the last error: SQLSTATE, message, 
  * one goes from role to role and from model to model by steps, whatever else waits ...
  */
 CREATE INDEX omni_refresh_job_queue_idx ON omni_refresh_job
-	(requested_by_oid, server, model_id, run_at, id)
+	(requested_by_oid, server, model_id, kind, run_at, id)
 	WHERE status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.<>) 'call';
 COMMENT ON INDEX omni_refresh_job_queue_idx IS 'the queue: jobs that are pending, and not of a call';
 
@@ -143,6 +144,11 @@ CREATE INDEX omni_refresh_job_active_idx ON omni_refresh_job (requested_by_oid, 
 	WHERE status OPERATOR(pg_catalog.=) ANY ('{sending, running}')
 		OR (status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.=) 'call');
 COMMENT ON INDEX omni_refresh_job_active_idx IS 'the jobs that are being carried out';
+
+/* ... and, of the refreshes that have not ended, the first one of a model, for which resets of its cache wait */
+CREATE INDEX omni_refresh_job_refreshing_idx ON omni_refresh_job (requested_by_oid, server, model_id, id)
+	WHERE kind OPERATOR(pg_catalog.=) 'schema' AND status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running}');
+COMMENT ON INDEX omni_refresh_job_refreshing_idx IS 'the refreshes that have not ended, in the order of their numbers';
 
 /* what came to an end, and when: merged jobs, of which there may be many, come to none of their own */
 CREATE INDEX omni_refresh_job_finished_idx ON omni_refresh_job (server, status, finished_at)

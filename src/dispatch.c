@@ -158,15 +158,19 @@ omni_dispatch_delay(void)
 
 /*
  * Decide what finished work means for the queue: read it in the next turn if the server has
- * room for more jobs now, and when the job is due again if it is to be tried again or polled.
+ * room for more jobs now, or a refresh has ended for which resets may have waited; and when
+ * the job is due again if it is to be tried again or polled.
  */
 void
 omni_dispatch_finished(const OmniWork *work)
 {
 	const OmniOutcome *outcome = &work->outcome;
 
-	if (dispatch.queue_left && !work->kind->has_caller &&
-		omni_works_count(work->kind, &work->job.request.server) <= omni_max_in_flight * 3 / 4 + 1)
+	if (dispatch.queue_left &&
+		((!work->kind->has_caller &&
+		  omni_works_count(work->kind, &work->job.request.server) <= omni_max_in_flight * 3 / 4 + 1) ||
+		 (omni_round_any_held() && !outcome->again && work->kind->has_job &&
+		  work->job.request.kind == OMNI_KIND_SCHEMA)))
 	{
 		dispatch.next = 0;
 		omni_round_restart(false);

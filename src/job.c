@@ -76,10 +76,13 @@ static OmniStatement count_unfinished = {
 	.text = "SELECT count(*) FILTER (WHERE status = " OMNI_SQL(PENDING) " AND database = $1),"
 	"  count(*) FILTER (WHERE status = " OMNI_SQL(SENDING) " AND database = $1),"
 	"  count(*) FILTER (WHERE status = " OMNI_SQL(RUNNING) " AND database = $1),"
-	"  count(*) FILTER (WHERE status = " OMNI_SQL(PENDING) " AND database = $1 AND run_at < clock_timestamp() - interval '5 min'),"
+	"  count(*) FILTER (WHERE status = " OMNI_SQL(PENDING) " AND database = $1 AND run_at < clock_timestamp() - interval '5 min'"
+	"   AND NOT is_held),"
 	"  count(*) FILTER (WHERE database <> $1)"
-	" FROM (SELECT status, database, run_at FROM %s WHERE " QUEUED " UNION ALL"
-	"  SELECT status, database, run_at FROM %s WHERE " IN_FLIGHT ") AS job",
+	" FROM (SELECT status, database, run_at, kind = 'cache' AND EXISTS (SELECT FROM %s AS refresh WHERE " REFRESHING
+	"   AND (requested_by_oid, server, model_id) = (job.requested_by_oid, job.server, job.model_id) AND id < job.id) AS is_held"
+	"  FROM %s AS job WHERE " QUEUED " UNION ALL"
+	"  SELECT status, database, run_at, false FROM %s WHERE " IN_FLIGHT ") AS job",
 	.nargs = 1,
 	.argtypes = {OIDOID}
 };
@@ -126,6 +129,8 @@ omni_job_begin(OmniJob *job, const char *url)
 		omni_set(&row, OMNI_JOB_status, CStringGetTextDatum(OMNI_NAME_SENDING));
 		omni_set(&row, OMNI_JOB_attempts, Int32GetDatum(job->attempts + 1));
 		omni_set(&row, OMNI_JOB_sent_at, TimestampTzGetDatum(now));
+		if (omni_job_is_first_reset(job))
+			omni_set(&row, OMNI_JOB_renewed_at, TimestampTzGetDatum(now));
 		if (update(job->id, omni_status_is_pending, &row) != OMNI_ROW_OURS)
 			return false;
 	}
@@ -133,6 +138,16 @@ omni_job_begin(OmniJob *job, const char *url)
 		omni_event_add_requested(job);
 	omni_event_add(job, &sending);
 	return true;
+}
+
+/*
+ * Return whether a job is a reset of a cache that is sent for the first time.  Refreshes may
+ * have held it for longer than retry_for, so its retries count from its first attempt.
+ */
+bool
+omni_job_is_first_reset(const OmniJob *job)
+{
+	return job->request.kind == OMNI_KIND_CACHE && job->attempts == 0;
 }
 
 /*

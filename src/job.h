@@ -31,7 +31,8 @@ typedef struct OmniJob
 	int			attempts;		/* how many have begun */
 	Oid			database;		/* where it was requested; if this is another
 								 * one, the row is a copy */
-	TimestampTz renewed_at;		/* time of the newest request that it carries */
+	TimestampTz renewed_at;		/* time of the newest request that it carries;
+								 * of a reset, not before its first attempt */
 
 	/* of a running job */
 	pg_uuid_t	job_id;			/* Omni's */
@@ -70,6 +71,8 @@ typedef struct OmniHead
 	bool		is_held;		/* due or not, its server or role is held */
 	bool		is_due;			/* and not held */
 	bool		has_more;		/* other due jobs are behind it */
+	bool		any_free;		/* no refresh holds some of its due resets */
+	TimestampTz held_since;		/* since when refreshes hold others, or 0 */
 } OmniHead;
 
 /* What is held at the moment */
@@ -96,7 +99,8 @@ typedef struct OmniJobCounts
 	int64		pending;
 	int64		sending;
 	int64		running;
-	int64		stuck;			/* pending, and due for minutes */
+	int64		stuck;			/* pending, and due for minutes, but for
+								 * resets that wait for a refresh */
 	int64		foreign;		/* copies of another database's jobs */
 } OmniJobCounts;
 
@@ -125,6 +129,7 @@ extern void omni_notify_end(void);
 
 /* in job.c */
 extern bool omni_job_begin(OmniJob *job, const char *url);
+extern bool omni_job_is_first_reset(const OmniJob *job);
 extern void omni_job_delay(OmniJob *job, int64 wait);
 extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
 extern OmniRow omni_job_record(OmniJob *job, const OmniOutcome *outcome);
@@ -153,6 +158,7 @@ extern OmniHead *omni_queue_heads(const OmniPlace *place, const OmniHeld *held, 
 
 extern void omni_queue_merge(OmniHead *heads, int nheads);
 extern OmniJobState *omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count);
+extern OmniJobState *omni_queue_held(const OmniHead *heads, int nheads, int limit, int *count);
 extern void omni_queue_cancel_copies(const OmniPlace *place);
 extern OmniHead *omni_running_lanes(const OmniPlace *place, int limit, int *count);
 extern OmniJobState *omni_running_due(const OmniHead *lanes, int nlanes, int limit, int *count);

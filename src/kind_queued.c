@@ -7,8 +7,10 @@
  */
 #include "postgres.h"
 
+#include "clock.h"
 #include "kind.h"
 #include "sent.h"
+#include "setting.h"
 #include "status.h"
 
 static void prepare(OmniWork *work);
@@ -42,6 +44,8 @@ prepare(OmniWork *work)
 static void
 begun(OmniWork *work)
 {
+	if (omni_job_is_first_reset(&work->job))
+		work->deadline = omni_clock() + omni_retry_for * USECS_PER_SEC;
 	work->job.attempts++;
 	omni_sent_note(work->job.merge_key);
 }

@@ -129,6 +129,27 @@ omni_once_remember(const OmniRequest *request, Datum row, const OmniRowVersion *
 	MemoryContextSwitchTo(context);
 }
 
+/*
+ * A refresh is requested: forget the resets that wait for earlier refreshes of its model only.
+ * A later reset must wait for this one, too.
+ */
+void
+omni_once_forget_resets(const OmniRequest *refresh)
+{
+	int			kept = 0;
+
+	for (int i = 0; i < count; i++)
+	{
+		const OmniRequest *job = remembered[i]->asked.request;
+
+		if (job->kind != OMNI_KIND_CACHE || job->role != refresh->role ||
+			memcmp(&job->model, &refresh->model, UUID_LEN) != 0 ||
+			strcmp(NameStr(job->server), NameStr(refresh->server)) != 0)
+			remembered[kept++] = remembered[i];
+	}
+	count = kept;
+}
+
 /* Sort the lists of a request, which must live as long as the result. */
 static Asked
 prepare(const OmniRequest *request)

@@ -14,6 +14,12 @@
  * role, server and model (a head) to the next head, and skips servers and roles that
  * cannot send now.  Jobs are merged and claimed only from the heads so found.
  *
+ * A reset of a cache is held until all earlier refreshes of the model have ended, or else the
+ * cache would fill again with what is stale; see HOLDING.  A head may have any number of
+ * resets that are held: they are in a range of the index of their own, of which only the
+ * first ones are read.  They are not merged either, since a refresh that was merged becomes
+ * pending again, between two resets, if its carrier is canceled.
+ *
  * No statement waits for a row that another session has locked; a later run of the
  * statement will find the row unlocked.
  *
@@ -60,8 +66,43 @@
 /* Jobs that Omni works on, and that are no copies of another database's */
 #define RUNNING				"status = " OMNI_SQL(RUNNING) " AND database = $1"
 
-/* The order of the index on the queue */
+/* The order of the index on the queue; the jobs that agree in LANE have one head. */
 #define LANE				"requested_by_oid, server, model_id"
+#define QUEUE_ORDER			LANE ", kind, run_at, id"
+
+/* Due jobs of one kind of a head, at most so many; the limit stops the scan also if none are due. */
+#define DUE_OF_KIND(list, kind, role, server, model, limit) \
+	"(SELECT " list " FROM (SELECT *, xmin FROM %s AS job WHERE " QUEUED \
+	"  AND (" LANE ") = (" role ", " server ", " model ") AND kind = '" kind "'" \
+	"  ORDER BY " QUEUE_ORDER " LIMIT " limit ") AS job WHERE " DUE ")"
+
+/*
+ * The refreshes for which resets wait: the number of the first one, and of the first one
+ * that was never tried or may have reached Omni.  Those of any branch count, since the cache
+ * belongs to the model, and those of calls.  Refreshes that are running since $4 or longer do
+ * not; so many of one model are not to be expected that the limit matters.  BETWEEN, in
+ * place of "=", keeps the planner from reading the primary key in order of id.
+ */
+#define HOLDING(role, server, model) \
+	"(SELECT min(id) AS first, min(id) FILTER (WHERE status <> " OMNI_SQL(PENDING) " OR attempts = 0) AS first_untried" \
+	" FROM (SELECT id, status, attempts, sent_at FROM %s AS refresh WHERE " REFRESHING \
+	"  AND requested_by_oid = " role " AND server = " server " AND model_id BETWEEN " model " AND " model \
+	"  ORDER BY " LANE ", id LIMIT 100) AS refresh" \
+	" WHERE (status = " OMNI_SQL(RUNNING) " AND sent_at <= $4) IS NOT TRUE) AS holding"
+
+/*
+ * Whether a reset is free: no refresh with a lower number holds it.  A refresh that is
+ * retried goes on as long as newer ones are merged into it, so one that is pending holds no
+ * reset that is older than retry_for ($5).
+ */
+#define FREE \
+	"(coalesce(id < first, true) OR (requested_at < $5 AND coalesce(id < first_untried, true)))"
+
+/* Resets to read of a head, to find those that are free */
+#define RESETS				"64"
+
+/* For how long a running refresh holds resets, in microseconds */
+#define HOLD_RUNNING		(15 * USECS_PER_MINUTE)
 
 /*
  * Jobs that an earlier worker has left behind, or copies of another database's jobs.
@@ -90,57 +131,93 @@ static OmniStatement select_copies = {
 	.table = &omni_job_table,
 	.text = "SELECT " JOB_LIST " FROM %s"
 	" WHERE " QUEUED " AND (" LANE ") = ($3, $4, $5) AND database <> $1"
-	" ORDER BY " LANE ", run_at, id LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED",
+	" ORDER BY " QUEUE_ORDER " LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED",
 	.nargs = 5,
 	.argtypes = {OIDOID, INT8OID, OIDOID, TEXTOID, UUIDOID}
 };
 
 /*
- * The heads behind a place in the index ($4 to $6), until there are enough of them ($7)
- * or of those that are due ($8); of one role and server at most so many that are due
- * ($9).  Nothing is taken of servers that have enough in flight ($10), and of roles at
- * servers whose rate limit is reached ($11, "role server"): these have one head each.
- * A head of which two jobs or more are due may have something to merge.
+ * The heads behind a place in the index ($6 to $8), until there are enough of them ($9)
+ * or of those that are due ($10); of one role and server at most so many that are due
+ * ($11).  Nothing is taken of servers that have enough in flight ($12), and of roles at
+ * servers whose rate limit is reached ($13, "role server"): these have one head each.
+ * A head of which two jobs or more of a kind are due may have something to merge.
+ *
+ * Resets come first in the index.  So if the first row of a head is a refresh, there are no
+ * resets, and it is all there is to read.
  */
 static OmniStatement select_heads = {
 	.table = &omni_job_table,
-	.text = "WITH RECURSIVE head (role, server, model, run_at, is_due, is_held, number, due, due_of_server) AS ("
-	"  SELECT $4, $5 COLLATE \"C\", $6, $2, false, false, 0, 0, 0"
+	.text = "WITH RECURSIVE head (role, server, model, run_at, held_since, free, is_due, is_held, number, due, due_of_server) AS ("
+	"  SELECT $6, $7 COLLATE \"C\", $8, $2, $2, 0, false, false, 0, 0, 0"
 	" UNION ALL"
-	"  SELECT next.role, next.server, next.model, next.run_at, next.is_due, next.is_held, number + 1, due + next.is_due::int,"
+	"  SELECT next.role, next.server, next.model, next.run_at, next.held_since, next.free, next.is_due, next.is_held,"
+	"   number + 1, due + next.is_due::int,"
 	"   CASE WHEN next.role = head.role AND next.server = head.server THEN due_of_server ELSE 0 END + next.is_due::int"
 	"  FROM head, LATERAL ("
-	"   SELECT role, server, model, run_at, is_due AND NOT is_held AS is_due, is_held FROM ("
-	"    SELECT *, server = ANY ($10) OR concat_ws(' ', role, server) = ANY ($11) OR role::text = ANY ($11) AS is_held FROM ("
-	"     SELECT requested_by_oid AS role, server, model_id AS model, run_at, " DUE " AS is_due"
+	"   SELECT role, server, model, is_held, job.* FROM ("
+	"    SELECT *, server = ANY ($12) OR concat_ws(' ', role, server) = ANY ($13) OR role::text = ANY ($13) AS is_held FROM ("
+	"     SELECT requested_by_oid AS role, server, model_id AS model, kind, run_at, " DUE " AS is_due"
 	"     FROM %s AS job WHERE " QUEUED " AND (" LANE ") > (head.role, head.server,"
-	"      CASE WHEN head.is_held OR due_of_server >= $9 THEN 'ffffffff-ffff-ffff-ffff-ffffffffffff' ELSE head.model END)"
-	"     ORDER BY " LANE ", run_at, id LIMIT 1) AS first) AS first) AS next"
-	"  WHERE number < $7 AND due < $8"
+	"      CASE WHEN head.is_held OR due_of_server >= $11 THEN 'ffffffff-ffff-ffff-ffff-ffffffffffff' ELSE head.model END)"
+	"     ORDER BY " QUEUE_ORDER " LIMIT 1) AS first) AS place,"
+	"   LATERAL (SELECT coalesce(min(run_at), 'infinity') AS run_at, min(held_since) AS held_since, coalesce(sum(free), 0)::int AS free,"
+	"     coalesce(bool_or(is_due), false) AS is_due FROM ("
+	"    SELECT place.run_at, NULL::timestamptz AS held_since, 0 AS free, place.is_due WHERE place.kind <> 'cache' AND NOT is_held"
+	"    UNION ALL"
+	"    (SELECT run_at, NULL, 0, " DUE " FROM %s AS job WHERE place.kind = 'cache' AND NOT is_held"
+	"      AND " QUEUED " AND (" LANE ") = (place.role, place.server, place.model) AND kind = 'schema' ORDER BY " QUEUE_ORDER " LIMIT 1)"
+	"    UNION ALL"
+	"    SELECT (SELECT run_at FROM %s AS job WHERE " QUEUED " AND (" LANE ") = (place.role, place.server, place.model) AND kind = 'cache'"
+	"      AND run_at > $2 ORDER BY " QUEUE_ORDER " LIMIT 1),"
+	"     min(run_at) FILTER (WHERE NOT " FREE "), count(*) FILTER (WHERE " FREE ")::int, bool_or(" FREE ")"
+	"    FROM " HOLDING("place.role", "place.server", "place.model") ","
+	"     LATERAL " DUE_OF_KIND("id, run_at, requested_at", "cache", "place.role", "place.server", "place.model", RESETS) " AS reset"
+	"    WHERE place.is_due"
+	"    HAVING place.kind = 'cache' AND NOT is_held) AS job) AS job) AS next"
+	"  WHERE number < $9 AND due < $10"
 	" )"
-	" SELECT role, server, model, run_at, is_due, is_held, is_due AND"
-	"  (SELECT count(*) FROM (SELECT FROM %s AS job"
-	"   WHERE " QUEUED " AND (" LANE ") = (role, head.server, model) AND " DUE " LIMIT 2) AS two) = 2"
+	" SELECT role, server, model, run_at, held_since, free > 0, is_due, is_held, is_due AND (free > 1 OR"
+	"  (SELECT count(*) FROM " DUE_OF_KIND("", "schema", "head.role", "head.server", "head.model", "2") " AS two) = 2)"
 	" FROM head WHERE number > 0 ORDER BY number",
-	.nargs = 11,
-	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDOID, TEXTOID, UUIDOID, INT8OID, INT8OID, INT8OID,
-	TEXTARRAYOID, TEXTARRAYOID}
+	.nargs = 13,
+	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDOID, TEXTOID, UUIDOID,
+	INT8OID, INT8OID, INT8OID, TEXTARRAYOID, TEXTARRAYOID}
 };
 
-/* The first due jobs of each of some heads ($4 to $6), at most so many of one ($7) */
+/*
+ * The first due jobs of each of some heads ($6 to $8), at most so many of one ($10): its
+ * refreshes and, if any are free ($9), its free resets
+ */
 #define DUE_OF_HEADS(list) \
-	"unnest($4, $5, $6) AS head (head_role, head_server, head_model), LATERAL (" \
-	"SELECT " list " FROM %s WHERE " QUEUED " AND (" LANE ") = (head_role, head_server, head_model) AND " DUE \
-	" ORDER BY " LANE ", run_at, id LIMIT $7) AS job"
-#define DUE_OF_HEADS_NARGS	7
+	"unnest($6, $7, $8, $9) AS head (head_role, head_server, head_model, head_free), LATERAL (" \
+	DUE_OF_KIND(list, "schema", "head_role", "head_server", "head_model", "$10") \
+	" UNION ALL (SELECT reset.* FROM " HOLDING("head_role", "head_server", "head_model") "," \
+	" LATERAL " DUE_OF_KIND(list, "cache", "head_role", "head_server", "head_model", "greatest($10, " RESETS ")") " AS reset" \
+	" WHERE head_free AND " FREE ")" \
+	" ORDER BY run_at, id LIMIT $10) AS job"
+#define DUE_OF_HEADS_NARGS	10
 #define DUE_OF_HEADS_ARGTYPES \
-	{OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDARRAYOID, TEXTARRAYOID, UUIDARRAYOID, INT8OID}
+	{OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDARRAYOID, TEXTARRAYOID, UUIDARRAYOID, \
+	BOOLARRAYOID, INT8OID}
 
 static OmniStatement select_due = {
 	.table = &omni_job_table,
 	.text = "SELECT job.* FROM " DUE_OF_HEADS(JOB_LIST),
 	.nargs = DUE_OF_HEADS_NARGS,
 	.argtypes = DUE_OF_HEADS_ARGTYPES
+};
+
+/* The first due resets of each of some heads ($6 to $8) that are held, at most so many of one ($9) */
+static OmniStatement select_held = {
+	.table = &omni_job_table,
+	.text = "SELECT job.* FROM unnest($6, $7, $8) AS head (head_role, head_server, head_model), LATERAL ("
+	" SELECT reset.* FROM " HOLDING("head_role", "head_server", "head_model") ","
+	"  LATERAL " DUE_OF_KIND(JOB_LIST, "cache", "head_role", "head_server", "head_model", RESETS) " AS reset"
+	" WHERE NOT " FREE " ORDER BY run_at, id LIMIT $9) AS job",
+	.nargs = 9,
+	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDARRAYOID, TEXTARRAYOID,
+	UUIDARRAYOID, INT8OID}
 };
 
 /*
@@ -155,7 +232,7 @@ static OmniStatement select_sets = {
 	.text = "WITH due AS ("
 	"  SELECT job.*, count(*) OVER alike AS number,"
 	"   bool_or(coalesce(hard, true) OR (schemas IS NULL AND tables IS NULL)) OVER alike AS whole"
-	"  FROM " DUE_OF_HEADS("id, database, hard, schemas, tables, " ALIKE)
+	"  FROM " DUE_OF_HEADS("id, database, hard, schemas, tables, requested_at, run_at, " ALIKE)
 	"  WHERE database = $1 WINDOW alike AS (PARTITION BY " ALIKE ")"
 	" ), sets AS ("
 	"  SELECT *, CASE WHEN whole THEN '' WHEN tables IS NULL THEN 'schemas'"
@@ -328,8 +405,10 @@ static void settle(OmniJobState *left, int count,
 				   void (*tell) (const OmniJob *job, const OmniOutcome *outcome));
 static void recover(const OmniJob *job, OmniOutcome *outcome);
 static void set_due(Datum *values);
+static void set_free(Datum *values);
 static Datum text_array(List *texts);
 static void set_heads(Datum *values, const OmniHead *heads, int count);
+static void set_any_free(Datum *value, const OmniHead *heads, int count);
 static MergeSet *read_sets(uint64 nrows, int *count);
 static int	merge_set(const MergeSet *set, int *patience);
 static bool widen(OmniJob *carrier, const OmniRowValues *row);
@@ -532,6 +611,17 @@ set_due(Datum *values)
 	values[2] = TimestampTzGetDatum(now + longest + USECS_PER_MINUTE);
 }
 
+/* Set $1 to $5, which DUE, HOLDING and FREE use. */
+static void
+set_free(Datum *values)
+{
+	TimestampTz now = omni_earliest_now();
+
+	set_due(values);
+	values[3] = TimestampTzGetDatum(now - HOLD_RUNNING);
+	values[4] = TimestampTzGetDatum(now - omni_retry_for * USECS_PER_SEC);
+}
+
 /* Convert a list of C strings to an array of text. */
 static Datum
 text_array(List *texts)
@@ -553,37 +643,41 @@ OmniHead *
 omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit, int due_limit, int due_limit_of_server,
 				 int *count)
 {
-	Datum		values[11];
+	Datum		values[13];
 	OmniHead   *heads;
 
-	set_due(values);
-	values[3] = ObjectIdGetDatum(place->role);
-	values[4] = CStringGetTextDatum(NameStr(place->server));
-	values[5] = UUIDPGetDatum(&place->model);
-	values[6] = Int64GetDatum(limit);
-	values[7] = Int64GetDatum(due_limit);
-	values[8] = Int64GetDatum(due_limit_of_server);
-	values[9] = text_array(held->servers);
-	values[10] = text_array(held->roles);
+	set_free(values);
+	values[5] = ObjectIdGetDatum(place->role);
+	values[6] = CStringGetTextDatum(NameStr(place->server));
+	values[7] = UUIDPGetDatum(&place->model);
+	values[8] = Int64GetDatum(limit);
+	values[9] = Int64GetDatum(due_limit);
+	values[10] = Int64GetDatum(due_limit_of_server);
+	values[11] = text_array(held->servers);
+	values[12] = text_array(held->roles);
 	*count = omni_run(&select_heads, values, NULL);
 
 	heads = palloc0(Max(*count, 1) * sizeof(OmniHead));
 	for (int i = 0; i < *count; i++)
 	{
 		OmniHead   *head = &heads[i];
+		bool		none_held;
+		Datum		held_since = omni_value_or_null(i, 4, TIMESTAMPTZOID, &none_held);
 
 		head->place.role = DatumGetObjectId(omni_value(i, 0, OIDOID));
 		namestrcpy(&head->place.server, TextDatumGetCString(omni_value(i, 1, TEXTOID)));
 		head->place.model = *DatumGetUUIDP(omni_value(i, 2, UUIDOID));
 		head->run_at = DatumGetTimestampTz(omni_value(i, 3, TIMESTAMPTZOID));
-		head->is_due = DatumGetBool(omni_value(i, 4, BOOLOID));
-		head->is_held = DatumGetBool(omni_value(i, 5, BOOLOID));
-		head->has_more = DatumGetBool(omni_value(i, 6, BOOLOID));
+		head->held_since = none_held ? 0 : DatumGetTimestampTz(held_since);
+		head->any_free = DatumGetBool(omni_value(i, 5, BOOLOID));
+		head->is_due = DatumGetBool(omni_value(i, 6, BOOLOID));
+		head->is_held = DatumGetBool(omni_value(i, 7, BOOLOID));
+		head->has_more = DatumGetBool(omni_value(i, 8, BOOLOID));
 	}
 	return heads;
 }
 
-/* Set $4 to $6, which DUE_OF_HEADS uses. */
+/* Set three arguments to the places of heads. */
 static void
 set_heads(Datum *values, const OmniHead *heads, int count)
 {
@@ -597,9 +691,20 @@ set_heads(Datum *values, const OmniHead *heads, int count)
 		servers = lappend(servers, pstrdup(NameStr(heads[i].place.server)));
 		models[i] = UUIDPGetDatum(&heads[i].place.model);
 	}
-	values[3] = PointerGetDatum(construct_array(roles, count, OIDOID, sizeof(Oid), true, TYPALIGN_INT));
-	values[4] = text_array(servers);
-	values[5] = PointerGetDatum(construct_array(models, count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+	values[0] = PointerGetDatum(construct_array(roles, count, OIDOID, sizeof(Oid), true, TYPALIGN_INT));
+	values[1] = text_array(servers);
+	values[2] = PointerGetDatum(construct_array(models, count, UUIDOID, UUID_LEN, false, TYPALIGN_CHAR));
+}
+
+/* Set an argument to whether heads have free resets. */
+static void
+set_any_free(Datum *value, const OmniHead *heads, int count)
+{
+	Datum	   *any = palloc(count * sizeof(Datum));
+
+	for (int i = 0; i < count; i++)
+		any[i] = BoolGetDatum(heads[i].any_free);
+	*value = PointerGetDatum(construct_array(any, count, BOOLOID, sizeof(bool), true, TYPALIGN_CHAR));
 }
 
 /*
@@ -611,10 +716,27 @@ omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count)
 {
 	Datum		values[DUE_OF_HEADS_NARGS];
 
-	set_due(values);
-	set_heads(values, heads, nheads);
-	values[6] = Int64GetDatum(limit);
+	set_free(values);
+	set_heads(&values[5], heads, nheads);
+	set_any_free(&values[8], heads, nheads);
+	values[9] = Int64GetDatum(limit);
 	(void) omni_run(&select_due, values, NULL);
+	return decode_all(count);
+}
+
+/*
+ * Return the first due resets of the given heads that are held by refreshes, at most "limit"
+ * for each head.  Sets *count.  The result is palloc'd.
+ */
+OmniJobState *
+omni_queue_held(const OmniHead *heads, int nheads, int limit, int *count)
+{
+	Datum		values[9];
+
+	set_free(values);
+	set_heads(&values[5], heads, nheads);
+	values[8] = Int64GetDatum(limit);
+	(void) omni_run(&select_held, values, NULL);
 	return decode_all(count);
 }
 
@@ -635,9 +757,10 @@ omni_queue_merge(OmniHead *heads, int nheads)
 
 	for (int i = 0; i < nheads; i++)
 		heads[i].has_more = false;
-	set_due(values);
-	set_heads(values, heads, nheads);
-	values[6] = Int64GetDatum(limit);
+	set_free(values);
+	set_heads(&values[5], heads, nheads);
+	set_any_free(&values[8], heads, nheads);
+	values[9] = Int64GetDatum(limit);
 	sets = read_sets(omni_run(&select_sets, values, NULL), &nsets);
 	omni_events_write();		/* so that the next "requested" is not written
 								 * twice */
@@ -857,13 +980,13 @@ omni_running_lanes(const OmniPlace *place, int limit, int *count)
 OmniJobState *
 omni_running_due(const OmniHead *lanes, int nlanes, int limit, int *count)
 {
-	Datum		values[DUE_OF_HEADS_NARGS];
+	Datum		values[6];
 
 	*count = 0;
 	if (nlanes == 0)
 		return NULL;
 	set_due(values);
-	set_heads(values, lanes, nlanes);
+	set_heads(&values[3], lanes, nlanes);
 	values[5] = Int64GetDatum(limit);
 	(void) omni_run(&select_due_running, values, NULL);
 	return decode_all(count);

@@ -18,6 +18,7 @@
 
 #include "call.h"
 #include "job.h"
+#include "once.h"
 #include "repeat.h"
 #include "request.h"
 #include "setting.h"
@@ -118,6 +119,8 @@ call(FunctionCallInfo fcinfo, OmniJob *job)
 				(errmsg("this transaction has made changes that Omni cannot see yet"),
 				 errhint("Commit before you call %s(), or call %s_on_commit().", name, name)));
 
+	if (may && job->request.kind == OMNI_KIND_SCHEMA)
+		omni_once_forget_resets(&job->request);
 	if (may)
 		call_worker(job, &error);
 	if (error.sqlstate != 0)

@@ -181,6 +181,8 @@ omni_queue_job(OmniJob *job)
 		return row;
 	if (job->retry_of != 0 && find_retry(job, &row))
 		return row;
+	if (job->request.kind == OMNI_KIND_SCHEMA)
+		omni_once_forget_resets(&job->request);
 	row = omni_job_queue(job, &version);
 	if (once)
 		omni_once_remember(&job->request, row, &version);

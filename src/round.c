@@ -32,6 +32,16 @@
 /* If a due job waits longer than this, an event says why */
 #define WAIT_TO_TELL		OMNI_MS(1000)
 
+/* Tell so of this many resets of a head at a time, of those that refreshes hold */
+#define MAX_TOLD			4
+
+/*
+ * How long to wait for the end of the refreshes that hold resets.  The end of one that this
+ * worker has in flight has the queue read at once; it may be another session that ends it,
+ * or it has been running for too long.
+ */
+#define HOLD_PATIENCE		OMNI_MS(60000)
+
 /* The place before the first head of the queue */
 static const OmniPlace start = {0};
 
@@ -50,6 +60,7 @@ typedef struct Round
 	bool		several;		/* of more than one role and server */
 	OmniPlace	last;			/* if any */
 	TimestampTz next_due;		/* the lowest run_at of jobs that are not due */
+	bool		any_held;		/* refreshes hold resets */
 
 	/* the jobs that it has put in flight */
 	bool		served;			/* any */
@@ -72,6 +83,8 @@ static bool has_reached_start(const OmniHead *heads, int *count);
 static bool has_more_to_merge(const OmniHead *heads, int *count);
 static bool is_to_merge(const OmniHead *head);
 static void note_heads(const OmniHead *heads, int count);
+static void note_held(const OmniHead *head);
+static void tell_held(const OmniHead *heads, int count);
 static bool claim_heads(const OmniHead *heads, int count, bool *any_locked);
 static bool claim_jobs(const OmniJobState *jobs, int count, bool *any_locked);
 static void claim_job(const OmniJob *job);
@@ -123,7 +136,7 @@ begin_round(void)
 	current.going = true;
 	current.from = current.at;
 	current.wrapped = compare_places(&current.at, &start) == 0;
-	current.any = current.several = current.served = false;
+	current.any = current.several = current.any_held = current.served = false;
 	current.next_due = DT_NOEND;
 }
 
@@ -139,6 +152,13 @@ omni_round_is_complete(bool *any, TimestampTz *next_due)
 	*any = current.any;
 	*next_due = current.next_due;
 	return true;
+}
+
+/* Return whether the round, or the last one, has found resets that wait for refreshes. */
+bool
+omni_round_any_held(void)
+{
+	return current.any_held;
 }
 
 /*
@@ -171,7 +191,10 @@ take_step(bool enabled, bool *more, bool *any_locked)
 		note_heads(heads, count);
 		current.at = heads[count - 1].place;
 		if (enabled)
+		{
+			tell_held(heads, count);
 			*more |= claim_heads(heads, count, any_locked);
+		}
 	}
 	return at_end;
 }
@@ -231,6 +254,46 @@ note_heads(const OmniHead *heads, int count)
 		current.last = *place;
 		if (!heads[i].is_due && !heads[i].is_held)
 			current.next_due = Min(current.next_due, heads[i].run_at);
+		if (heads[i].held_since != 0)
+			note_held(&heads[i]);
+	}
+}
+
+/* Note that refreshes hold resets of a head: when to tell so, and when to look again. */
+static void
+note_held(const OmniHead *head)
+{
+	TimestampTz now = omni_latest_now();
+	TimestampTz tell_at = head->held_since + WAIT_TO_TELL;
+
+	current.any_held = true;
+	current.next_due = Min(current.next_due, now + HOLD_PATIENCE);
+	if (tell_at >= now)
+		current.next_due = Min(current.next_due, tell_at);
+}
+
+/* Tell why resets wait, if refreshes hold them for so long that it matters. */
+static void
+tell_held(const OmniHead *heads, int count)
+{
+	TimestampTz since = omni_latest_now() - WAIT_TO_TELL;
+	OmniHead   *waiting = palloc(count * sizeof(OmniHead));
+	OmniJobState *resets;
+	int			nwaiting = 0;
+	int			nresets;
+
+	for (int i = 0; i < count; i++)
+	{
+		if (heads[i].held_since != 0 && heads[i].held_since < since)
+			waiting[nwaiting++] = heads[i];
+	}
+	if (nwaiting == 0)
+		return;
+	resets = omni_queue_held(waiting, nwaiting, MAX_TOLD, &nresets);
+	for (int i = 0; i < nresets; i++)
+	{
+		if (resets[i].job.request.requested_at < since)
+			omni_event_add_waiting(&resets[i].job, "for the refreshes of the model that were requested before");
 	}
 }
 

@@ -16,6 +16,7 @@
 extern void omni_round_restart(bool merge_ahead);
 extern bool omni_round_go_on(bool enabled, bool *any_locked);
 extern bool omni_round_is_complete(bool *any, TimestampTz *next_due);
+extern bool omni_round_any_held(void);
 extern bool omni_round_merge_ahead(void);
 
 #endif							/* OMNI_ROUND_H */

@@ -265,7 +265,7 @@ plan_statement(OmniStatement *statement)
 
 	if (statement->plan != NULL && strcmp(statement->planned_for, name) == 0)
 		return;
-	plan = SPI_prepare(psprintf(statement->text, name, name, name, name),
+	plan = SPI_prepare(psprintf(statement->text, name, name, name, name, name, name),
 					   statement->nargs, statement->argtypes);
 	if (plan == NULL)
 		elog(ERROR, "SPI_prepare failed: %s", SPI_result_code_string(SPI_result));

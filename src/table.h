@@ -119,6 +119,9 @@ enum
 	"(status = ANY ('{" OMNI_NAME_SENDING ", " OMNI_NAME_RUNNING "}')" \
 	" OR (status = " OMNI_SQL(PENDING) " AND origin = 'call'))"
 
+/* The predicate of omni_refresh_job_refreshing_idx: refreshes that have not ended */
+#define REFRESHING	"kind = 'schema' AND status = ANY (" OMNI_SQL_UNFINISHED ")"
+
 /*
  * Conditions for a job that is looked up by id.  Do not write them as "status =": they
  * would then imply the predicates above, and a plan made for an empty table might scan
@@ -136,7 +139,7 @@ typedef struct OmniStatement
 								 * rows */
 	const char *text;
 	int			nargs;
-	Oid			argtypes[11];
+	Oid			argtypes[13];
 	SPIPlanPtr	plan;			/* or NULL */
 	char		planned_for[OMNI_MAX_QUALIFIED];	/* the table's name in it */
 	int			running;		/* how many executions are under way */

@@ -6,7 +6,7 @@ SET client_min_messages = warning;
 
 BEGIN;
 CREATE EXTENSION pgtap;
-SELECT plan(98);
+SELECT plan(99);
 
 -- All there is of ours in the catalogs, except for what is pgTAP's, by kind and name
 CREATE VIEW pg_temp.ours AS
@@ -182,6 +182,10 @@ SELECT is((SELECT pg_get_expr(indpred, indrelid) FROM pg_index
 		   WHERE indexrelid = 'omni_refresh_job_active_idx'::regclass),
 	$$(((status)::text = ANY ('{sending,running}'::text[])) OR (((status)::text = 'pending'::text) AND ((origin)::text = 'call'::text)))$$,
 	'So has what is being carried out');
+SELECT is((SELECT pg_get_expr(indpred, indrelid) FROM pg_index
+		   WHERE indexrelid = 'omni_refresh_job_refreshing_idx'::regclass),
+	$$(((kind)::text = 'schema'::text) AND ((status)::text = ANY ('{pending,sending,running}'::text[])))$$,
+	'So have the refreshes that have not ended');
 
 -- Functions
 SELECT is_empty($$SELECT proname FROM pg_proc

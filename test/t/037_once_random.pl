@@ -5,6 +5,8 @@
 # Some requests are made by way of a function of another role: the jobs of each caller stay apart.
 #
 # A request that is returned a job shares its fate: who cancels the job has canceled the request.
+#
+# Resets are about models that are never refreshed: 039_order.pl tests that a refresh parts them.
 
 use strict;
 use warnings FATAL => 'all';
@@ -78,7 +80,7 @@ my (@requests, @recent, $model);
 sub random_request
 {
 	my $request = rand() < 0.7 ? OmniMerge::random_request($model) :
-		{ model => $model, policy => rand() < 0.5 ? 'p' : 'q', rand() < 0.5 ? (reset_at => $times[ rand @times ]) : () };
+		{ model => $model =~ s/^0/f/r, policy => rand() < 0.5 ? 'p' : 'q', rand() < 0.5 ? (reset_at => $times[ rand @times ]) : () };
 
 	delete $request->{branch} if rand() < 0.5;
 	$request = { %{ $recent[ rand @recent ] } } if @recent && rand() < 0.3;

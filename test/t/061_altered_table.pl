@@ -48,7 +48,7 @@ my $bare = $no_views . q{
 		DROP CONSTRAINT omni_refresh_event_pkey;
 	ALTER TABLE omni_refresh_job DROP CONSTRAINT omni_refresh_job_pkey, DROP CONSTRAINT omni_refresh_job_status_check,
 		DROP CONSTRAINT omni_refresh_job_kind_check, DROP CONSTRAINT omni_refresh_job_origin_check;
-	DROP INDEX omni_refresh_job_queue_idx, omni_refresh_job_active_idx, omni_refresh_job_finished_idx, omni_refresh_event_attempt_idx, omni_refresh_event_job_idx;
+	DROP INDEX omni_refresh_job_queue_idx, omni_refresh_job_refreshing_idx, omni_refresh_job_active_idx, omni_refresh_job_finished_idx, omni_refresh_event_attempt_idx, omni_refresh_event_job_idx;
 	RESET ROLE;
 };
 
