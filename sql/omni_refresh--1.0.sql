@@ -244,7 +244,7 @@ GRANT SELECT ON omni_refresh_job, omni_refresh_event TO PUBLIC;
  * mappings, so that EXECUTE stays with PUBLIC.
  */
 CREATE FUNCTION omni_refresh(
-	model pg_catalog.uuid,
+	model pg_catalog.uuid DEFAULT NULL,
 	branch pg_catalog.uuid DEFAULT NULL,
 	hard boolean DEFAULT NULL,
 	schemas pg_catalog.text[] DEFAULT NULL,
@@ -253,10 +253,10 @@ CREATE FUNCTION omni_refresh(
 	AS 'MODULE_PATHNAME', 'omni_refresh'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh(pg_catalog.uuid, pg_catalog.uuid, boolean, pg_catalog.text[], pg_catalog.text[]) IS
-	'asks Omni to refresh a model now, waits for its answer and returns the job; schemas and tables are arrays, as in ''{sales}''';
+	'asks Omni to refresh a model (NULL: that of the server''s options) now, waits for its answer and returns the job; schemas and tables are arrays, as in ''{sales}''';
 
 CREATE FUNCTION omni_refresh_on_commit(
-	model pg_catalog.uuid,
+	model pg_catalog.uuid DEFAULT NULL,
 	branch pg_catalog.uuid DEFAULT NULL,
 	hard boolean DEFAULT NULL,
 	schemas pg_catalog.text[] DEFAULT NULL,
@@ -265,27 +265,27 @@ CREATE FUNCTION omni_refresh_on_commit(
 	AS 'MODULE_PATHNAME', 'omni_refresh_on_commit'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_on_commit(pg_catalog.uuid, pg_catalog.uuid, boolean, pg_catalog.text[], pg_catalog.text[]) IS
-	'queues a refresh of a model, which is sent if and when the transaction commits, and returns the job; schemas and tables are arrays, as in ''{sales}''';
+	'queues a refresh of a model (NULL: that of the server''s options), which is sent if and when the transaction commits, and returns the job; schemas and tables are arrays, as in ''{sales}''';
 
 CREATE FUNCTION omni_refresh_cache(
-	model pg_catalog.uuid,
-	policy pg_catalog.text,
+	model pg_catalog.uuid DEFAULT NULL,
+	policy pg_catalog.text DEFAULT NULL,
 	reset_at pg_catalog.timestamptz DEFAULT NULL)
 	RETURNS omni_refresh_job
 	AS 'MODULE_PATHNAME', 'omni_refresh_cache'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_cache(pg_catalog.uuid, pg_catalog.text, pg_catalog.timestamptz) IS
-	'asks Omni to reset a cache policy of a model now, waits for its answer and returns the job';
+	'asks Omni to reset a cache policy of a model (NULL: those of the server''s options) now, waits for its answer and returns the job';
 
 CREATE FUNCTION omni_refresh_cache_on_commit(
-	model pg_catalog.uuid,
-	policy pg_catalog.text,
+	model pg_catalog.uuid DEFAULT NULL,
+	policy pg_catalog.text DEFAULT NULL,
 	reset_at pg_catalog.timestamptz DEFAULT NULL)
 	RETURNS omni_refresh_job
 	AS 'MODULE_PATHNAME', 'omni_refresh_cache_on_commit'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_cache_on_commit(pg_catalog.uuid, pg_catalog.text, pg_catalog.timestamptz) IS
-	'queues the reset of a cache policy of a model, which is sent if and when the transaction commits, and returns the job';
+	'queues the reset of a cache policy of a model (NULL: those of the server''s options), which is sent if and when the transaction commits, and returns the job';
 
 CREATE FUNCTION omni_refresh_wait(
 	id bigint,

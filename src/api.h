@@ -43,14 +43,16 @@ typedef enum OmniKind
 typedef struct OmniRequest
 {
 	OmniKind	kind;
-	pg_uuid_t	model;
+	pg_uuid_t	model;			/* if has_model */
+	bool		has_model;		/* false in a look-up, and until
+								 * omni_job_complete() */
 	pg_uuid_t	branch;			/* if has_branch */
 	bool		has_branch;
 	bool		hard;			/* as given, or by default */
 	bool		hard_named;		/* send the parameter hard_refresh */
 	ArrayType  *schemas;		/* text[], or NULL */
 	ArrayType  *tables;			/* text[], or NULL */
-	char		policy[OMNI_MAX_POLICY];
+	char		policy[OMNI_MAX_POLICY];	/* empty: none */
 	bool		has_reset_at;
 	TimestampTz reset_at;		/* if has_reset_at */
 	NameData	server;

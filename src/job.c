@@ -416,6 +416,7 @@ omni_job_decode(int row, OmniJobState *state)
 	if (!isnull)
 		job->job_id = *DatumGetUUIDP(value);
 	request->model = *DatumGetUUIDP(VALUE(model_id, UUIDOID));
+	request->has_model = true;
 	value = VALUE_OR_NULL(branch_id, UUIDOID);
 	request->has_branch = !isnull;
 	if (!isnull)
@@ -512,13 +513,13 @@ omni_job_form(const OmniJob *job, const char *status, const char *error)
 
 	memset(nulls, true, rowtype->natts);
 	SET("status", CStringGetTextDatum(status), false);
-	SET("model_id", UUIDPGetDatum(&request->model), false);
+	SET("model_id", UUIDPGetDatum(&request->model), !request->has_model);
 	SET("branch_id", UUIDPGetDatum(&request->branch), !request->has_branch);
 	SET("kind", CStringGetTextDatum(kind_name(request->kind)), false);
 	SET("hard", BoolGetDatum(request->hard), request->kind == OMNI_KIND_CACHE);
 	SET("schemas", PointerGetDatum(job->request.schemas), job->request.schemas == NULL);
 	SET("tables", PointerGetDatum(job->request.tables), job->request.tables == NULL);
-	SET("policy", CStringGetTextDatum(request->policy), request->kind != OMNI_KIND_CACHE);
+	SET("policy", CStringGetTextDatum(request->policy), request->policy[0] == '\0');
 	SET("reset_at", TimestampTzGetDatum(request->reset_at), !request->has_reset_at);
 	SET("server", CStringGetTextDatum(NameStr(request->server)), false);
 	SET("origin", CStringGetTextDatum(job->origin), false);

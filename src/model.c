@@ -134,6 +134,7 @@ static Jsonb *
 ask(const char *name, const char *kind, const char *cursor)
 {
 	OmniJob		job;
+	OmniTarget	target;
 	OmniError	error = {0};
 	dsm_segment *segment;
 	OmniCall   *call;
@@ -141,7 +142,7 @@ ask(const char *name, const char *kind, const char *cursor)
 	char	   *why;
 
 	omni_job_init(&job, OMNI_ORIGIN_CALL);
-	if (!omni_may_request(&job, &error))
+	if (!omni_may_request(&job, &target, &error))
 		omni_error_report(&error, ERROR);
 	call = omni_call_create(&job.request, omni_api_models_lookup(name, kind, cursor), &segment);
 	if (cursor != NULL)

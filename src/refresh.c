@@ -26,8 +26,6 @@
 /* Limit in bytes for a list with its duplicates, which are removed before the URL is measured */
 #define MAX_NAMES			1000000
 
-#define TOO_LONG_HINT		"For a soft refresh of the whole model, leave out schemas and tables and set hard to false."
-
 /* A name in the list of schemas or of tables */
 typedef struct ListedName
 {
@@ -38,7 +36,8 @@ typedef struct ListedName
 static Datum call(FunctionCallInfo fcinfo, OmniJob *job);
 static void read_refresh(FunctionCallInfo fcinfo, OmniJob *job);
 static void read_reset(FunctionCallInfo fcinfo, OmniJob *job);
-static void read_model(FunctionCallInfo fcinfo, OmniJob *job);
+static void read_model(FunctionCallInfo fcinfo, OmniRequest *request);
+static void read_policy(FunctionCallInfo fcinfo, OmniRequest *request);
 static void call_worker(OmniJob *job, OmniError *error);
 static ArrayType *check_list(FunctionCallInfo fcinfo, int argno, const char *name);
 static void check_name(const ListedName *element, const char *name);
@@ -104,6 +103,7 @@ call(FunctionCallInfo fcinfo, OmniJob *job)
 {
 	const char *name = job->request.kind == OMNI_KIND_CACHE ? "omni_refresh_cache" : "omni_refresh";
 	OmniError	error = {0};
+	bool		may = omni_job_complete(job, &error);
 
 	if (!omni_enabled)
 		return omni_job_form_disabled(job);
@@ -118,7 +118,7 @@ call(FunctionCallInfo fcinfo, OmniJob *job)
 				(errmsg("this transaction has made changes that Omni cannot see yet"),
 				 errhint("Commit before you call %s(), or call %s_on_commit().", name, name)));
 
-	if (omni_may_request(job, &error))
+	if (may)
 		call_worker(job, &error);
 	if (error.sqlstate != 0)
 		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
@@ -129,16 +129,13 @@ call(FunctionCallInfo fcinfo, OmniJob *job)
 	return omni_job_read(job->id);
 }
 
-/* Check and store the first argument, the model. */
+/* Store the first argument, the model. */
 static void
-read_model(FunctionCallInfo fcinfo, OmniJob *job)
+read_model(FunctionCallInfo fcinfo, OmniRequest *request)
 {
-	if (PG_ARGISNULL(0))
-		ereport(ERROR,
-				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-				 errmsg("model must not be null"),
-				 errhint("Give the uuid of the model, as it stands in the address of its page in Omni.")));
-	job->request.model = *PG_GETARG_UUID_P(0);
+	request->has_model = !PG_ARGISNULL(0);
+	if (request->has_model)
+		request->model = *PG_GETARG_UUID_P(0);
 }
 
 /* Check and store the three arguments of a function that resets a cache policy. */
@@ -146,27 +143,10 @@ static void
 read_reset(FunctionCallInfo fcinfo, OmniJob *job)
 {
 	OmniRequest *request = &job->request;
-	char	   *policy;
 
-	read_model(fcinfo, job);
 	request->kind = OMNI_KIND_CACHE;
-	if (PG_ARGISNULL(1))
-		ereport(ERROR,
-				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-				 errmsg("policy must not be null"),
-				 errhint("Give the name of a cache policy of the model.")));
-	policy = text_to_cstring(PG_GETARG_TEXT_PP(1));
-	if (policy[strspn(policy, " \t\r\n")] == '\0' || strcmp(policy, ".") == 0 || strcmp(policy, "..") == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("\"%s\" is not the name of a cache policy", policy)));
-	if (strlen(policy) >= OMNI_MAX_POLICY)
-		ereport(ERROR,
-				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-				 errmsg("policy is too long"),
-				 errdetail("It may have %d bytes.", OMNI_MAX_POLICY - 1)));
-	strcpy(request->policy, policy);
-
+	read_model(fcinfo, request);
+	read_policy(fcinfo, request);
 	request->has_reset_at = !PG_ARGISNULL(2);
 	if (request->has_reset_at)
 	{
@@ -179,6 +159,27 @@ read_reset(FunctionCallInfo fcinfo, OmniJob *job)
 	}
 }
 
+/* Check and store the second argument of such a function, the policy. */
+static void
+read_policy(FunctionCallInfo fcinfo, OmniRequest *request)
+{
+	char	   *policy;
+
+	if (PG_ARGISNULL(1))
+		return;
+	policy = text_to_cstring(PG_GETARG_TEXT_PP(1));
+	if (strlen(policy) >= OMNI_MAX_POLICY)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("policy is too long"),
+				 errdetail("It may have %d bytes.", OMNI_MAX_POLICY - 1)));
+	if (!omni_api_is_policy(policy))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("\"%s\" is not the name of a cache policy", policy)));
+	strcpy(request->policy, policy);
+}
+
 /* Check and store the five arguments of a function that requests a refresh. */
 static void
 read_refresh(FunctionCallInfo fcinfo, OmniJob *job)
@@ -186,7 +187,7 @@ read_refresh(FunctionCallInfo fcinfo, OmniJob *job)
 	OmniRequest *request = &job->request;
 	bool		selective;
 
-	read_model(fcinfo, job);
+	read_model(fcinfo, request);
 	request->has_branch = !PG_ARGISNULL(1);
 	if (request->has_branch)
 		request->branch = *PG_GETARG_UUID_P(1);
@@ -203,13 +204,7 @@ read_refresh(FunctionCallInfo fcinfo, OmniJob *job)
 				 errmsg("a hard refresh cannot be limited to schemas or tables"),
 				 errdetail("Omni always refreshes the whole model then."),
 				 errhint("Leave out hard for a soft refresh of what is listed, or leave out schemas and tables.")));
-	if (!omni_api_fits(&job->request))
-		ereport(ERROR,
-				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
-				 errmsg("the names in schemas and tables are too long for one request"),
-				 errdetail("The path and the query of its URL would have %zu bytes, and may have %d.",
-						   omni_api_path_length(&job->request), OMNI_MAX_PATH),
-				 errhint(TOO_LONG_HINT)));
+	omni_request_check_length(request);
 }
 
 /*
@@ -272,7 +267,7 @@ check_list(FunctionCallInfo fcinfo, int argno, const char *name)
 					(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 					 errmsg("%s is too long", name),
 					 errdetail("Its names, with their duplicates, may have %d bytes together.", MAX_NAMES),
-					 errhint(TOO_LONG_HINT)));
+					 errhint(OMNI_TOO_LONG_HINT)));
 		names[i].text = TextDatumGetCString(elements[i]);
 		names[i].position = i;
 		check_name(&names[i], name);

@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * request.c
- *		What the SQL-callable functions share: make a job, queue it, and find one by its id.
+ *		What the SQL-callable functions share: make a job, complete it by the options of its
+ *		server, queue it, and find one by its id.
  *
  * The files of the SQL-callable functions use this one, and none of them uses another.
  *
@@ -17,15 +18,17 @@
 #include "utils/inval.h"
 #include "utils/timestamp.h"
 
+#include "compat.h"
 #include "job.h"
 #include "omni_refresh.h"
 #include "once.h"
-#include "option.h"
 #include "request.h"
 #include "setting.h"
 #include "status.h"
 #include "wakeup.h"
 
+pg_noreturn static void missing(const OmniRequest *request, const char *argument,
+								const char *option, const char *value);
 static bool is_own(const OmniRequest *request);
 
 /*
@@ -58,17 +61,77 @@ omni_tables_require(void)
 }
 
 /*
- * Return whether the requester may send requests to the job's server.  Sets *error if not.  The
- * worker checks again, with its own view of the catalogs.
+ * Return whether the requester may send requests to the job's server, and read the options of
+ * that into *target.  Sets *error if not.  The worker checks again, with its own view of the
+ * catalogs.
  */
 bool
-omni_may_request(const OmniJob *job, OmniError *error)
+omni_may_request(const OmniJob *job, OmniTarget *target, OmniError *error)
 {
-	OmniTarget	target;
-
 	AcceptInvalidationMessages();	/* what others have revoked by now */
 	return !omni_in_recovery(error) &&
-		omni_target_find(NameStr(job->request.server), job->request.role, &target, error);
+		omni_target_find(NameStr(job->request.server), job->request.role, target, error);
+}
+
+/*
+ * Check the same for a job, and take what its request leaves out from the options of the
+ * server.  If these lack it, raise an error even if omni_refresh.on_failure is warning: an
+ * argument is wrong.
+ */
+bool
+omni_job_complete(OmniJob *job, OmniError *error)
+{
+	OmniRequest *request = &job->request;
+	OmniTarget	target;
+
+	if (!omni_may_request(job, &target, error))
+		return false;
+	if (!request->has_model)
+	{
+		if (target.model == NULL)
+			missing(request, "model", "model", "the uuid of a model, as it stands in the address of its page in Omni");
+		request->model = *target.model;
+		request->has_model = true;
+		if (request->kind == OMNI_KIND_SCHEMA && !request->has_branch && target.branch != NULL)
+		{
+			request->branch = *target.branch;
+			request->has_branch = true;
+			omni_request_check_length(request);
+		}
+	}
+	if (request->kind == OMNI_KIND_CACHE && request->policy[0] == '\0')
+	{
+		if (target.cache_policy == NULL)
+			missing(request, "policy", "cache_policy", "the name of a cache policy of the model");
+		strlcpy(request->policy, target.cache_policy, OMNI_MAX_POLICY);
+	}
+	return true;
+}
+
+/* Raise an error for an argument that is null and an option that could replace it. */
+static void
+missing(const OmniRequest *request, const char *argument, const char *option, const char *value)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+			 errmsg("%s must be given", argument),
+			 errdetail("The argument \"%s\" is null or left out, and the server \"%s\" has no option \"%s\".",
+					   argument, NameStr(request->server), option),
+			 errhint("Pass %s, or set it for every request with ALTER SERVER %s OPTIONS (ADD %s '...').",
+					 value, quote_identifier(NameStr(request->server)), option)));
+}
+
+/* Raise an error if the URL of a refresh would be too long. */
+void
+omni_request_check_length(const OmniRequest *request)
+{
+	if (!omni_api_fits(request))
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("the names in schemas and tables are too long for one request"),
+				 errdetail("The path and the query of its URL would have %zu bytes, and may have %d.",
+						   omni_api_path_length(request), OMNI_MAX_PATH),
+				 errhint(OMNI_TOO_LONG_HINT)));
 }
 
 /* Set *error and return true on a standby, where no worker runs, since a worker writes. */
@@ -93,12 +156,13 @@ omni_queue_job(OmniJob *job)
 {
 	bool		once = strcmp(job->origin, OMNI_ORIGIN_ON_COMMIT) == 0;
 	OmniError	error = {0};
+	bool		may = omni_job_complete(job, &error);
 	OmniRowVersion version;
 	Datum		row;
 
 	if (!omni_enabled)
 		return omni_job_form_disabled(job);
-	if (!omni_may_request(job, &error))
+	if (!may)
 	{
 		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
 		return omni_job_form(job, OMNI_NAME_FAILED, omni_error_text(&error));
@@ -113,7 +177,10 @@ omni_queue_job(OmniJob *job)
 	return row;
 }
 
-/* Form the row of a job that is not inserted because omni_refresh.enabled is off. */
+/*
+ * Form the row of a job that is not inserted because omni_refresh.enabled is off.  If its
+ * server cannot be used, the row lacks what was to be taken from the server's options.
+ */
 Datum
 omni_job_form_disabled(const OmniJob *job)
 {

@@ -11,10 +11,15 @@
 #include "fmgr.h"
 
 #include "job.h"
+#include "option.h"
+
+#define OMNI_TOO_LONG_HINT	"For a soft refresh of the whole model, leave out schemas and tables and set hard to false."
 
 extern void omni_job_init(OmniJob *job, const char *origin);
 extern void omni_tables_require(void);
-extern bool omni_may_request(const OmniJob *job, OmniError *error);
+extern bool omni_may_request(const OmniJob *job, OmniTarget *target, OmniError *error);
+extern bool omni_job_complete(OmniJob *job, OmniError *error);
+extern void omni_request_check_length(const OmniRequest *request);
 extern bool omni_in_recovery(OmniError *error);
 extern Datum omni_queue_job(OmniJob *job);
 extern Datum omni_job_form_disabled(const OmniJob *job);

@@ -11,9 +11,11 @@ CREATE ROLE regress_omni_user;
 CREATE ROLE regress_omni_poor;
 CREATE ROLE regress_omni_stranger;
 CREATE SERVER omni FOREIGN DATA WRAPPER omni_refresh OPTIONS (base_url 'https://omni.invalid');
+CREATE SERVER "Odd ""server""" FOREIGN DATA WRAPPER omni_refresh OPTIONS (base_url 'https://omni.invalid');
+CREATE USER MAPPING FOR regress_omni_user SERVER "Odd ""server""" OPTIONS (api_key 'omni_osk_123');
 CREATE SERVER bare FOREIGN DATA WRAPPER omni_refresh OPTIONS (base_url 'https://omni.invalid');
 CREATE SERVER files FOREIGN DATA WRAPPER regress_files;
-GRANT USAGE ON FOREIGN SERVER omni, bare TO regress_omni_user, regress_omni_poor;
+GRANT USAGE ON FOREIGN SERVER omni, bare, "Odd ""server""" TO regress_omni_user, regress_omni_poor;
 CREATE USER MAPPING FOR regress_omni_user SERVER omni OPTIONS (api_key 'omni_osk_123');
 CREATE USER MAPPING FOR regress_omni_poor SERVER omni;
 CREATE USER MAPPING FOR PUBLIC SERVER omni OPTIONS (api_key 'omni_osk_456');
@@ -51,17 +53,30 @@ LANGUAGE sql AS $$
 		'; SELECT * FROM omni_refresh(''00000000-0000-0000-0000-000000000001''%s)', arguments), role)
 $$;
 
-SELECT plan(68);
+SELECT plan(81);
 
--- The model
-SELECT is(pg_temp.failure('SELECT * FROM omni_refresh(NULL)'), $$22004: model must not be null
-Give the uuid of the model, as it stands in the address of its page in Omni.$$,
-	'A call without a model is refused');
+-- The model and the policy
+SELECT is(pg_temp.failure(format('SELECT * FROM %s', call)), $$22004: model must be given
+The argument "model" is null or left out, and the server "omni" has no option "model".
+Pass the uuid of a model, as it stands in the address of its page in Omni, or set it for every request with ALTER SERVER omni OPTIONS (ADD model '...').$$,
+	format('%s is refused if the server has no model, either', call))
+FROM unnest(ARRAY['omni_refresh()', 'omni_refresh(NULL)', 'omni_refresh_on_commit()', 'omni_refresh_cache()',
+	'omni_refresh_cache_on_commit(policy => ''x'')']) AS call;
+SELECT is(pg_temp.failure(format('SELECT * FROM %s', call)), $$22004: policy must be given
+The argument "policy" is null or left out, and the server "omni" has no option "cache_policy".
+Pass the name of a cache policy of the model, or set it for every request with ALTER SERVER omni OPTIONS (ADD cache_policy '...').$$,
+	format('%s is refused if the server has no policy, either', call))
+FROM unnest(ARRAY['omni_refresh_cache(''00000000-0000-0000-0000-000000000001'')',
+	'omni_refresh_cache_on_commit(''00000000-0000-0000-0000-000000000001'', NULL, ''2026-01-01'')']) AS call;
+SELECT alike(pg_temp.failure('SET LOCAL omni_refresh.server = ''Odd "server"''; SELECT * FROM omni_refresh()'),
+	'22004: %no option "model".%ALTER SERVER "Odd ""server""" OPTIONS%', 'A hint quotes the name of the server');
+SELECT alike(pg_temp.failure('SET LOCAL omni_refresh.on_failure = warning; SELECT * FROM ' || call), '22004: %',
+	'It is an error even where a failure is a warning: ' || call)
+FROM unnest(ARRAY['omni_refresh()', 'omni_refresh_on_commit()', 'omni_refresh_cache()', 'omni_refresh_cache_on_commit()']) AS call;
 SELECT is(pg_temp.failure($$SELECT * FROM omni_refresh('model')$$),
 	'22P02: invalid input syntax for type uuid: "model"', 'A model is a uuid');
 SELECT is(pg_temp.call($$, branch => 'main'$$),
 	'22P02: invalid input syntax for type uuid: "main"', 'A branch is a uuid');
-SELECT alike(pg_temp.failure('SELECT * FROM omni_refresh()'), '42883: %', 'There is no default model');
 
 -- Either list
 SELECT is(pg_temp.call(format(', %s => %s', list, value)), format(error, list),
@@ -153,8 +168,13 @@ Create it with CREATE USER MAPPING FOR regress_omni_poor SERVER poors OPTIONS (a
 	'Only a superuser''s server takes a key from a file, as the hint says');
 
 -- Order: arguments in their order, then the server, its wrapper, USAGE, the mapping
-SELECT alike(pg_temp.failure($$SELECT * FROM omni_refresh(NULL, schemas => '{}', tables => '{}')$$),
-	'22004: model%', 'The model comes before the lists');
+SELECT alike(pg_temp.failure($$SELECT * FROM omni_refresh(NULL, schemas => '{}')$$), '22023: schemas%',
+	'The lists come before a model that is missing');
+SELECT alike(pg_temp.failure($$SELECT * FROM omni_refresh_cache(NULL, '..')$$), '22023: "..%', '... and so does the policy');
+SELECT alike(pg_temp.failure($$SELECT * FROM omni_refresh_cache(reset_at => 'infinity')$$), '22023: reset_at%',
+	'... and the time');
+SELECT alike(pg_temp.failure('SET LOCAL omni_refresh.server = bare; SELECT * FROM omni_refresh()'), '28000: %',
+	'The server and the mapping come before a model that is missing');
 SELECT alike(pg_temp.call($$, schemas => '{}', tables => '{NULL}'$$), '22023: schemas%', 'Schemas come before tables');
 SELECT alike(pg_temp.call($$, schemas => '{a}', tables => '{NULL}', hard => true$$), '22004: tables%',
 	'The lists come before what does not go together');

@@ -186,11 +186,15 @@ SELECT is_empty($$SELECT proname FROM pg_proc
 	'All functions are volatile and parallel unsafe');
 SELECT function_returns('omni_refresh', ARRAY['uuid', 'uuid', 'boolean', 'text[]', 'text[]'],
 	'omni_refresh_job', 'A call returns the row of its job');
-SELECT is((SELECT array_to_string(proargnames, ' ') || ' ' || pronargdefaults || ' ' || proisstrict || ' '
-				|| prosecdef || ' ' || proretset
-		   FROM pg_proc WHERE proname = 'omni_refresh'),
-	'model branch hard schemas tables 4 false false false',
-	'All arguments but the model may be left out');
+SELECT results_eq($$
+	SELECT proname::text COLLATE "default", array_to_string(proargnames, ' ') COLLATE "default" || ' '
+		|| (pronargs - pronargdefaults) || ' ' || proisstrict || ' ' || prosecdef || ' ' || proretset
+	FROM pg_proc WHERE proname ~ '^omni_refresh(_cache)?(_on_commit)?$' ORDER BY 1$$, $$VALUES
+	('omni_refresh', 'model branch hard schemas tables 0 false false false'),
+	('omni_refresh_cache', 'model policy reset_at 0 false false false'),
+	('omni_refresh_cache_on_commit', 'model policy reset_at 0 false false false'),
+	('omni_refresh_on_commit', 'model branch hard schemas tables 0 false false false')$$,
+	'All arguments may be left out');
 
 -- Comments
 SELECT is_empty($$

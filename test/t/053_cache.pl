@@ -89,7 +89,7 @@ for my $case ([ 'every hour', 'every%20hour' ], [ 'a/b?c#d%41', 'a%2Fb%3Fc%23d%2
 
 $omni->reset;
 for my $case (
-	[ "NULL, 'x'", qr/^22004: model must not be null/ ], [ "'$model', NULL", qr/^22004: policy must not be null/ ],
+	[ "NULL, 'x'", qr/^22004: model must be given/ ], [ "'$model', NULL", qr/^22004: policy must be given/ ],
 	[ "'$model', ''", qr/^22023: "" is not the name of a cache policy/ ], [ "'$model', E' \\t'", qr/^22023: / ],
 	[ "'$model', '.'", qr/^22023: / ], [ "'$model', '..'", qr/^22023: / ], [ "'$model', repeat('x', 256)", qr/^54000: policy is too long/ ],
 	[ "'$model', 'x', 'infinity'", qr/^22023: reset_at must not be in the future/ ], [ "'$model', 'x', '-infinity'", qr/^22023: / ],
