@@ -75,7 +75,7 @@ is(asked(), 'soft refresh', '... is one request');
 like($node->safe_psql('postgres', "LISTEN omni_refresh;\n$wait"), qr/"omni_refresh" with payload "\{"id": \d+, "status": "completed"\}"/,
 	'... and listeners are told');
 is(asked(), 'soft refresh', '... by one request');
-$node->safe_psql('postgres', recipe(qr/PROCEDURE refresh_and_wait\(/));
+$node->safe_psql('postgres', recipe(qr/PROCEDURE refresh_and_wait\(/) =~ s/^SELECT cron.*\n//mr);
 is($node->psql('postgres', 'CALL refresh_and_wait()'), 0, 'the same in one statement');
 is(asked(), 'soft refresh', '... is one request');
 $omni->fault('answer', status => 404);
@@ -135,12 +135,12 @@ END
 	# Its version 1.4 knows no seconds; each start of the server is one of these.
 	$node->safe_psql('postgres', recipe(qr/cron\.schedule\('load orders'/) =~ s/'[0-9]+ [0-9*]+ \* \* \*'/'\@reboot'/gr);
 	$node->restart;
-	ok($node->poll_query_until('postgres', q{SELECT count(*) = 3 FROM cron.job_run_details WHERE status = 'succeeded'}), q{pg_cron's jobs});
+	ok($node->poll_query_until('postgres', q{SELECT count(*) = 2 FROM cron.job_run_details WHERE status = 'succeeded'}), q{pg_cron's jobs});
 	my %asked = map { $_ => 1 } split /, /, asked();
 	is(join(', ', sort keys %asked), 'refresh, soft refresh', '... refresh');
 }
 
 $node->stop('fast');
 OmniLife::clean($node, 'the log is clean', qr/terminating background worker/, qr/ERROR:  refresh \d+ is failed/,
-	qr/ERROR:  server "omni" does not exist/, qr/ERROR:  .*HTTP status 404/);
+	qr/server "omni" does not exist/, qr/HTTP status 404/);
 done_testing();
