@@ -60,7 +60,8 @@ sub set_up
 			AS 'INSERT INTO cron.job VALUES (name, command) RETURNING 1'});
 	if ($file ne 'README.md')
 	{
-		run_block($database, (grep { $_->{language} eq 'sql' } OmniDoc::blocks('README.md'))[0]);
+		my ($first) = grep { $_->{language} eq 'sql' } OmniDoc::blocks('README.md');
+		run_block($database, { %$first, orders => {} });		# the job needs no polls then
 		$node->safe_psql($database, 'GRANT USAGE ON FOREIGN SERVER omni TO loader; GRANT USAGE ON FOREIGN DATA WRAPPER omni_refresh TO analyst');
 	}
 	return $database;
@@ -204,6 +205,13 @@ sub table
 	return map { [ map { s/^ | $//gr } /(?<=\|)([^|]*)(?=\|)/g ] } split /\n/, $rows // die "no table $heading";
 }
 
+# The text of a file without its blocks
+sub prose
+{
+	my ($file) = @_;
+	return OmniDoc::text($file) =~ s/^```.*?^```$//msgr;
+}
+
 sub names
 {
 	return join ' ', sort map { $_->[0] =~ /`([^`]+)`/g } table(@_);
@@ -211,6 +219,19 @@ sub names
 
 my $database = set_up('what_there_is');
 my $reference = 'doc/reference.md';
+
+# Whole statements within the text, and calls with arguments
+for my $file (OmniDoc::files())
+{
+	my %statements = map { s/\s+/ /gr => 1 }
+		grep { /^(?:SELECT .*FROM \w+(?:\(\))?|SELECT \w+\(\)|(?:LISTEN|REVOKE|LOAD) .+|GRANT .+ TO .+|omni_refresh\w*\(.+ => .+\))$/s } prose($file) =~ /`([^`]+)`/g;
+
+	for my $statement (sort keys %statements)
+	{
+		my ($ok, $output) = psql($database, 'BEGIN; ' . $statement =~ s/^(?=omni_)/SELECT * FROM /r . '; ROLLBACK');
+		ok($ok && $output !~ /WARNING/, "$file has a statement that runs: $statement") or diag($output);
+	}
+}
 
 sub list
 {
@@ -302,13 +323,13 @@ my %anchors;
 
 for my $file (OmniDoc::files())
 {
-	my $text = OmniDoc::text($file) =~ s/^```.*?^```$//msgr;
+	my $text = prose($file);
 
 	$anchors{$file}{ lc s/[^\w\- ]//gr =~ tr/ /-/r } = 1 for $text =~ /^#+ (.*)$/mg;
 }
 for my $file (OmniDoc::files())
 {
-	my $text = OmniDoc::text($file) =~ s/^```.*?^```$//msgr;
+	my $text = prose($file);
 	my @wrong;
 
 	for my $link ($text =~ /\]\(([^)\s]+)\)/g)
