@@ -494,7 +494,8 @@ omni_job_owner(void)
 
 /*
  * In a backend, after omni_tables_find(): form a row, palloc'd, for a job that was never
- * written to the table.
+ * written to the table.  If the server could not be used, the row lacks what was to be taken
+ * from the server's options.
  */
 Datum
 omni_job_form(const OmniJob *job, const char *status, const char *error)

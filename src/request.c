@@ -27,8 +27,6 @@
 #include "status.h"
 #include "wakeup.h"
 
-pg_noreturn static void missing(const OmniRequest *request, const char *argument,
-								const char *option, const char *value);
 static bool is_own(const OmniRequest *request);
 
 /*
@@ -73,10 +71,23 @@ omni_may_request(const OmniJob *job, OmniTarget *target, OmniError *error)
 		omni_target_find(NameStr(job->request.server), job->request.role, target, error);
 }
 
+/* Raise an error for an argument that is null and an option that could replace it. */
+pg_noreturn static void
+missing(const OmniRequest *request, const char *argument, const char *option, const char *value)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+			 errmsg("%s must be given", argument),
+			 errdetail("The argument \"%s\" is null or left out, and the server \"%s\" has no option \"%s\".",
+					   argument, NameStr(request->server), option),
+			 errhint("Pass %s, or set it for every request with ALTER SERVER %s OPTIONS (ADD %s '...').",
+					 value, quote_identifier(NameStr(request->server)), option)));
+}
+
 /*
- * Check the same for a job, and take what its request leaves out from the options of the
- * server.  If these lack it, raise an error even if omni_refresh.on_failure is warning: an
- * argument is wrong.
+ * Call omni_may_request() for a job, and take what its request leaves out from the options of
+ * the server.  If these lack it, raise an error even if omni_refresh.on_failure is warning:
+ * an argument is wrong.
  */
 bool
 omni_job_complete(OmniJob *job, OmniError *error)
@@ -106,19 +117,6 @@ omni_job_complete(OmniJob *job, OmniError *error)
 		strlcpy(request->policy, target.cache_policy, OMNI_MAX_POLICY);
 	}
 	return true;
-}
-
-/* Raise an error for an argument that is null and an option that could replace it. */
-static void
-missing(const OmniRequest *request, const char *argument, const char *option, const char *value)
-{
-	ereport(ERROR,
-			(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-			 errmsg("%s must be given", argument),
-			 errdetail("The argument \"%s\" is null or left out, and the server \"%s\" has no option \"%s\".",
-					   argument, NameStr(request->server), option),
-			 errhint("Pass %s, or set it for every request with ALTER SERVER %s OPTIONS (ADD %s '...').",
-					 value, quote_identifier(NameStr(request->server)), option)));
 }
 
 /* Raise an error if the URL of a refresh would be too long. */
@@ -177,10 +175,7 @@ omni_queue_job(OmniJob *job)
 	return row;
 }
 
-/*
- * Form the row of a job that is not inserted because omni_refresh.enabled is off.  If its
- * server cannot be used, the row lacks what was to be taken from the server's options.
- */
+/* Form the row of a job that is not inserted because omni_refresh.enabled is off. */
 Datum
 omni_job_form_disabled(const OmniJob *job)
 {
