@@ -271,7 +271,8 @@ for my $row (table($reference, 'setting'))
 	is(defined $number ? $number * $in_ms{$shown_unit} / $in_ms{$unit} : $shown, $value, "... and the default of $name");
 }
 
-for my $relation (qw(omni_refresh_job omni_refresh_event omni_refresh_status))
+for my $relation (split ' ', list(q{SELECT relname FROM pg_class AS c JOIN pg_depend ON classid = 'pg_class'::regclass AND objid = c.oid
+	JOIN pg_extension AS e ON e.oid = refobjid AND extname = 'omni_refresh' WHERE deptype = 'e' AND relkind IN ('r', 'v')}))
 {
 	is(names($reference, "column of `$relation`"), list("SELECT attname FROM pg_attribute WHERE attrelid = '$relation'::regclass AND attnum > 0 AND NOT attisdropped"),
 		"the columns of $relation");
