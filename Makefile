@@ -40,7 +40,7 @@ ISOLATION_OPTS = --inputdir=test --outputdir=. --temp-instance=tmp_check_iso --t
 	--temp-config=test/specs/held.conf
 TAP_TESTS := $(wildcard test/t/*.pl)
 # The slowest first, or the last of those that run side by side would run alone
-slow := 060_locked_calls 068_locked_jobs 064_clock 033_queue 041_delivery 021_ddl 051_wait 081_await 023_library 024_obstacle 061_altered_table \
+slow := 090_monitoring 060_locked_calls 068_locked_jobs 064_clock 033_queue 041_delivery 021_ddl 051_wait 081_await 023_library 024_obstacle 061_altered_table \
 	054_models 069_sessions 063_neighbours 056_status 050_follow
 PROVE_TESTS ?= $(slow:%=test/t/%.pl) $(filter-out $(slow:%=test/t/%.pl),$(sort $(wildcard test/t/*.pl)))
 EXTRA_CLEAN = tmp_check_regress

@@ -455,3 +455,72 @@ COMMENT ON COLUMN omni_refresh_status.p95 IS '95th percentile of that';
 COMMENT ON COLUMN omni_refresh_status.requests_last_minute IS 'refreshes and resets sent in the last minute';
 COMMENT ON COLUMN omni_refresh_status.worker_pid IS 'the process of this database''s background worker, if there is one';
 GRANT SELECT ON omni_refresh_status TO pg_monitor;
+
+/*
+ * Counters, which only the end of the database server resets, as scrapers of metrics need
+ * them.  Servers that had no room for an entry, or do not exist, are counted together.
+ */
+CREATE FUNCTION omni_refresh_get_counters(
+	server pg_catalog.oid,
+	OUT requests_ok bigint,
+	OUT requests_rate_limited bigint,
+	OUT requests_refused bigint,
+	OUT requests_failed bigint,
+	OUT requests_unanswered bigint,
+	OUT polls bigint,
+	OUT lookups bigint,
+	OUT retried bigint,
+	OUT request_time double precision,
+	OUT throttled bigint,
+	OUT jobs_completed bigint,
+	OUT jobs_failed bigint,
+	OUT jobs_accepted bigint,
+	OUT jobs_canceled bigint,
+	OUT jobs_merged bigint,
+	OUT jobs_unknown bigint,
+	OUT since pg_catalog.timestamptz)
+	AS 'MODULE_PATHNAME', 'omni_refresh_get_counters'
+	LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_get_counters(pg_catalog.oid) IS
+	'what was counted for a foreign server of this database, or with 0 for all servers without an entry of their own';
+REVOKE EXECUTE ON FUNCTION omni_refresh_get_counters(pg_catalog.oid) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION omni_refresh_get_counters(pg_catalog.oid) TO pg_monitor;
+
+CREATE VIEW omni_refresh_counters AS
+SELECT
+	srvname AS server,
+	requests_ok, requests_rate_limited, requests_refused, requests_failed, requests_unanswered,
+	polls, lookups, retried,
+	request_time,
+	throttled,
+	jobs_completed, jobs_accepted, jobs_failed, jobs_canceled, jobs_merged, jobs_unknown,
+	since
+FROM (
+		SELECT s.oid, srvname::pg_catalog.text FROM pg_catalog.pg_foreign_server AS s
+			JOIN pg_catalog.pg_foreign_data_wrapper AS w
+				ON w.oid OPERATOR(pg_catalog.=) srvfdw AND fdwname OPERATOR(pg_catalog.=) 'omni_refresh'
+		UNION ALL
+		SELECT 0::pg_catalog.oid, NULL::pg_catalog.text
+	) AS servers (id, srvname),
+	LATERAL omni_refresh_get_counters(id);
+COMMENT ON VIEW omni_refresh_counters IS
+	'for monitoring: a row of counters for each server, and one with no name for all servers of the cluster that have none or no longer exist';
+COMMENT ON COLUMN omni_refresh_counters.server IS 'the foreign server that names the Omni instance; NULL: servers of any database that are not counted by themselves';
+COMMENT ON COLUMN omni_refresh_counters.requests_ok IS 'requests that Omni answered as expected, or by telling that it could not do what was asked';
+COMMENT ON COLUMN omni_refresh_counters.requests_rate_limited IS 'requests that Omni refused because of its own rate limit, with HTTP status 429';
+COMMENT ON COLUMN omni_refresh_counters.requests_refused IS 'requests that were refused with another HTTP status from 400 to 499';
+COMMENT ON COLUMN omni_refresh_counters.requests_failed IS 'requests with any other answer: another HTTP status, or not of the form of Omni''s answers';
+COMMENT ON COLUMN omni_refresh_counters.requests_unanswered IS 'requests without a complete answer: not sent at all, or timed out, or cut off';
+COMMENT ON COLUMN omni_refresh_counters.polls IS 'those of the requests that asked how far a job has come';
+COMMENT ON COLUMN omni_refresh_counters.lookups IS 'those of the requests that asked for models, or were sent by omni_refresh_check()';
+COMMENT ON COLUMN omni_refresh_counters.retried IS 'those of the requests after which another attempt was planned';
+COMMENT ON COLUMN omni_refresh_counters.request_time IS 'how long all requests took, in milliseconds';
+COMMENT ON COLUMN omni_refresh_counters.throttled IS 'requests that were held back by the server''s rate_limit, or by a pause that Omni had asked for';
+COMMENT ON COLUMN omni_refresh_counters.jobs_completed IS 'jobs that Omni has completed';
+COMMENT ON COLUMN omni_refresh_counters.jobs_failed IS 'jobs that failed';
+COMMENT ON COLUMN omni_refresh_counters.jobs_accepted IS 'jobs that were accepted and not followed';
+COMMENT ON COLUMN omni_refresh_counters.jobs_canceled IS 'jobs that were canceled';
+COMMENT ON COLUMN omni_refresh_counters.jobs_merged IS 'jobs that were merged into another one';
+COMMENT ON COLUMN omni_refresh_counters.jobs_unknown IS 'jobs whose end became unknown';
+COMMENT ON COLUMN omni_refresh_counters.since IS 'when counting began: after the start of the database server';
+GRANT SELECT ON omni_refresh_counters TO pg_monitor;

@@ -69,6 +69,7 @@ typedef struct OmniOutcome
 	int64		delay;			/* ... after this time, in microseconds */
 	const char *attempt_event;	/* the event to log, NULL: the status */
 	bool		quiet;			/* log no event */
+	bool		attempted;		/* it is the outcome of an HTTP request */
 	bool		retryable;		/* the same request might fare better later */
 	bool		few;			/* but not often: see OMNI_FEW_ATTEMPTS */
 	bool		may_have_arrived;	/* no answer came, and Omni may have got

@@ -19,6 +19,7 @@
 #include "attempt.h"
 #include "clock.h"
 #include "compat.h"
+#include "counter.h"
 #include "dispatch.h"
 #include "inflight.h"
 #include "omni_refresh.h"
@@ -64,6 +65,8 @@ static bool is_wanted(void *work);
 static bool is_recording(const OmniWork *work);
 static bool record(void *only);
 static void decide(OmniWork *work);
+static void count_request(const OmniWork *work);
+static OmniCounter counter_of_outcome(const OmniWork *work);
 static void finish_record(OmniWork *work, OmniTransacted result, const OmniError *error);
 static void finished(OmniWork *work);
 static void record_later(OmniWork *work, OmniTransacted result, const OmniError *why);
@@ -349,6 +352,8 @@ reserve_place(OmniWork *work)
 	int64		when = omni_rate_take(work->rate_id, work->kind->class, work->target.rate_limit,
 									  &blocked);
 
+	if (when != 0)
+		omni_count(&work->job.request.server, OMNI_COUNT_THROTTLED, 1);
 	if (when == 0)
 	{
 		if (work->kind->begin != NULL && !work->kind->begin(work))
@@ -652,6 +657,8 @@ record(void *only)
 		work->row = OMNI_ROW_OURS;
 		if (exists && work->kind->has_job)
 			work->row = omni_job_record(&work->job, &work->outcome);
+		if (work->outcome.attempted && work->row != OMNI_ROW_LOCKED)
+			count_request(work);
 	}
 	return true;
 }
@@ -669,6 +676,40 @@ decide(OmniWork *work)
 
 	work->concluded = true;
 	work->kind->judge(work, answer);
+	work->outcome.attempted = true;
+}
+
+/* Count a request whose outcome is recorded in this transaction. */
+static void
+count_request(const OmniWork *work)
+{
+	const NameData *server = &work->job.request.server;
+
+	omni_count(server, counter_of_outcome(work), 1);
+	omni_count(server, OMNI_COUNT_TIME, work->transfer->answer.elapsed);
+	if (work->kind->class == OMNI_RATE_POLL)
+		omni_count(server, OMNI_COUNT_POLLS, 1);
+	if (!work->kind->has_job)
+		omni_count(server, OMNI_COUNT_LOOKUPS, 1);
+	if (work->outcome.again && strcmp(work->outcome.status, OMNI_NAME_PENDING) == 0)
+		omni_count(server, OMNI_COUNT_RETRIED, 1);
+}
+
+/* Return the counter of requests with the outcome of a request. */
+static OmniCounter
+counter_of_outcome(const OmniWork *work)
+{
+	const OmniAnswer *answer = &work->transfer->answer;
+
+	if (answer->failed)
+		return OMNI_COUNT_UNANSWERED;
+	if (answer->status == 429)
+		return OMNI_COUNT_RATE_LIMITED;
+	if (answer->status >= 400 && answer->status < 500)
+		return OMNI_COUNT_REFUSED;
+	if (answer->status == 200 && work->outcome.error.sqlstate != ERRCODE_PROTOCOL_VIOLATION)
+		return OMNI_COUNT_OK;
+	return OMNI_COUNT_FAILED;
 }
 
 /* Act on the result of the transaction in which an outcome was to be recorded. */

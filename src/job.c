@@ -28,6 +28,7 @@
 
 #include "clock.h"
 #include "compat.h"
+#include "counter.h"
 #include "job.h"
 #include "row.h"
 
@@ -319,6 +320,8 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 	result = update(job->id, is_unfinished, &row);
 	if (result != OMNI_ROW_OURS)
 		return result;
+	if (at_end)
+		omni_count_jobs(&job->request.server, outcome->status, 1);
 	if (outcome->quiet)
 		return OMNI_ROW_OURS;
 	if (strcmp(outcome->status, OMNI_NAME_PENDING) != 0)

@@ -29,6 +29,7 @@
 
 #include "clock.h"
 #include "compat.h"
+#include "counter.h"
 #include "job.h"
 #include "row.h"
 #include "setting.h"
@@ -249,7 +250,7 @@ static OmniStatement stop_polling = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = " OMNI_SQL(ACCEPTED) ", finished_at = clock_timestamp(), error = NULL"
 	" WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED))"
-	" RETURNING id, requested_by, status, attempts, 'not followed to its end', requested_at",
+	" RETURNING id, requested_by, status, attempts, 'not followed to its end', requested_at, server",
 	.nargs = 2,
 	.argtypes = {OIDOID, INT8OID}
 };
@@ -289,7 +290,7 @@ static OmniStatement cancel_job = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = $3, finished_at = clock_timestamp(), error = NULL"
 	" WHERE id = $1 AND " IS_PENDING
-	" RETURNING id, requested_by, status, attempts, $2, requested_at",
+	" RETURNING id, requested_by, status, attempts, $2, requested_at, server",
 	.nargs = 3,
 	.argtypes = {INT8OID, TEXTOID, TEXTOID}
 };
@@ -299,7 +300,7 @@ static OmniStatement release_jobs = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = " OMNI_SQL(PENDING) ", merged_into = NULL, finished_at = NULL"
 	" WHERE id > $1 AND merged_into = $1 AND status = " OMNI_SQL(MERGED)
-	" RETURNING id, requested_by, " OMNI_SQL(RELEASED) ", attempts, 'job ' || $1 || ' was canceled', requested_at",
+	" RETURNING id, requested_by, " OMNI_SQL(RELEASED) ", attempts, 'job ' || $1 || ' was canceled', requested_at, server",
 	.nargs = 1,
 	.argtypes = {INT8OID}
 };
@@ -486,8 +487,8 @@ recover(OmniJob *job)
 
 /*
  * Add an event for each row that the last statement has returned; its columns are job,
- * requester, event, attempts, detail and the time of the request.  Notify listeners of the job's status, which has
- * the name of the event, unless that is "released".
+ * requester, event, attempts, detail, the time of the request and the server.  Unless the event is "released",
+ * it has the name of the job's status, of which to notify listeners, and which ends the job.
  */
 static void
 add_rows_events(void)
@@ -506,10 +507,14 @@ add_rows_events(void)
 
 		job.request.requested_by = omni_name(omni_value(row, 1, TEXTOID));
 		job.request.requested_at = DatumGetTimestampTz(omni_value(row, 5, TIMESTAMPTZOID));
+		job.request.server = omni_name(omni_value(row, 6, TEXTOID));
 		omni_event_add_requested(&job);
 		omni_event_add(&job, &event);
 		if (strcmp(event.event, OMNI_NAME_RELEASED) != 0)
+		{
 			omni_notify(job.id, event.event);
+			omni_count_jobs(&job.request.server, event.event, 1);
+		}
 	}
 }
 
@@ -684,7 +689,7 @@ merge_set(const MergeSet *set, int *patience)
 	for (int first = 0; first < set->count - 1; first = next)
 	{
 		OmniRowValues row = {0};
-		OmniJob		carrier = {.id = ids[first]};
+		OmniJob		carrier = {.id = ids[first],.request.server = set->place.server};
 		int			n = set->count - first;
 
 		next = first + 1;
@@ -759,6 +764,7 @@ merge_into(const OmniJob *carrier, const int64 *ids, int count)
 
 		omni_event_add_requested(carrier);
 		omni_event_add(carrier, &event);
+		omni_count_jobs(&carrier->request.server, OMNI_NAME_MERGED, nmerged);
 	}
 	return nmerged;
 }

@@ -1,0 +1,346 @@
+/*-------------------------------------------------------------------------
+ *
+ * counter.c
+ *		Count, for each server, requests by their outcome and jobs by their end.
+ *
+ * The counters are in shared memory, and only the end of the database server resets them.
+ * What a transaction counts is added once it commits, so that a transaction that is rolled
+ * back and repeated counts once.  COMMIT PREPARED calls nothing here: a transaction that is
+ * prepared counts nothing.
+ *
+ * Counting raises no error: without shared memory for it, a process counts nothing.
+ *
+ * There is a fixed number of entries for all databases of the cluster.  When all are in use,
+ * a server that needs one takes that of a server that has not counted anything for an hour,
+ * or of a server of the owner with most entries, if these are at least two more than those of
+ * its own owner.  So nobody can keep others from counting by creating servers.  If there is
+ * no such entry, what happens is counted in one entry for all others.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "foreign/foreign.h"
+#include "miscadmin.h"
+#include "utils/memutils.h"
+#include "utils/timestamp.h"
+
+#include "clock.h"
+#include "compat.h"
+#include "counter.h"
+#include "error.h"
+
+#define SHARED_NAME			"omni_refresh counters layout 1"
+
+#define MAX_SERVERS			64
+
+/* Another server may take the entry of one that has counted nothing for this long */
+#define IDLE				OMNI_MS(60 * 60 * 1000)
+
+typedef struct Counters
+{
+	Oid			database;		/* InvalidOid: not in use */
+	Oid			server;
+	Oid			owner;			/* of the server */
+	int64		used_at;		/* by omni_clock() */
+	TimestampTz since;
+	int64		counts[OMNI_COUNTERS];
+} Counters;
+
+typedef struct Shared
+{
+	LWLock		lock;
+	Counters	others;			/* for servers without an entry */
+	Counters	servers[MAX_SERVERS];
+} Shared;
+
+StaticAssertDecl(sizeof(Shared) < 20 * 1024, "too much shared memory");
+
+/* What a subtransaction has counted for a server, to be added when all is committed */
+typedef struct Pending
+{
+	Oid			server;			/* InvalidOid: it does not exist */
+	Oid			owner;
+	SubTransactionId subtransaction;
+	int64		counts[OMNI_COUNTERS];
+} Pending;
+
+static Shared *shared = NULL;
+static List *pending = NIL;		/* in TopTransactionContext */
+
+static bool may_count(void);
+static void attach_shared(void);
+static bool attach_safely(void);
+static void init_shared(OMNI_SHARED_INIT_ARGS);
+static Pending *find_pending(Oid server);
+static void at_transaction_end(XactEvent event, void *arg);
+static void at_subtransaction_end(SubXactEvent event, SubTransactionId mySubid,
+								  SubTransactionId parentSubid, void *arg);
+static void add_pending(void);
+static Counters *find_counters(const Pending *counted);
+static Counters *find_dispensable(Oid owner);
+static int	count_entries(Oid owner);
+
+/* Add an amount to a counter of a server once this transaction commits. */
+void
+omni_count(const NameData *server, OmniCounter counter, int64 amount)
+{
+	if (may_count())
+		find_pending(get_foreign_server_oid(NameStr(*server), true))->counts[counter] += amount;
+}
+
+/* Count jobs that have ended with a status. */
+void
+omni_count_jobs(const NameData *server, const char *status, int64 jobs)
+{
+	OmniStatus	end;
+
+	if (omni_status_find(status, &end) && omni_status_is_final(end))
+		omni_count(server, OMNI_COUNT_JOBS_COMPLETED + (end - OMNI_STATUS_COMPLETED), jobs);
+}
+
+/*
+ * Read the counters of a server of this database, or with InvalidOid those of all servers
+ * that have no entry.  They are zeros for a server that has counted nothing.  Returns the
+ * time since when they count.  May raise an error.
+ */
+TimestampTz
+omni_counters_read(Oid server, int64 *counts)
+{
+	TimestampTz since;
+
+	attach_shared();
+	LWLockAcquire(&shared->lock, LW_SHARED);
+	memcpy(counts, shared->others.counts, sizeof(shared->others.counts));
+	since = shared->others.since;
+	if (OidIsValid(server))
+	{
+		memset(counts, 0, sizeof(shared->others.counts));
+		for (int i = 0; i < MAX_SERVERS; i++)
+		{
+			const Counters *entry = &shared->servers[i];
+
+			if (entry->database == MyDatabaseId && entry->server == server)
+			{
+				memcpy(counts, entry->counts, sizeof(entry->counts));
+				since = entry->since;
+			}
+		}
+	}
+	LWLockRelease(&shared->lock);
+	return since;
+}
+
+/* Return whether this process has all that counting needs; try to get it only once. */
+static bool
+may_count(void)
+{
+	static bool tried = false;
+
+	if (!tried)
+	{
+		tried = true;
+		if (attach_safely())
+		{
+			RegisterXactCallback(at_transaction_end, NULL);
+			RegisterSubXactCallback(at_subtransaction_end, NULL);
+		}
+	}
+	return shared != NULL;
+}
+
+static void
+attach_shared(void)
+{
+	if (shared == NULL)
+		shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
+}
+
+/*
+ * Attach in a subtransaction, since an error leaves locks behind.  Returns false, after a
+ * message in the log, if there is an error.
+ */
+static bool
+attach_safely(void)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	OmniError	error;
+
+	BeginInternalSubTransaction(NULL);
+	PG_TRY();
+	{
+		attach_shared();
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		omni_error_catch(&error, context);
+		RollbackAndReleaseCurrentSubTransaction();
+		ereport(LOG,
+				(errcode(error.sqlstate),
+				 errmsg("could not attach the counters of omni_refresh: %s", error.message)));
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(context);
+	CurrentResourceOwner = owner;
+	return shared != NULL;
+}
+
+static void
+init_shared(OMNI_SHARED_INIT_ARGS)
+{
+	Shared	   *new = memory;
+
+	memset(new, 0, sizeof(Shared));
+	LWLockInitialize(&new->lock, LWLockNewTrancheId(OMNI_EXTENSION));
+	new->others.since = GetCurrentTimestamp();
+}
+
+/* Return where the current subtransaction counts for a server. */
+static Pending *
+find_pending(Oid server)
+{
+	SubTransactionId subtransaction = GetCurrentSubTransactionId();
+	MemoryContext context;
+	ForeignServer *found;
+	Pending    *counted;
+	ListCell   *cell;
+
+	foreach(cell, pending)
+	{
+		counted = lfirst(cell);
+		if (counted->server == server && counted->subtransaction == subtransaction)
+			return counted;
+	}
+
+	context = MemoryContextSwitchTo(TopTransactionContext);
+	counted = palloc0(sizeof(Pending));
+	found = OidIsValid(server) ? GetForeignServerExtended(server, FSV_MISSING_OK) : NULL;
+	counted->server = server;
+	if (found != NULL)
+		counted->owner = found->owner;
+	counted->subtransaction = subtransaction;
+	pending = lappend(pending, counted);
+	MemoryContextSwitchTo(context);
+	return counted;
+}
+
+/* Nothing here may raise an error: after the commit, that would be a PANIC. */
+static void
+at_transaction_end(XactEvent event, void *arg)
+{
+	if (event == XACT_EVENT_COMMIT && pending != NIL)
+		add_pending();
+	if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT || event == XACT_EVENT_PREPARE)
+		pending = NIL;
+}
+
+/*
+ * Forget what a subtransaction has counted that is rolled back, and what its own
+ * subtransactions have, which began later and so have higher numbers.
+ */
+static void
+at_subtransaction_end(SubXactEvent event, SubTransactionId mySubid,
+					  SubTransactionId parentSubid, void *arg)
+{
+	ListCell   *cell;
+
+	if (event != SUBXACT_EVENT_ABORT_SUB)
+		return;
+	foreach(cell, pending)
+	{
+		if (((Pending *) lfirst(cell))->subtransaction >= mySubid)
+			pending = foreach_delete_current(pending, cell);
+	}
+}
+
+static void
+add_pending(void)
+{
+	ListCell   *cell;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	foreach(cell, pending)
+	{
+		const Pending *counted = lfirst(cell);
+		Counters   *entry = find_counters(counted);
+
+		for (int i = 0; i < OMNI_COUNTERS; i++)
+			entry->counts[i] += counted->counts[i];
+	}
+	LWLockRelease(&shared->lock);
+}
+
+/* Return the entry to count in for a server. */
+static Counters *
+find_counters(const Pending *counted)
+{
+	Counters   *entry;
+
+	if (!OidIsValid(counted->server))
+		return &shared->others;
+	for (int i = 0; i < MAX_SERVERS; i++)
+	{
+		entry = &shared->servers[i];
+		if (entry->database == MyDatabaseId && entry->server == counted->server)
+		{
+			entry->used_at = omni_clock();
+			return entry;
+		}
+	}
+
+	entry = find_dispensable(counted->owner);
+	if (entry == NULL)
+		return &shared->others;
+	memset(entry, 0, sizeof(Counters));
+	entry->database = MyDatabaseId;
+	entry->server = counted->server;
+	entry->owner = counted->owner;
+	entry->used_at = omni_clock();
+	entry->since = GetCurrentTimestamp();
+	return entry;
+}
+
+/*
+ * Return the entry that a server of an owner may take: of those that it may, the one unused
+ * for longest.  Returns NULL if there is none.
+ */
+static Counters *
+find_dispensable(Oid owner)
+{
+	int64		now = omni_clock();
+	int			most = 0;
+	int			limit;
+	Counters   *found = NULL;
+
+	for (int i = 0; i < MAX_SERVERS; i++)
+		most = Max(most, count_entries(shared->servers[i].owner));
+	limit = Max(most - 1, count_entries(owner) + 1);
+
+	for (int i = 0; i < MAX_SERVERS; i++)
+	{
+		Counters   *entry = &shared->servers[i];
+
+		if ((found == NULL || entry->used_at < found->used_at) &&
+			(!OidIsValid(entry->database) || now - entry->used_at > IDLE ||
+			 count_entries(entry->owner) > limit))
+			found = entry;
+	}
+	return found;
+}
+
+/* Return how many entries the servers of an owner have. */
+static int
+count_entries(Oid owner)
+{
+	int			count = 0;
+
+	for (int i = 0; i < MAX_SERVERS; i++)
+	{
+		if (OidIsValid(shared->servers[i].database) && shared->servers[i].owner == owner)
+			count++;
+	}
+	return count;
+}
