@@ -10,6 +10,7 @@
 #	<!-- test: expanded -->				with psql's expanded output
 #	<!-- test: running -->				with a stand-in for Omni that answers "running", not "completed"
 #	<!-- test: job STATUS -->			with a job of this status; its number replaces 42
+#	<!-- test: log -->					no SQL, but lines that omni_refresh writes to the server's log
 #
 # The files beside the README presuppose what its first block sets up. Three things are replaced in each
 # block: Omni's address, with the authority that the stand-in's certificate needs; the key's file; and 42.
@@ -315,6 +316,20 @@ for my $message (map { OmniDoc::text($_) =~ /\*\*`(.*?)`\*\*/g } 'doc/operations
 	else
 	{
 		ok((grep { $message =~ /\A$_\z/ } @formats), "omni_refresh says: $message");
+	}
+}
+
+# The server's log has the lines that are shown, but for numbers: a failed job leaves one, an outage two.
+$omni->fault('answer', status => 502);
+job($database, 'completed');
+job($database, 'failed');
+for my $block (grep { exists $_->{orders}{log} } map { OmniDoc::blocks($_) } OmniDoc::files())
+{
+	for my $line (split /\n/, $block->{text})
+	{
+		my $regex = join '\d+', map { quotemeta } split /(?<![-\w])\d+(?![-\w])/, $line =~ s/"loader"/"@{[getpwuid $>]}"/r, -1;
+
+		like(slurp_file($node->logfile), qr/$regex$/m, "the log has: $line");
 	}
 }
 
