@@ -247,7 +247,8 @@ is($signatures, join("\n", sort split /\n/, $node->safe_psql($database, q{
 			' RETURNS ' || pg_get_function_result(p.oid)), '::\w+( with time zone)?(\[\])?', '', 'g'), 'timestamp with time zone', 'timestamptz')
 		FROM pg_proc AS p JOIN pg_depend ON classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e'
 			JOIN pg_extension AS e ON e.oid = refobjid AND extname = 'omni_refresh'
-		WHERE prorettype NOT IN ('trigger'::regtype, 'event_trigger'::regtype) AND proname NOT IN ('omni_refresh_validator', 'omni_refresh_get_counters')})),
+		WHERE prorettype NOT IN ('trigger'::regtype, 'event_trigger'::regtype) AND proname NOT IN ('omni_refresh_validator', 'omni_refresh_get_counters', 'omni_refresh_outcomes',
+			'omni_refresh_requests_last_minute')})),
 	'the functions and their signatures');
 
 for my $kind ('server', 'user mapping')
