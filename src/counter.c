@@ -73,11 +73,13 @@ static bool may_count(void);
 static void attach_shared(void);
 static bool attach_safely(void);
 static void init_shared(OMNI_SHARED_INIT_ARGS);
-static Pending *find_pending(Oid server);
+static Pending *find_pending(Oid server, SubTransactionId subtransaction);
+static Pending *begin_pending(Oid server);
 static void at_transaction_end(XactEvent event, void *arg);
 static void at_subtransaction_end(SubXactEvent event, SubTransactionId mySubid,
 								  SubTransactionId parentSubid, void *arg);
 static void add_pending(void);
+static void add_counts(int64 *sums, const int64 *counts);
 static Counters *find_counters(const Pending *counted);
 static Counters *find_dispensable(Oid owner);
 static int	count_entries(Oid owner);
@@ -86,8 +88,16 @@ static int	count_entries(Oid owner);
 void
 omni_count(const NameData *server, OmniCounter counter, int64 amount)
 {
-	if (may_count())
-		find_pending(get_foreign_server_oid(NameStr(*server), true))->counts[counter] += amount;
+	Oid			id;
+	Pending    *counted;
+
+	if (!may_count())
+		return;
+	id = get_foreign_server_oid(NameStr(*server), true);
+	counted = find_pending(id, GetCurrentSubTransactionId());
+	if (counted == NULL)
+		counted = begin_pending(id);
+	counted->counts[counter] += amount;
 }
 
 /* Count jobs that have ended with a status. */
@@ -137,17 +147,19 @@ static bool
 may_count(void)
 {
 	static bool tried = false;
+	static bool can = false;
 
 	if (!tried)
 	{
 		tried = true;
-		if (attach_safely())
+		can = attach_safely();
+		if (can)
 		{
 			RegisterXactCallback(at_transaction_end, NULL);
 			RegisterSubXactCallback(at_subtransaction_end, NULL);
 		}
 	}
-	return shared != NULL;
+	return can;
 }
 
 static void
@@ -198,30 +210,35 @@ init_shared(OMNI_SHARED_INIT_ARGS)
 	new->others.since = GetCurrentTimestamp();
 }
 
-/* Return where the current subtransaction counts for a server. */
+/* Return what a subtransaction has counted for a server, or NULL if that is nothing. */
 static Pending *
-find_pending(Oid server)
+find_pending(Oid server, SubTransactionId subtransaction)
 {
-	SubTransactionId subtransaction = GetCurrentSubTransactionId();
-	MemoryContext context;
-	ForeignServer *found;
-	Pending    *counted;
 	ListCell   *cell;
 
 	foreach(cell, pending)
 	{
-		counted = lfirst(cell);
+		Pending    *counted = lfirst(cell);
+
 		if (counted->server == server && counted->subtransaction == subtransaction)
 			return counted;
 	}
+	return NULL;
+}
 
-	context = MemoryContextSwitchTo(TopTransactionContext);
-	counted = palloc0(sizeof(Pending));
-	found = OidIsValid(server) ? GetForeignServerExtended(server, FSV_MISSING_OK) : NULL;
+/* Begin to count for a server in the current subtransaction. */
+static Pending *
+begin_pending(Oid server)
+{
+	MemoryContext context = MemoryContextSwitchTo(TopTransactionContext);
+	Pending    *counted = palloc0(sizeof(Pending));
+	ForeignServer *found = NULL;
+
+	if (OidIsValid(server))
+		found = GetForeignServerExtended(server, FSV_MISSING_OK);
 	counted->server = server;
-	if (found != NULL)
-		counted->owner = found->owner;
-	counted->subtransaction = subtransaction;
+	counted->owner = found != NULL ? found->owner : InvalidOid;
+	counted->subtransaction = GetCurrentSubTransactionId();
 	pending = lappend(pending, counted);
 	MemoryContextSwitchTo(context);
 	return counted;
@@ -237,22 +254,30 @@ at_transaction_end(XactEvent event, void *arg)
 		pending = NIL;
 }
 
-/*
- * Forget what a subtransaction has counted that is rolled back, and what its own
- * subtransactions have, which began later and so have higher numbers.
- */
+/* Forget what a subtransaction has counted, or if it commits, pass it on to its parent. */
 static void
 at_subtransaction_end(SubXactEvent event, SubTransactionId mySubid,
 					  SubTransactionId parentSubid, void *arg)
 {
 	ListCell   *cell;
 
-	if (event != SUBXACT_EVENT_ABORT_SUB)
+	if (event != SUBXACT_EVENT_COMMIT_SUB && event != SUBXACT_EVENT_ABORT_SUB)
 		return;
 	foreach(cell, pending)
 	{
-		if (((Pending *) lfirst(cell))->subtransaction >= mySubid)
+		Pending    *counted = lfirst(cell);
+		Pending    *of_parent = find_pending(counted->server, parentSubid);
+
+		if (counted->subtransaction != mySubid)
+			continue;
+		if (event == SUBXACT_EVENT_COMMIT_SUB && of_parent == NULL)
+			counted->subtransaction = parentSubid;
+		else
+		{
+			if (event == SUBXACT_EVENT_COMMIT_SUB)
+				add_counts(of_parent->counts, counted->counts);
 			pending = foreach_delete_current(pending, cell);
+		}
 	}
 }
 
@@ -265,12 +290,17 @@ add_pending(void)
 	foreach(cell, pending)
 	{
 		const Pending *counted = lfirst(cell);
-		Counters   *entry = find_counters(counted);
 
-		for (int i = 0; i < OMNI_COUNTERS; i++)
-			entry->counts[i] += counted->counts[i];
+		add_counts(find_counters(counted)->counts, counted->counts);
 	}
 	LWLockRelease(&shared->lock);
+}
+
+static void
+add_counts(int64 *sums, const int64 *counts)
+{
+	for (int i = 0; i < OMNI_COUNTERS; i++)
+		sums[i] += counts[i];
 }
 
 /* Return the entry to count in for a server. */
