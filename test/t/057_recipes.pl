@@ -109,12 +109,15 @@ $node->safe_psql('postgres', 'DROP TRIGGER refresh_orders ON sales.orders');
 
 # After an outage
 
-my $retry = recipe(qr/omni_refresh_retry\(failed\.id\)/);
+my $retry = recipe(qr/omni_refresh_retry\(lost\.id\)/);
 $node->safe_psql('postgres', 'TRUNCATE omni_refresh_job, omni_refresh_event');
-$omni->fault('answer', status => 404);
-$node->psql('postgres', 'SELECT omni_refresh()');
+for my $status (401, 404)
+{
+	$omni->fault('answer', status => $status);
+	$node->psql('postgres', "SELECT omni_refresh(hard => $status = 401)");
+}
 asked();
-like($node->safe_psql('postgres', $retry), qr/^\d+\|\d+$/, 'what has failed is retried');
+like($node->safe_psql('postgres', $retry), qr/^\d+\|pending\|.*$/, 'what the key has failed is retried');
 is(asked(), 'refresh', '... by one request');
 $node->safe_psql('postgres', $retry);
 is(asked(), '', '... once only');
@@ -142,5 +145,5 @@ END
 
 $node->stop('fast');
 OmniLife::clean($node, 'the log is clean', qr/terminating background worker/, qr/ERROR:  refresh \d+ is failed/,
-	qr/server "omni" does not exist/, qr/HTTP status 404/);
+	qr/server "omni" does not exist/, qr/HTTP status 40[14]/);
 done_testing();
