@@ -80,14 +80,15 @@ sub psql
 	return ($ok, $output =~ s/^psql:<stdin>:\d+: //mgr);
 }
 
-# Makes a job of a status; returns its number.
+# Makes a job that ends with a status; returns its number.
 sub job
 {
 	my ($database, $status) = @_;
 
-	$omni->fault('answer', status => 404) if $status eq 'failed';
+	$omni->set(refresh_status => 'completed');
+	$omni->fault('answer', status => 404, body => '{"detail": "No such model", "status": 404}') if $status eq 'failed';
 	my $id = $node->safe_psql($database, 'SELECT id FROM omni_refresh_on_commit()');
-	$node->poll_query_until($database, $unfinished) or die;
+	$node->poll_query_until($database, "SELECT status = '$status' FROM omni_refresh_job WHERE id = $id") or die;
 	return $id;
 }
 
@@ -331,7 +332,7 @@ for my $block (grep { exists $_->{orders}{log} } map { OmniDoc::blocks($_) } Omn
 	{
 		my $regex = join '\d+', map { quotemeta } split /(?<![-\w])\d+(?![-\w])/, $line =~ s/"loader"/"$role"/r, -1;
 
-		like(slurp_file($node->logfile), qr/$regex$/m, "the log has: $line");
+		ok($node->wait_for_log(qr/$regex$/m), "the log has: $line");
 	}
 }
 
