@@ -307,7 +307,7 @@ while ($sources =~ /($token(?:\s+$token)*)/g)
 
 	push @formats, join '.+', map { quotemeta } @parts if length join('', @parts) > 10;
 }
-for my $message (map { OmniDoc::text($_) =~ /\*\*`(.*?)`\*\*/g } 'doc/operations.md')
+for my $message (OmniDoc::text('doc/operations.md') =~ /\*\*`(.*?)`\*\*/g)
 {
 	if (my $statement = $postgresql{$message})
 	{
