@@ -1,5 +1,5 @@
-# A replicated TRUNCATE empties the subscriber's tables, as the README warns, unless the publication
-# is one of those that the README recommends.
+# A replicated TRUNCATE empties the subscriber's tables, as doc/operations.md warns, unless the publication
+# is one of those that it recommends.
 
 use strict;
 use warnings FATAL => 'all';

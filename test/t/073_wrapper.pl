@@ -1,15 +1,15 @@
-# The SECURITY DEFINER function of the README, word for word but for the model's uuid: its callers
+# The SECURITY DEFINER function of the README, word for word but for the model's uuid and a role: its callers
 # cannot choose the server. Without its SET clauses they could.
 
 use strict;
 use warnings FATAL => 'all';
 
-use File::Basename qw(dirname);
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
 use OmniAPI;
+use OmniDoc;
 use OmniFault;
 
 my $omni = OmniAPI->start;
@@ -19,9 +19,10 @@ my $model = $omni->model;
 
 END { my $rc = $?; $_->stop foreach grep { $_ } $omni, $other; $? = $rc; }
 
-my ($wrapper) = slurp_file(dirname(__FILE__) . '/../../README.md') =~ /^```sql\n((?:(?!^```).)*?CREATE FUNCTION refresh_sales\(\).*?)^```/ms;
+my ($wrapper) = map { $_->{text} } OmniDoc::find(qr/CREATE FUNCTION refresh_sales\(\)/);
 isnt($wrapper //= '', '', 'the README has a function');
 is($wrapper =~ s/98c7ad96-5c04-4fb7-b33a-1389a65d16ed/$model/g, 1, '... for one model');
+is($wrapper =~ s/ TO analyst;/ TO loader;/, 1, '... and one role');
 
 # The owner may use two servers, which its callers may not.
 $node->safe_psql('postgres', qq{
