@@ -89,7 +89,8 @@ sub look
 {
 	my $id = sql('SET ROLE other; ' . reset_p('look', $elsewhere));
 
-	$node->poll_query_until('postgres', "SELECT status = 'completed' FROM omni_refresh_job WHERE id = $id") or die;
+	# it may be merged into one that a crash has made pending again
+	$node->poll_query_until('postgres', "SELECT status IN ('completed', 'merged') FROM omni_refresh_job WHERE id = $id") or die;
 	return;
 }
 
@@ -211,7 +212,7 @@ sub postpone
 	end_refreshes();
 	until_status($after, 'completed', '... to its end');
 	follows($after, $second, '... as it should');
-	is(asked() =~ s/^(refresh )+//r, 'p refresh p', 'and no reset has carried the other one');
+	like(asked() =~ s/^(refresh )+//r, qr/^p (refresh )?p$/, 'and no reset has carried the other one');
 }
 
 # Merging: resets that have waited for the same merge.

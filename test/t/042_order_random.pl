@@ -175,7 +175,9 @@ for my $n (grep { $requests[$_]{kind} eq 'reset' } @known)
 	my $sent = $reset->{sent}[-1] // next;		# canceled
 	for my $m (grep { $requests[$_]{kind} eq 'refresh' && $requests[$_]{role} eq $requests[$n]{role} && $requests[$_]{model} eq $requests[$n]{model} } @known)
 	{
-		next if $requests[$m]{transaction} == $requests[$n]{transaction} ? $m > $n : $done{ $requests[$m]{transaction} } > $jobs{$n}{requested};
+		# of a transaction of its own, the reset may be returned an earlier job, whose number counts for others
+		next if $requests[$m]{transaction} == $requests[$n]{transaction} ? $m > $n :
+			$done{ $requests[$m]{transaction} } > $jobs{$n}{requested} || $jobs{$m}{id} > $jobs{$n}{id};
 		my $refresh = $carrier->($jobs{$m}{id});
 		$pairs++;
 		push @wrong, "reset $jobs{$n}{id} (carrier $reset->{id}) was sent at $sent, and refresh $jobs{$m}{id} (carrier $refresh->{id}) ended at $refresh->{finished}"
