@@ -331,11 +331,12 @@ is($standby->safe_psql('postgres', wait_sql($id)), "$id|completed", 'on a standb
 like($standby->safe_psql('postgres', "CALL omni_refresh_await($id)"), qr/^\($id,completed,/, '... for the procedure, too');
 $call = OmniFault::call($standby, wait_sql($unfinished, '300 ms') . ';');
 is("$call->{out} $call->{sqlstate}", "$unfinished|running 01000", '... what is not can be waited for');
-$call = OmniFault::begin($standby, wait_sql($unfinished, '2 min') . ';', app => 'there');
+# Not by the function: replay may have to wait for its snapshot, and cancels it in the end.
+$call = OmniFault::begin($standby, "CALL omni_refresh_await($unfinished, '2 min');", app => 'there');
 OmniFault::wait_until_waiting($standby, 'there');
 finish('COMPLETED', $unfinished);
 took($call, 0);
-is("$call->{out}$call->{err}", "$unfinished|completed", '... to its end');
+like("$call->{out}$call->{err}", qr/^\($unfinished,completed,/, '... to its end');
 is(OmniFault::worker($standby), '', '... without a worker');
 $standby->stop('fast');
 
