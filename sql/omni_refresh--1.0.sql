@@ -51,7 +51,7 @@ CREATE DOMAIN omni_refresh_job_origin AS pg_catalog.text
 CREATE DOMAIN omni_refresh_event_kind AS pg_catalog.text
 	CONSTRAINT omni_refresh_event_event_check
 	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{requested, sending, accepted, attempt_failed, refused,
-		rate_limited, merged, released, canceled, recovered, waiting,
+		rate_limited, merged, released, canceled, recovered, waiting, changed,
 		completed, failed, unknown}'));
 COMMENT ON DOMAIN omni_refresh_job_status IS 'a status of a job';
 COMMENT ON DOMAIN omni_refresh_job_kind IS 'what a job asks Omni for';
@@ -190,7 +190,7 @@ COMMENT ON COLUMN omni_refresh_event.job IS 'the job it happened to';
 COMMENT ON COLUMN omni_refresh_event.requested_by IS 'the role that asked for the job';
 COMMENT ON COLUMN omni_refresh_event.occurred_at IS 'when it happened, by the clock';
 COMMENT ON COLUMN omni_refresh_event.event IS
-	'requested, sending, accepted, attempt_failed, refused, rate_limited, merged, released, canceled, recovered, waiting, completed, failed or unknown';
+	'requested, sending, accepted, attempt_failed, refused, rate_limited, merged, released, canceled, recovered, waiting, changed, completed, failed or unknown';
 COMMENT ON COLUMN omni_refresh_event.attempt IS 'the number of the attempt it belongs to';
 COMMENT ON COLUMN omni_refresh_event.http_status IS 'the HTTP status that Omni answered with';
 COMMENT ON COLUMN omni_refresh_event.duration IS 'how long the attempt took';
@@ -203,6 +203,77 @@ COMMENT ON INDEX omni_refresh_event_attempt_idx IS 'the attempts and their answe
 
 CREATE INDEX omni_refresh_event_job_idx ON omni_refresh_event (job);
 COMMENT ON INDEX omni_refresh_event_job_idx IS 'the events of a job';
+
+/*
+ * The watches.  A dump contains them, but not what they remember: a watch is active only in
+ * the database that it was made in.  The last columns are the worker's.
+ */
+CREATE TABLE omni_refresh_watch (
+	id				pg_catalog.uuid NOT NULL CONSTRAINT omni_refresh_watch_pkey PRIMARY KEY,
+	server			pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
+	model_id		pg_catalog.uuid NOT NULL,
+	branch_id		pg_catalog.uuid,
+	schemas			pg_catalog.text[],
+	delay			interval NOT NULL,
+	removals		interval,
+	cache_policy	pg_catalog.text,
+	requested_by	pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
+	requested_by_oid pg_catalog.oid NOT NULL,
+	requested_at	pg_catalog.timestamptz NOT NULL,
+	database		pg_catalog.oid NOT NULL,
+	owed_hard		boolean,
+	owed_schemas	pg_catalog.text[],
+	owed_tables		pg_catalog.text[],
+	job				bigint,
+	unfinished		boolean NOT NULL DEFAULT false,
+	failures		int NOT NULL DEFAULT 0,
+	CONSTRAINT omni_refresh_watch_key UNIQUE NULLS NOT DISTINCT (server, model_id, branch_id)
+);
+COMMENT ON TABLE omni_refresh_watch IS 'the models that are refreshed by themselves when tables or columns have changed';
+COMMENT ON COLUMN omni_refresh_watch.id IS 'identifies the watch in omni_refresh_watch_seen; another one with each omni_refresh_watch()';
+COMMENT ON COLUMN omni_refresh_watch.server IS 'the foreign server that names the Omni instance';
+COMMENT ON COLUMN omni_refresh_watch.model_id IS 'the model to refresh';
+COMMENT ON COLUMN omni_refresh_watch.branch_id IS 'the branch of the model, where the connection is refreshed by branch';
+COMMENT ON COLUMN omni_refresh_watch.schemas IS 'the schemas that are watched; NULL: all but those of the system';
+COMMENT ON COLUMN omni_refresh_watch.delay IS 'how long after a change the schemas are compared';
+COMMENT ON COLUMN omni_refresh_watch.removals IS
+	'for how long no DDL must have been committed before removals are asked for; NULL: they are not';
+COMMENT ON COLUMN omni_refresh_watch.cache_policy IS 'the cache policy to reset after each refresh';
+COMMENT ON COLUMN omni_refresh_watch.requested_by IS 'the role that set the watch, whose API key is used';
+COMMENT ON COLUMN omni_refresh_watch.requested_by_oid IS 'the OID of that role; a later namesake is another role';
+COMMENT ON COLUMN omni_refresh_watch.requested_at IS 'when the watch was set';
+COMMENT ON COLUMN omni_refresh_watch.database IS 'the OID of the database it was set in; copies elsewhere are inactive';
+COMMENT ON COLUMN omni_refresh_watch.owed_hard IS
+	'whether the refresh that is to be asked for next is hard; NULL: nothing is to be asked for';
+COMMENT ON COLUMN omni_refresh_watch.owed_schemas IS 'the schemas of that refresh; NULL: the whole model';
+COMMENT ON COLUMN omni_refresh_watch.owed_tables IS 'the tables of that refresh; NULL: all of these schemas';
+COMMENT ON COLUMN omni_refresh_watch.job IS 'the last refresh that the watch has asked for';
+COMMENT ON COLUMN omni_refresh_watch.unfinished IS 'whether that job has not come to its end';
+COMMENT ON COLUMN omni_refresh_watch.failures IS 'how many jobs of the watch in a row have ended without success';
+
+/*
+ * What Omni was told: a row for each relation, and one without names for the watch itself
+ */
+CREATE TABLE omni_refresh_watch_seen (
+	watch			pg_catalog.uuid NOT NULL,
+	schema			pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
+	relation		pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
+	leaf			boolean NOT NULL,
+	columns			pg_catalog.text[] NOT NULL,
+	types			pg_catalog.text[] NOT NULL,
+	readers			pg_catalog.text[] NOT NULL,
+	CONSTRAINT omni_refresh_watch_seen_pkey PRIMARY KEY (watch, schema, relation)
+);
+COMMENT ON TABLE omni_refresh_watch_seen IS
+	'what Omni was told for each watch: a row for each relation, and one without names for the watch itself';
+COMMENT ON COLUMN omni_refresh_watch_seen.watch IS 'the id of the watch';
+COMMENT ON COLUMN omni_refresh_watch_seen.schema IS 'the schema of the relation';
+COMMENT ON COLUMN omni_refresh_watch_seen.relation IS 'the name of the relation';
+COMMENT ON COLUMN omni_refresh_watch_seen.leaf IS 'whether it is a partition without partitions of its own';
+COMMENT ON COLUMN omni_refresh_watch_seen.columns IS 'its columns';
+COMMENT ON COLUMN omni_refresh_watch_seen.types IS 'the types of these columns';
+COMMENT ON COLUMN omni_refresh_watch_seen.readers IS
+	'the privileges to read it, each with the OID of a role: of the relation, of columns, and of the schema';
 
 /*
  * Delete events with their jobs.  A foreign key would do this, but would also cost each
@@ -238,6 +309,14 @@ CREATE TRIGGER omni_refresh_event_keep_out BEFORE INSERT OR UPDATE OR DELETE ON 
 	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
 COMMENT ON TRIGGER omni_refresh_job_keep_out ON omni_refresh_job IS 'keeps out changes of jobs that logical replication applies';
 COMMENT ON TRIGGER omni_refresh_event_keep_out ON omni_refresh_event IS 'keeps out changes of events that logical replication applies';
+CREATE TRIGGER omni_refresh_watch_keep_out BEFORE INSERT OR UPDATE OR DELETE ON omni_refresh_watch
+	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
+CREATE TRIGGER omni_refresh_watch_seen_keep_out BEFORE INSERT OR UPDATE OR DELETE ON omni_refresh_watch_seen
+	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
+COMMENT ON TRIGGER omni_refresh_watch_keep_out ON omni_refresh_watch IS 'keeps out changes of watches that logical replication applies';
+COMMENT ON TRIGGER omni_refresh_watch_seen_keep_out ON omni_refresh_watch_seen IS 'keeps out changes of what watches remember that logical replication applies';
+ALTER TABLE omni_refresh_watch ENABLE REPLICA TRIGGER omni_refresh_watch_keep_out;
+ALTER TABLE omni_refresh_watch_seen ENABLE REPLICA TRIGGER omni_refresh_watch_seen_keep_out;
 ALTER TABLE omni_refresh_job ENABLE REPLICA TRIGGER omni_refresh_job_keep_out;
 ALTER TABLE omni_refresh_event ENABLE REPLICA TRIGGER omni_refresh_event_keep_out;
 
@@ -267,6 +346,13 @@ COMMENT ON POLICY omni_refresh_event_own ON omni_refresh_event IS 'the events of
 COMMENT ON POLICY omni_refresh_event_monitor ON omni_refresh_event IS 'monitors see every event';
 
 GRANT SELECT ON omni_refresh_job, omni_refresh_event TO PUBLIC;
+
+/*
+ * Watches are visible to everyone, so that everyone can make a dump, and contain nothing
+ * but the names of what everyone sees in the catalogs.
+ */
+GRANT SELECT ON omni_refresh_watch TO PUBLIC;
+SELECT pg_catalog.pg_extension_config_dump('omni_refresh_watch', '');
 
 /*
  * The functions.  Who may use which key is a matter of foreign servers and user
@@ -380,7 +466,7 @@ CREATE FUNCTION omni_refresh_wake()
 	AS 'MODULE_PATHNAME', 'omni_refresh_wake'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_wake() IS
-	'starts the background worker if any job is unfinished, and returns whether there is one';
+	'starts the background worker if any job is unfinished or there is a watch, and returns whether that is so';
 
 CREATE FUNCTION omni_refresh_requests_last_minute(server pg_catalog.name)
 	RETURNS bigint
@@ -388,6 +474,62 @@ CREATE FUNCTION omni_refresh_requests_last_minute(server pg_catalog.name)
 	LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_requests_last_minute(pg_catalog.name) IS
 	'how many HTTP requests this database has sent to a server in the last minute, polls and look-ups included';
+
+/*
+ * Watches.  Who may refresh a model at any time may do it at each change, too; but a watch
+ * works on for as long as it exists, so that only who is trusted with that may set one.
+ */
+CREATE FUNCTION omni_refresh_watch(
+	model pg_catalog.uuid DEFAULT NULL,
+	branch pg_catalog.uuid DEFAULT NULL,
+	schemas pg_catalog.text[] DEFAULT NULL,
+	delay interval DEFAULT '5 s',
+	removals interval DEFAULT '10 min',
+	cache_policy pg_catalog.text DEFAULT NULL)
+	RETURNS omni_refresh_watch
+	AS 'MODULE_PATHNAME', 'omni_refresh_watch'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_watch(pg_catalog.uuid, pg_catalog.uuid, pg_catalog.text[], interval, interval, pg_catalog.text) IS
+	'has a model refreshed by itself whenever tables or columns have changed; a second call replaces the first';
+
+CREATE FUNCTION omni_refresh_unwatch(
+	model pg_catalog.uuid DEFAULT NULL,
+	branch pg_catalog.uuid DEFAULT NULL)
+	RETURNS boolean
+	AS 'MODULE_PATHNAME', 'omni_refresh_unwatch'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_unwatch(pg_catalog.uuid, pg_catalog.uuid) IS
+	'ends what omni_refresh_watch() has begun, and returns whether there was a watch';
+
+CREATE FUNCTION omni_refresh_changes(
+	model pg_catalog.uuid DEFAULT NULL,
+	branch pg_catalog.uuid DEFAULT NULL)
+	RETURNS TABLE (
+		schema pg_catalog.text,
+		relation pg_catalog.text,
+		change pg_catalog.text,
+		refresh pg_catalog.text)
+	AS 'MODULE_PATHNAME', 'omni_refresh_changes'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_changes(pg_catalog.uuid, pg_catalog.uuid) IS
+	'what has changed since Omni was told last, and the refresh that a watch asks for because of it: soft, hard or none';
+
+REVOKE EXECUTE ON FUNCTION omni_refresh_watch(pg_catalog.uuid, pg_catalog.uuid, pg_catalog.text[], interval, interval, pg_catalog.text),
+	omni_refresh_unwatch(pg_catalog.uuid, pg_catalog.uuid),
+	omni_refresh_changes(pg_catalog.uuid, pg_catalog.uuid) FROM PUBLIC;
+
+/*
+ * The first watch enables the event trigger, and the last one to go disables it.  It only
+ * notices that something has happened, so that it needs no tags: DROP TYPE removes columns, too.
+ */
+CREATE FUNCTION omni_refresh_notice_ddl()
+	RETURNS pg_catalog.event_trigger
+	AS 'MODULE_PATHNAME', 'omni_refresh_notice_ddl'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_notice_ddl() IS 'has watches look for changes once the transaction has committed';
+CREATE EVENT TRIGGER omni_refresh_watch ON ddl_command_end EXECUTE FUNCTION omni_refresh_notice_ddl();
+COMMENT ON EVENT TRIGGER omni_refresh_watch IS 'has watches look for changes; enabled while there is a watch';
+ALTER EVENT TRIGGER omni_refresh_watch DISABLE;
 
 /*
  * For monitoring.  Whatever the tables hold, it reads no more than what is unfinished,

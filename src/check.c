@@ -14,6 +14,7 @@
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
 #include "utils/timestamp.h"
 #include "utils/tuplestore.h"
 
@@ -24,6 +25,7 @@
 #include "omni_refresh.h"
 #include "option.h"
 #include "request.h"
+#include "seen.h"
 #include "setting.h"
 #include "workerslot.h"
 
@@ -45,6 +47,8 @@ static void check_schemas(ReturnSetInfo *result, const OmniJob *job, const OmniT
 static void report_schemas(ReturnSetInfo *result, const List *unknown, int all);
 static void check_jobs(ReturnSetInfo *result);
 static void check_settings(ReturnSetInfo *result);
+static void check_watches(ReturnSetInfo *result);
+static void check_watch(ReturnSetInfo *result, const OmniWatch *watch);
 
 PG_FUNCTION_INFO_V1(omni_refresh_check);
 
@@ -60,6 +64,7 @@ omni_refresh_check(PG_FUNCTION_ARGS)
 	if (check_access(result, &job, &target))
 		check_way(result, &job, &target);
 	check_jobs(result);
+	check_watches(result);
 	check_settings(result);
 	return (Datum) 0;
 }
@@ -353,12 +358,81 @@ check_jobs(ReturnSetInfo *result)
 	say(result, "jobs", hint == NULL, hint, "%s", text.data);
 }
 
+/* Check each watch. */
+static void
+check_watches(ReturnSetInfo *result)
+{
+	List	   *watches;
+	ListCell   *cell;
+	OmniError	error;
+
+	if (!omni_tables_check(&error))
+		return;					/* check_jobs() has reported it */
+	if (!omni_watch_try_lock())
+	{
+		say(result, "watches", false, "Look for the lock in pg_locks.",
+			"another session holds a lock on the tables of watches");
+		return;
+	}
+	SPI_connect();
+	watches = omni_watches();
+	if (watches == NIL)
+		say(result, "watches", true, NULL, "none");
+	foreach(cell, watches)
+		check_watch(result, lfirst(cell));
+	SPI_finish();
+}
+
+static void
+check_watch(ReturnSetInfo *result, const OmniWatch *watch)
+{
+	const OmniRequest *request = &watch->request;
+	char	   *model = DatumGetCString(DirectFunctionCall1(uuid_out, UUIDPGetDatum(&request->model)));
+	char	   *rolename = GetUserNameFromId(request->role, true);
+	const char *problem = NULL;
+	const char *hint = "Call omni_refresh_watch() again.";
+	OmniTarget	target;
+	OmniError	error;
+	int			relations;
+	int			gone;
+
+	if (!omni_watch_is_active(watch))
+	{
+		problem = watch->database == MyDatabaseId && !watch->triggered ?
+			"inactive, since the event trigger is disabled" :
+			"inactive, since it was copied from another database";
+		hint = "Call omni_refresh_watch() again, or omni_refresh_unwatch().";
+	}
+	else if (rolename == NULL || strcmp(rolename, NameStr(request->requested_by)) != 0)
+	{
+		problem = psprintf("cannot send requests, since role \"%s\" no longer exists", NameStr(request->requested_by));
+		hint = "Have the owner of the table of watches call omni_refresh_watch() again.";
+	}
+	else if (!omni_target_find(NameStr(request->server), request->role, &target, &error))
+	{
+		problem = psprintf("cannot send requests: %s", error.message);
+		hint = error.hint;
+	}
+	else if (watch->failures > 0)
+	{
+		problem = psprintf("%d jobs in a row have failed, the last one is job " INT64_FORMAT, watch->failures, watch->job);
+		hint = "Read the events of that job.";
+	}
+	else if (omni_seen_count(watch, &relations, &gone), gone * 2 > relations)
+	{
+		problem = psprintf("does not ask Omni to remove %d of %d relations that no longer exist", gone, relations);
+		hint = "If they are not to come back, call omni_refresh_watch() again, and request a hard refresh.";
+	}
+	say(result, "watch", problem == NULL, problem == NULL ? NULL : hint, "model %s, server \"%s\": %s",
+		model, NameStr(request->server), problem == NULL ? "active" : problem);
+}
+
 /* Report each setting by its name, with its value, unit and source. */
 static void
 check_settings(ReturnSetInfo *result)
 {
 	say(result, "preload", true, omni_is_preloaded ? NULL :
-		"Add omni_refresh to shared_preload_libraries to have queued jobs go on by themselves.",
+		"Add omni_refresh to shared_preload_libraries to have queued jobs and watches go on by themselves.",
 		"%s", omni_is_preloaded ?
 		"yes: queued jobs go on by themselves after a start of the server" :
 		"no: after a start of the server, queued jobs go on with the next request or omni_refresh_wake()");

@@ -108,7 +108,7 @@ omni_dispatch_reload(void)
 void
 omni_dispatch_due(void)
 {
-	if (dispatch.for_new_from <= omni_clock() && omni_worker_take_flag())
+	if (dispatch.for_new_from <= omni_clock() && omni_worker_take_flag(OMNI_WAKE_QUEUE))
 		omni_dispatch_soon();
 	if (dispatch.next <= omni_clock() &&
 		(!dispatch.for_new || dispatch.for_new_from <= omni_clock()))

@@ -181,6 +181,20 @@ omni_event_add_waiting(const OmniJob *job, const char *reason)
 	omni_event_add(job, &event);
 }
 
+/* Add an event that says what has changed, of the job that asks to refresh it. */
+void
+omni_event_add_changed(const OmniJob *job, const char *changes)
+{
+	OmniEvent	event = {
+		.occurred_at = GetCurrentTimestamp(),
+		.event = OMNI_NAME_CHANGED,
+		.detail = changes
+	};
+
+	omni_event_add_requested(job);
+	omni_event_add(job, &event);
+}
+
 /* Write the events of this transaction. */
 void
 omni_events_write(void)

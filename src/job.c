@@ -213,6 +213,13 @@ omni_job_queue(const OmniJob *job, OmniRowVersion *version)
 	return row;
 }
 
+/* In the worker: add a job to the queue, and set job->id. */
+void
+omni_job_add(OmniJob *job)
+{
+	insert(job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
+}
+
 /*
  * In a backend, after omni_tables_find(): return whether a row is still as this transaction
  * has inserted it.  The transaction must not have rolled back the insertion.  A change by the

@@ -17,6 +17,7 @@
 #define OMNI_ORIGIN_CALL		"call"
 #define OMNI_ORIGIN_ON_COMMIT	"on_commit"
 #define OMNI_ORIGIN_RETRY		"retry"
+#define OMNI_ORIGIN_DDL			"ddl"
 
 /* A job, in a backend or in the worker; src/README describes its life. */
 typedef struct OmniJob
@@ -111,6 +112,7 @@ extern bool omni_in_worker;
 extern bool omni_tables_find(void);
 extern bool omni_extension_is_same(void);
 extern bool omni_tables_lock(void);
+extern bool omni_watch_tables_lock(void);
 extern bool omni_tables_check(OmniError *error);
 
 /* in event.c */
@@ -119,6 +121,7 @@ extern void omni_events_write(void);
 extern bool omni_job_may_have_arrived(int64 id);
 extern int	omni_job_few_failures(int64 id);
 extern void omni_event_add_waiting(const OmniJob *job, const char *reason);
+extern void omni_event_add_changed(const OmniJob *job, const char *changes);
 
 /* in notify.c */
 extern void omni_notify_begin(void);
@@ -135,6 +138,7 @@ extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
 extern OmniRow omni_job_record(OmniJob *job, const OmniOutcome *outcome);
 extern bool omni_job_any_unfinished(void);
 extern Datum omni_job_queue(const OmniJob *job, OmniRowVersion *version);
+extern void omni_job_add(OmniJob *job);
 extern bool omni_job_is_unchanged(const OmniRowVersion *version);
 extern Datum omni_job_read(int64 id);
 extern Datum omni_job_read_outcome(int64 id, int64 carrier);

@@ -14,6 +14,7 @@
 
 #include "job.h"
 #include "request.h"
+#include "seen.h"
 #include "status.h"
 #include "wakeup.h"
 #include "workerslot.h"
@@ -77,7 +78,8 @@ omni_refresh_retry(PG_FUNCTION_ARGS)
 }
 
 /*
- * Start or wake the worker if any job has not ended.  Returns whether there is one.
+ * Start or wake the worker if any job has not ended, or there is a watch.  Returns whether
+ * there is such a thing.
  */
 Datum
 omni_refresh_wake(PG_FUNCTION_ARGS)
@@ -88,8 +90,8 @@ omni_refresh_wake(PG_FUNCTION_ARGS)
 	if (omni_in_recovery(&error))
 		omni_error_report(&error, ERROR);
 	omni_tables_require();
-	any = omni_job_any_unfinished();
-	if (any && !omni_worker_wake(&error))
+	any = omni_job_any_unfinished() || omni_watch_any();
+	if (any && !omni_worker_wake(OMNI_WAKE_QUEUE | OMNI_WAKE_WATCHES, &error))
 		omni_error_report(&error, ERROR);
 	PG_RETURN_BOOL(any);
 }

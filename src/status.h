@@ -28,6 +28,7 @@
 #define OMNI_NAME_RELEASED			"released"
 #define OMNI_NAME_RECOVERED			"recovered"
 #define OMNI_NAME_WAITING			"waiting"
+#define OMNI_NAME_CHANGED			"changed"
 
 /* The statuses of a job; SEP stands between two of them. */
 #define OMNI_STATUSES_UNFINISHED(X, SEP) \
@@ -39,7 +40,7 @@
 #define OMNI_EVENTS(X, SEP) \
 	X(REQUESTED) SEP X(SENDING) SEP X(ACCEPTED) SEP X(ATTEMPT_FAILED) SEP X(REFUSED) SEP \
 	X(RATE_LIMITED) SEP X(MERGED) SEP X(RELEASED) SEP X(CANCELED) SEP X(RECOVERED) SEP \
-	X(WAITING) SEP \
+	X(WAITING) SEP X(CHANGED) SEP \
 	X(COMPLETED) SEP X(FAILED) SEP X(UNKNOWN)
 
 /* OMNI_STATUS_PENDING and so on; those from OMNI_STATUS_COMPLETED on are final. */

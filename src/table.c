@@ -1,13 +1,13 @@
 /*-------------------------------------------------------------------------
  *
  * table.c
- *		The two tables of the extension, and how statements on them are run.
+ *		The tables of the extension, and how statements on them are run.
  *
  * Statements are run through SPI and name a table as the catalogs do at that moment.  Each
  * is run with the privileges of its table's owner and no others, and with a search_path of
  * its own, since the owner may have given the table triggers and policies.  These may do
- * what the owner may do, and change settings, but only until the statement ends.  The two
- * tables may have different owners, so no statement uses both.
+ * what the owner may do, and change settings, but only until the statement ends.  The
+ * tables may have different owners, so no statement uses two of them.
  *
  * Only the worker writes to the tables, except when a user's transaction queues or cancels
  * a job.  The functions need a transaction with an active snapshot and SPI connected, and
@@ -53,12 +53,24 @@
 
 static const OmniColumn job_columns[] = {OMNI_JOB_COLUMNS(COLUMN)};
 static const OmniColumn event_columns[] = {OMNI_EVENT_COLUMNS(COLUMN)};
+static const OmniColumn watch_columns[] = {OMNI_WATCH_COLUMNS(COLUMN)};
+static const OmniColumn seen_columns[] = {OMNI_SEEN_COLUMNS(COLUMN)};
 
 OmniTable	omni_job_table = {
 	.name = "omni_refresh_job",.columns = job_columns,.ncolumns = lengthof(job_columns)
 };
 OmniTable	omni_event_table = {
 	.name = "omni_refresh_event",.columns = event_columns,.ncolumns = lengthof(event_columns)
+};
+OmniTable	omni_watch_table = {
+	.name = "omni_refresh_watch",.columns = watch_columns,.ncolumns = lengthof(watch_columns)
+};
+OmniTable	omni_seen_table = {
+	.name = "omni_refresh_watch_seen",.columns = seen_columns,.ncolumns = lengthof(seen_columns)
+};
+
+static OmniTable *const tables[] = {
+	&omni_job_table, &omni_event_table, &omni_watch_table, &omni_seen_table
 };
 
 bool		omni_in_worker = false;
@@ -70,6 +82,7 @@ static OmniTable *last_table;
 static char first_version[MAX_VERSION] = "";
 
 static bool find_extension(Oid *schema, char *version);
+static bool find_tables(void);
 static bool find_table(OmniTable *table);
 static bool lock_table(OmniTable *table);
 static void plan_statement(OmniStatement *statement);
@@ -87,14 +100,27 @@ omni_tables_find(void)
 {
 	Oid			schema;
 
-	if (find_table(&omni_job_table) && find_table(&omni_event_table))
+	if (find_tables())
 		return true;
 	if (!find_extension(&schema, NULL))
 		return false;
-	omni_job_table.oid = get_relname_relid(omni_job_table.name, schema);
-	omni_event_table.oid = get_relname_relid(omni_event_table.name, schema);
-	omni_job_table.checked = omni_event_table.checked = false;
-	return find_table(&omni_job_table) && find_table(&omni_event_table);
+	for (int i = 0; i < lengthof(tables); i++)
+	{
+		tables[i]->oid = get_relname_relid(tables[i]->name, schema);
+		tables[i]->checked = false;
+	}
+	return find_tables();
+}
+
+static bool
+find_tables(void)
+{
+	for (int i = 0; i < lengthof(tables); i++)
+	{
+		if (!find_table(tables[i]))
+			return false;
+	}
+	return true;
 }
 
 /*
@@ -162,13 +188,21 @@ find_table(OmniTable *table)
 }
 
 /*
- * Lock the tables for writing until the end of the transaction.  Never waits: returns false
- * if another session holds a conflicting lock.  Call omni_tables_find() before.
+ * Lock the tables of jobs and events for writing until the end of the transaction.  Never
+ * waits: returns false if another session holds a conflicting lock.  Call omni_tables_find()
+ * before.
  */
 bool
 omni_tables_lock(void)
 {
 	return lock_table(&omni_job_table) && lock_table(&omni_event_table);
+}
+
+/* The same for the tables of watches. */
+bool
+omni_watch_tables_lock(void)
+{
+	return lock_table(&omni_watch_table) && lock_table(&omni_seen_table);
 }
 
 /*
@@ -366,10 +400,11 @@ find_nullable(const OmniTable *table, TupleDesc desc)
 static void
 forget_check(Datum arg, Oid relation)
 {
-	if (!OidIsValid(relation) || relation == omni_job_table.oid)
-		omni_job_table.checked = false;
-	if (!OidIsValid(relation) || relation == omni_event_table.oid)
-		omni_event_table.checked = false;
+	for (int i = 0; i < lengthof(tables); i++)
+	{
+		if (!OidIsValid(relation) || relation == tables[i]->oid)
+			tables[i]->checked = false;
+	}
 }
 
 /* Raise an error about a table that was altered. */
@@ -402,8 +437,6 @@ omni_table_rowtype(OmniTable *table)
 bool
 omni_tables_check(OmniError *error)
 {
-	OmniTable  *tables[] = {&omni_job_table, &omni_event_table};
-
 	for (int i = 0; i < lengthof(tables); i++)
 	{
 		Relation	relation;

@@ -1,8 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * table.h
- *		Shared by the files that access the two tables: table.c, job.c, queue.c
- *		and event.c.
+ *		Shared by the files that access the tables: table.c, job.c, queue.c, event.c
+ *		and seen.c.
  *
  *-------------------------------------------------------------------------
  */
@@ -88,6 +88,37 @@ typedef struct OmniTable
 	X(duration, INTERVALOID, false) \
 	X(detail, TEXTOID, false)
 
+/* The columns of omni_refresh_watch */
+#define OMNI_WATCH_COLUMNS(X) \
+	X(id, UUIDOID, true) \
+	X(server, TEXTOID, true) \
+	X(model_id, UUIDOID, true) \
+	X(branch_id, UUIDOID, false) \
+	X(schemas, TEXTARRAYOID, false) \
+	X(delay, INTERVALOID, true) \
+	X(removals, INTERVALOID, false) \
+	X(cache_policy, TEXTOID, false) \
+	X(requested_by, TEXTOID, true) \
+	X(requested_by_oid, OIDOID, true) \
+	X(requested_at, TIMESTAMPTZOID, true) \
+	X(database, OIDOID, true) \
+	X(owed_hard, BOOLOID, false) \
+	X(owed_schemas, TEXTARRAYOID, false) \
+	X(owed_tables, TEXTARRAYOID, false) \
+	X(job, INT8OID, false) \
+	X(unfinished, BOOLOID, true) \
+	X(failures, INT4OID, true)
+
+/* The columns of omni_refresh_watch_seen */
+#define OMNI_SEEN_COLUMNS(X) \
+	X(watch, UUIDOID, true) \
+	X(schema, TEXTOID, true) \
+	X(relation, TEXTOID, true) \
+	X(leaf, BOOLOID, true) \
+	X(columns, TEXTARRAYOID, true) \
+	X(types, TEXTARRAYOID, true) \
+	X(readers, TEXTARRAYOID, true)
+
 /* Places of the columns in OmniTable and OmniRowValues: OMNI_JOB_id, OMNI_EVENT_id and so on */
 #define OMNI_JOB_PLACE(name, type, required) OMNI_JOB_ ## name,
 #define OMNI_EVENT_PLACE(name, type, required) OMNI_EVENT_ ## name,
@@ -100,6 +131,18 @@ enum
 {
 	OMNI_EVENT_COLUMNS(OMNI_EVENT_PLACE)
 	OMNI_EVENT_NCOLUMNS
+};
+#define OMNI_WATCH_PLACE(name, type, required) OMNI_WATCH_ ## name,
+#define OMNI_SEEN_PLACE(name, type, required) OMNI_SEEN_ ## name,
+enum
+{
+	OMNI_WATCH_COLUMNS(OMNI_WATCH_PLACE)
+	OMNI_WATCH_NCOLUMNS
+};
+enum
+{
+	OMNI_SEEN_COLUMNS(OMNI_SEEN_PLACE)
+	OMNI_SEEN_NCOLUMNS
 };
 
 /* Jobs that agree in these columns may be merged, and share one min_interval. */
@@ -167,6 +210,8 @@ typedef struct OmniOwner
 /* in table.c */
 extern OmniTable omni_job_table;
 extern OmniTable omni_event_table;
+extern OmniTable omni_watch_table;
+extern OmniTable omni_seen_table;
 extern uint64 omni_run(OmniStatement *statement, Datum *values, const char *nulls);
 extern void omni_check_table(OmniTable *table);
 extern void omni_as_owner(OmniTable *table, OmniOwner *before);

@@ -152,7 +152,7 @@ wait_for_end(int64 id, int64 timeout, bool commits, OmniJobState *own, OmniJobSt
 
 		if ((woken == 0 || now - woken >= OMNI_MS(WAKE_ROUND)) && !RecoveryInProgress())
 		{
-			if (!omni_worker_wake(&error) && !complained)
+			if (!omni_worker_wake(OMNI_WAKE_QUEUE, &error) && !complained)
 			{
 				omni_error_report(&error, WARNING);
 				complained = true;

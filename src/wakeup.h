@@ -9,5 +9,6 @@
 #define OMNI_WAKEUP_H
 
 extern void omni_wake_on_commit(void);
+extern void omni_wake_on_change(void);
 
 #endif							/* OMNI_WAKEUP_H */

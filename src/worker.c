@@ -39,6 +39,7 @@
 
 #include "attempt.h"
 #include "clock.h"
+#include "compare.h"
 #include "compat.h"
 #include "dispatch.h"
 #include "ending.h"
@@ -259,15 +260,17 @@ turn(void)
 		worker.prune_at = 0;
 	}
 
+	omni_watches_due();
 	delay = move_on();
 	omni_notify_listeners();
 	omni_report_left_out();
 	delay = Min(delay, prune());
-	if (worker.prune_more)
+	delay = Min(delay, omni_watches_delay());
+	if (worker.prune_more || omni_watches_any_left())
 		worker.busy_at = omni_clock();
 	pgstat_report_stat(false);
 
-	if (dlist_is_empty(&omni_works) && !omni_dispatch_any_left())
+	if (dlist_is_empty(&omni_works) && !omni_dispatch_any_left() && !omni_watches_any_left())
 	{
 		long		idle_left = omni_clock_until(worker.busy_at + OMNI_MS(omni_idle_timeout));
 
@@ -323,7 +326,7 @@ has_work_for_next(void)
 		if (dlist_container(OmniWork, node, iter.cur)->kind->has_job)
 			return true;
 	}
-	return omni_dispatch_any_left();
+	return omni_dispatch_any_left() || omni_watches_any_left();
 }
 
 /* Return whether the caller of any call in flight waits for it. */

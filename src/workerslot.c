@@ -51,7 +51,7 @@
 #include "workerslot.h"
 
 /* Raise the number with each change of the structs below, or of OmniCall */
-#define SHARED_NAME			"omni_refresh layout 7"
+#define SHARED_NAME			"omni_refresh layout 8"
 
 /* Keep the total under 20 kB, which PostgreSQL 16 and older have to spare */
 #define MAX_DATABASES		96
@@ -91,7 +91,7 @@ typedef struct Slot
 {
 	SlotState	state;
 	Oid			database;
-	bool		flag;			/* something was queued */
+	int			flags;			/* OMNI_WAKE_*: what was asked for */
 	int			owner;			/* PGPROC of the worker, or of its starter, or
 								 * NOBODY */
 	int64		made_at;		/* when the state was reached, by omni_clock() */
@@ -110,6 +110,7 @@ typedef struct Shared
 	uint64		generation;		/* of the newest slot */
 	int			launcher;		/* its PGPROC, or NOBODY */
 	ConditionVariable room;		/* some ring was full and no longer is */
+	int64		complained_at;	/* see omni_worker_may_complain() */
 	Slot		slots[MAX_DATABASES];
 } Shared;
 
@@ -136,7 +137,7 @@ static Slot *make_slot(Oid database, SlotState state, int owner);
 static void free_slot(Slot *slot);
 static void set_state(Slot *slot, SlotState state, int owner);
 static bool start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handle);
-static OmniHandOver ensure_worker(Oid database, bool flag, bool at_once, bool leave_at_once,
+static OmniHandOver ensure_worker(Oid database, int flags, bool at_once, bool leave_at_once,
 								  BackgroundWorkerHandle **handle);
 static OmniHandOver start_in_slot(Oid database, int owner, const StartInfo *info,
 								  BackgroundWorkerHandle **handle, Slot **slot);
@@ -154,13 +155,13 @@ static bool lock_on_database(VirtualTransactionId *holder);
 static void leave_slot(int code, Datum arg);
 
 /*
- * Make sure that this database has a worker; with flag, that it reads the queue.  Raises
+ * Make sure that this database has a worker, and that it does what the flags say.  Raises
  * no error.  The slots must be attached.
  */
 OmniHandOver
-omni_worker_ensure(bool flag)
+omni_worker_ensure(int flags)
 {
-	return ensure_worker(MyDatabaseId, flag, false, false, NULL);
+	return ensure_worker(MyDatabaseId, flags, false, false, NULL);
 }
 
 /*
@@ -289,12 +290,12 @@ omni_worker_abandon_call(void)
 
 /*
  * Make sure that a database has a worker, running, starting or resting; no process watches
- * the start.  With flag, have the worker read the queue; with at_once, even if it rests.  If
+ * the start.  Have the worker do what the flags say; with at_once, even if it rests.  If
  * handle is not NULL, sets *handle when a worker was started.  If it is NULL, raises no error,
  * since it may be called after a commit.
  */
 static OmniHandOver
-ensure_worker(Oid database, bool flag, bool at_once, bool leave_at_once,
+ensure_worker(Oid database, int flags, bool at_once, bool leave_at_once,
 			  BackgroundWorkerHandle **handle)
 {
 	StartInfo	info = {
@@ -309,9 +310,9 @@ ensure_worker(Oid database, bool flag, bool at_once, bool leave_at_once,
 		result = start_in_slot(database, NOBODY, &info, handle, &slot);
 	else if (at_once && slot->state == SLOT_RESTING)
 		end_rest(slot);
-	if (flag && result == HANDED_OVER && !slot->flag)
+	if (result == HANDED_OVER && (flags & ~slot->flags) != 0)
 	{
-		slot->flag = true;
+		slot->flags |= flags;
 		if (slot->state == SLOT_RUNNING)
 			omni_set_latch(slot->owner);
 	}
@@ -327,7 +328,7 @@ bool
 omni_worker_launch(Oid database, BackgroundWorkerHandle **handle)
 {
 	omni_workerslots_attach();
-	return ensure_worker(database, false, false, true, handle) == HANDED_OVER;
+	return ensure_worker(database, 0, false, true, handle) == HANDED_OVER;
 }
 
 /* Become the process that starts the workers that could not be started at once. */
@@ -386,17 +387,37 @@ omni_worker_exists(void)
 	return exists;
 }
 
-/* Have the worker read the queue.  Returns false and sets *error if there is no worker. */
+/* Have the worker do what the flags say.  Returns false and sets *error if there is no worker. */
 bool
-omni_worker_wake(OmniError *error)
+omni_worker_wake(int flags, OmniError *error)
 {
 	OmniHandOver result;
 
 	omni_workerslots_attach();
-	result = ensure_worker(MyDatabaseId, true, true, false, NULL);
+	result = ensure_worker(MyDatabaseId, flags, true, false, NULL);
 	if (result != HANDED_OVER)
 		omni_worker_explain(result, NULL, error);
 	return result == HANDED_OVER;
+}
+
+/*
+ * Return true, but not again within a round, whichever process asks: so that what goes wrong
+ * in many sessions is said once.
+ */
+bool
+omni_worker_may_complain(int64 round)
+{
+	int64		now = omni_clock();
+	bool		may;
+
+	if (shared == NULL)
+		return true;
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	may = shared->complained_at == 0 || now - shared->complained_at >= round;
+	if (may)
+		shared->complained_at = now;
+	LWLockRelease(&shared->lock);
+	return may;
 }
 
 /*
@@ -514,7 +535,7 @@ omni_worker_take_slot(void)
 	}
 	else if (!taken)
 	{
-		slot->flag = true;
+		slot->flags |= OMNI_WAKE_QUEUE;
 		if (slot->state == SLOT_RUNNING)
 			omni_set_latch(slot->owner);
 	}
@@ -707,7 +728,7 @@ omni_worker_leave_if_idle(void)
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(worker_database);
-	idle = slot == NULL || (slot->count == 0 && !slot->flag);
+	idle = slot == NULL || (slot->count == 0 && slot->flags == 0);
 	if (idle && slot != NULL)
 	{
 		/* the next worker must not find the lock taken */
@@ -742,7 +763,7 @@ leave_slot(int code, Datum arg)
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(worker_database);
 	if (is_mine(slot) && !omni_ending_is_final() &&
-		(has_work == NULL || slot->flag || has_work()))
+		(has_work == NULL || slot->flags != 0 || has_work()))
 		result = start_successor(slot, locked);
 	else if (is_mine(slot))
 		free_slot(slot);
@@ -822,20 +843,20 @@ report_successor(OmniHandOver result)
 				 errhint("Call omni_refresh_wake() when a background worker can start.")));
 }
 
-/* Return whether a job was queued since the last call of this function. */
+/* Return whether a flag was set since the last call of this function for it. */
 bool
-omni_worker_take_flag(void)
+omni_worker_take_flag(int flag)
 {
 	Slot	   *slot;
-	bool		flag;
+	bool		is_set;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
 	slot = find_slot(worker_database);
-	flag = slot != NULL && slot->flag;
-	if (flag)
-		slot->flag = false;
+	is_set = slot != NULL && (slot->flags & flag) != 0;
+	if (is_set)
+		slot->flags &= ~flag;
 	LWLockRelease(&shared->lock);
-	return flag;
+	return is_set;
 }
 
 /* Remove the oldest call from the ring.  Returns its segment, or DSM_HANDLE_INVALID. */
@@ -872,6 +893,36 @@ omni_workerslots_attach(void)
 {
 	if (shared == NULL)
 		shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
+}
+
+/*
+ * The same without raising an error: returns false if that fails.  For DDL, which must not
+ * fail for lack of shared memory; the subtransaction releases the locks that are held then.
+ */
+bool
+omni_workerslots_try_attach(void)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+
+	if (shared != NULL)
+		return true;
+	BeginInternalSubTransaction(NULL);
+	PG_TRY();
+	{
+		omni_workerslots_attach();
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(context);
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(context);
+	CurrentResourceOwner = owner;
+	return shared != NULL;
 }
 
 static void
@@ -916,7 +967,7 @@ make_slot(Oid database, SlotState state, int owner)
 		{
 			set_state(slot, state, owner);
 			slot->database = database;
-			slot->flag = false;
+			slot->flags = 0;
 			slot->rest = 0;
 			slot->rest_until = 0;
 			slot->generation = ++shared->generation;

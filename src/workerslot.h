@@ -18,6 +18,11 @@
  */
 #define OMNI_UNWATCHED_START	5000
 
+/* What a commit asks the worker for */
+#define OMNI_WAKE_QUEUE		1	/* read the queue */
+#define OMNI_WAKE_WATCHES	2	/* look for changes of tables and columns ... */
+#define OMNI_WAKE_PREPARED	4	/* ... that a prepared transaction has made */
+
 /* The result of handing over a call, or of making sure that there is a worker */
 typedef enum OmniHandOver
 {
@@ -41,12 +46,14 @@ typedef struct OmniWaiter
 /* in backends */
 extern OmniHandOver omni_worker_hand_over(OmniWaiter *waiter);
 extern void omni_workerslots_attach(void);
-extern OmniHandOver omni_worker_ensure(bool flag);
+extern bool omni_workerslots_try_attach(void);
+extern OmniHandOver omni_worker_ensure(int flags);
+extern bool omni_worker_may_complain(int64 round);
 extern void omni_worker_explain(OmniHandOver result, const OmniError *start_error,
 								OmniError *error);
 extern void omni_worker_wait_for_room(void);
 extern void omni_worker_abandon_call(void);
-extern bool omni_worker_wake(OmniError *error);
+extern bool omni_worker_wake(int flags, OmniError *error);
 extern bool omni_worker_exists(void);
 
 /* in the launcher */
@@ -64,7 +71,7 @@ extern void omni_worker_hold(void);
 extern void omni_worker_keep(void);
 extern bool omni_worker_is_unwanted(bool *again);
 extern bool omni_worker_leave_if_idle(void);
-extern bool omni_worker_take_flag(void);
+extern bool omni_worker_take_flag(int flag);
 extern dsm_handle omni_worker_next_call(void);
 
 /* in both */

@@ -55,6 +55,7 @@ SETTINGS = {
     "job_forbidden": (False, True),         # polls are answered 403
     "schemas": ["warehouse.public"],        # those that Omni knows of each model
     "record": (True, False),                # a long benchmark saves memory by only counting
+    "catalog": "",                          # a shell command that prints what the database has; see scan()
 }
 
 # Where the plain http address is, and the file, if any, to which each request is added: as it
@@ -115,6 +116,7 @@ class Omni:
         self.settings = {k: v[0] if isinstance(v, tuple) else v for k, v in SETTINGS.items()}
         self.models = make_models(self.settings["models"])
         self.jobs = {}
+        self.known = {}                     # the model that scan() keeps
         self.windows = defaultdict(deque)   # key: times of the requests that count for its limit
         self.faults = []
         self.requests = []
@@ -255,6 +257,8 @@ class Omni:
         elif branch_id.lower() not in [branch["id"] for branch in model["branches"]]:
             raise Refusal(404, "No such branch of this model")
 
+        if self.settings["catalog"]:
+            self.scan(hard_refresh == "true", *(text and text.split(",") for text in (schemas, tables)))
         status = self.settings["refresh_status"]
         answer = {"modelId": model["id"], "status": status}
         if self.settings["job_id"]:
@@ -267,6 +271,20 @@ class Omni:
             }
             answer["jobId"] = job_id
         return answer
+
+    def scan(self, hard, schemas, tables):
+        """Keeps a model of the database as Omni does: a hard refresh makes it anew, a soft one adds
+        what is new in the schemas and tables given. The command prints lines of a schema, a table,
+        a column and its type, with tabs between them."""
+        run = subprocess.run(self.settings["catalog"], shell=True, check=True, text=True,
+                             stdout=subprocess.PIPE)
+        if hard:
+            self.known = {}
+        for schema, table, column, kind in (line.split("\t") for line in run.stdout.splitlines()):
+            if (schemas is None or schema in schemas) and (tables is None or table in tables):
+                columns = self.known.setdefault(f"{schema}.{table}", {})
+                if column:                  # a table may have none
+                    columns.setdefault(column, kind)
 
     def job_status(self, request, job_id):
         if not UUID.fullmatch(job_id):
@@ -475,6 +493,8 @@ class Server:
                 omni.release()
             elif action == "GET /control/stats":
                 reply = omni.stats
+            elif action == "GET /control/known":
+                reply = omni.known
             elif action == "GET /control/requests":
                 reply = omni.requests
             else:

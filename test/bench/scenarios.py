@@ -277,6 +277,51 @@ def memory():
         show('shared memory of the cluster, kB', [float(shared)], '25')
 
 
+def watch():
+    """DDL beside watches, and what they take to look"""
+    sql('CREATE DATABASE watched')
+    prepare('watched')
+    for number in range(20):
+        sql(f"SELECT omni_refresh_watch(md5('{number}')::uuid, delay => '1 h')", db='watched')
+    until_done('watched')
+
+    def compare(name, text):
+        with pinned():
+            found = interleave(scaled(2000), none=statement(text),
+                               watched=statement(text, db='watched'))
+        show_times(f'{name}: without a watch', found['none'])
+        show_times(f'{name}: with 20', found['watched'])
+        show_ratio('times without', found['watched'], found['none'], aim='1.05')
+
+    compare('a temporary table', 'BEGIN; CREATE TEMP TABLE t (a int) ON COMMIT DROP; COMMIT;')
+    compare('a table made and dropped', 'BEGIN; CREATE TABLE t (a int); DROP TABLE t; COMMIT;')
+
+    sql('SELECT omni_refresh_unwatch(model_id) FROM omni_refresh_watch', db='watched')
+    columns = ', '.join(f'column_{n} {("int", "text", "numeric(10,2)", "timestamptz")[n % 4]}'
+                        for n in range(20))
+    for schema in range(10):
+        sql(f'CREATE SCHEMA s{schema}', f"""DO $$ BEGIN FOR i IN 1 .. {scaled(500)} LOOP
+            EXECUTE format('CREATE TABLE s{schema}.t%s ({columns})', i); END LOOP; END $$""", db='watched')
+    sql('VACUUM ANALYZE', f"SELECT omni_refresh_watch('{MODEL}', delay => '1 s')", db='watched')
+    until_done('watched')
+
+    def look(count):
+        def load():
+            for _ in range(count):
+                before = sql('SELECT max(id) FROM omni_refresh_job', db='watched')
+                sql('CREATE TABLE IF NOT EXISTS public.n (); ALTER TABLE public.n'
+                    f' ADD c{time.monotonic_ns()} int', db='watched')
+                while sql(f"SELECT EXISTS (SELECT FROM omni_refresh_job WHERE id > {before}"
+                          " AND finished_at IS NOT NULL)", db='watched') != 't':
+                    time.sleep(0.05)
+            return 0
+        return measure(count, load, 'watched')
+
+    found = interleave(5, look=look)['look']
+    show(f'a look at {10 * scaled(500):,} tables, ms of worker CPU',
+         [sum(sample.worker) / 1000 for sample in found], '150')
+
+
 def make_hour(db='postgres'):
     """Makes the requests of an hour, and the statistics that autovacuum would make."""
     pgbench(CALL, HOUR, 8, db)
@@ -324,7 +369,7 @@ def history():
 
 SCENARIOS = {'call': call, 'follow': follow, 'connect': connect, 'commit': commit,
              'trigger': trigger, 'answer': answer, 'drain': drain_queue, 'wal': wal,
-             'memory': memory, 'status': status, 'history': history}
+             'memory': memory, 'status': status, 'watch': watch, 'history': history}
 
 
 # Start

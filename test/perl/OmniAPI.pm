@@ -124,6 +124,13 @@ sub stats
 	return $self->control(GET => 'stats');
 }
 
+# Returns the model that the setting "catalog" makes it keep: { "schema.table" => { column => type } }.
+sub known
+{
+	my ($self) = @_;
+	return $self->control(GET => 'known');
+}
+
 # Returns to the state after the start; ends the requests that a fault holds up.
 sub reset
 {

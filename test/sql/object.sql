@@ -6,7 +6,7 @@ SET client_min_messages = warning;
 
 BEGIN;
 CREATE EXTENSION pgtap;
-SELECT plan(99);
+SELECT plan(104);
 
 -- All there is of ours in the catalogs, except for what is pgTAP's, by kind and name
 CREATE VIEW pg_temp.ours AS
@@ -53,9 +53,8 @@ CREATE EXTENSION omni_refresh;
 SELECT is((SELECT (relocatable, superuser, trusted)::text FROM pg_available_extension_versions
 		   WHERE name = 'omni_refresh' AND installed),
 	'(f,t,f)', 'The extension is not relocatable, for superusers, not trusted');
-SELECT is((SELECT extconfig && ARRAY['omni_refresh_job'::regclass, 'omni_refresh_event'::regclass]::oid[]
-		   FROM pg_extension WHERE extname = 'omni_refresh' AND extconfig IS NOT NULL), NULL,
-	'Dumps have neither history nor pending work');
+SELECT is((SELECT extconfig FROM pg_extension WHERE extname = 'omni_refresh'), ARRAY['omni_refresh_watch'::regclass]::oid[],
+	'Dumps have the watches, and neither history nor pending work');
 
 -- The tables
 CREATE FUNCTION pg_temp.columns(tablename regclass) RETURNS TABLE(name text, type text, not_null bool)
@@ -106,6 +105,37 @@ SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_event')$$, $$VAL
 	('duration', 'interval', false),
 	('detail', 'text', false)$$,
 	'omni_refresh_event has the columns of its documentation');
+SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_watch')$$, $$VALUES
+	('id', 'uuid', true),
+	('server', 'text', true),
+	('model_id', 'uuid', true),
+	('branch_id', 'uuid', false),
+	('schemas', 'text[]', false),
+	('delay', 'interval', true),
+	('removals', 'interval', false),
+	('cache_policy', 'text', false),
+	('requested_by', 'text', true),
+	('requested_by_oid', 'oid', true),
+	('requested_at', 'timestamp with time zone', true),
+	('database', 'oid', true),
+	('owed_hard', 'boolean', false),
+	('owed_schemas', 'text[]', false),
+	('owed_tables', 'text[]', false),
+	('job', 'bigint', false),
+	('unfinished', 'boolean', true),
+	('failures', 'integer', true)$$,
+	'omni_refresh_watch has the columns of its documentation');
+SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_watch_seen')$$, $$VALUES
+	('watch', 'uuid', true),
+	('schema', 'text', true),
+	('relation', 'text', true),
+	('leaf', 'boolean', true),
+	('columns', 'text[]', true),
+	('types', 'text[]', true),
+	('readers', 'text[]', true)$$,
+	'omni_refresh_watch_seen has the columns of its documentation');
+SELECT results_eq($$SELECT evtname::text COLLATE "default", evtevent::text COLLATE "default", evtenabled::text, evttags FROM pg_event_trigger$$,
+	$$VALUES ('omni_refresh_watch', 'ddl_command_end', 'D', NULL::text[])$$, 'The event trigger is disabled');
 SELECT col_is_pk(name, 'id', name || ' has the primary key id')
 FROM unnest(ARRAY['omni_refresh_job', 'omni_refresh_event']) AS name;
 SELECT throws_ok(format('INSERT INTO %I (id) VALUES (1)', name), '428C9', NULL,
@@ -150,7 +180,7 @@ CREATE FUNCTION pg_temp.add_event(event text) RETURNS void LANGUAGE sql AS $$
 $$;
 SELECT lives_ok(format('SELECT pg_temp.add_event(%L)', event), format('An event can be %L', event))
 FROM unnest('{requested,sending,accepted,attempt_failed,refused,rate_limited,merged,released,canceled,
-	recovered,waiting,completed,failed,unknown}'::text[]) AS event;
+	recovered,waiting,changed,completed,failed,unknown}'::text[]) AS event;
 SELECT throws_ok(format('SELECT pg_temp.add_event(%L)', event), '23514', NULL, format('An event cannot be %L', event))
 FROM unnest('{"",pending,running,sent}'::text[]) AS event;
 
@@ -230,9 +260,10 @@ CREATE ROLE regress_omni_monitor IN ROLE pg_monitor;
 SELECT results_eq($$
 	SELECT relname::text COLLATE "default", grantee = 0, privilege_type COLLATE "default", is_grantable
 	FROM pg_class, aclexplode(relacl)
-	WHERE relname IN ('omni_refresh_job', 'omni_refresh_event') AND grantee <> relowner
+	WHERE relname ~ '^omni_refresh_(job|event|watch|watch_seen)$' AND grantee <> relowner
 	ORDER BY relname, privilege_type$$,
-	$$VALUES ('omni_refresh_event', true, 'SELECT', false), ('omni_refresh_job', true, 'SELECT', false)$$,
+	$$VALUES ('omni_refresh_event', true, 'SELECT', false), ('omni_refresh_job', true, 'SELECT', false),
+		('omni_refresh_watch', true, 'SELECT', false)$$,
 	'PUBLIC may read the tables; nobody may do more');
 SELECT is_empty($$
 	SELECT oid::regclass FROM pg_class
@@ -243,6 +274,9 @@ SELECT is((SELECT reloptions FROM pg_class WHERE oid = 'omni_refresh_freshness':
 	'omni_refresh_freshness shows everybody what row security does');
 SELECT is(has_function_privilege('regress_omni_bob', 'omni_refresh(uuid, uuid, bool, text[], text[])', 'EXECUTE'),
 	true, 'Everybody may call omni_refresh; what counts is the key');
+SELECT is(string_agg(oid::regprocedure::text, ' ' ORDER BY proname), 'omni_refresh_changes(uuid,uuid) omni_refresh_unwatch(uuid,uuid) omni_refresh_watch(uuid,uuid,text[],interval,interval,text)',
+	'but a watch is not everybody''s')
+FROM pg_proc WHERE proname IN ('omni_refresh_watch', 'omni_refresh_unwatch', 'omni_refresh_changes') AND NOT has_function_privilege('regress_omni_bob', oid, 'EXECUTE');
 
 -- Row security
 SELECT results_eq($$

@@ -20,7 +20,7 @@ my $user = $test->sql('SELECT current_user');
 my $check = 'SELECT json_agg(c) FROM omni_refresh_check() AS c';
 my @way = ('server', 'usage', 'user mapping', 'background worker', 'api key', 'name', 'connection', 'tls', 'answer', 'authorization', 'rate limit', 'model');
 my @settings = map { "omni_refresh.$_" } qw(call_timeout enabled idle_timeout max_in_flight min_interval on_failure retention retry_for server track track_timeout);
-my @rest = ('jobs', 'preload', @settings);
+my @rest = ('jobs', 'watches', 'preload', @settings);
 
 # Runs the check, after some statements; returns its lines, as hash references.
 sub check
