@@ -431,6 +431,8 @@ sub postpone
 		DELETE FROM omni_refresh_job WHERE tables = '{gone}'; COMMIT");
 	my ($next) = transaction(refresh("tables => '{next}'"));
 	until_status($next, 'running', 'many resets wait for it, and keep no refresh of the model waiting');
+	# The statistics of a worker come late; what it has read until now comes before its end.
+	sql("SELECT pg_terminate_backend(" . OmniFault::worker($node) . ", 60000)");
 	look();
 	sub reads { return sql(q{SELECT pg_stat_get_tuples_returned('omni_refresh_job_queue_idx'::regclass)}) }
 	my $before = reads();
