@@ -329,7 +329,7 @@ def watch():
     sql(f"SELECT omni_refresh_watch('{MODEL}', cache_policy => 'daily', quiet => '1 s')", db='watched')
     until_done('watched')
     found = interleave(20, idle=idle)['idle']
-    show(f'a look at the data of {10 * scaled(500):,} tables each second, ms of worker CPU',
+    show(f'a look at data of {10 * scaled(500):,} tables, ms of worker CPU',
          [(sum(sample.worker) - sum(before.worker)) / 1000 for sample, before in zip(found, none)], '20')
 
 

@@ -101,7 +101,9 @@ is(resets('SELECT pg_stat_reset()'), 1, 'statistics that are reset lead to one')
 
 # What does not; our own tables are in a schema that is watched
 
+my $xid = $watch->sql('SELECT pg_snapshot_xmax(pg_current_snapshot())');
 is(resets('SELECT 1'), 0, 'nothing leads to nothing');
+is($watch->sql('SELECT pg_snapshot_xmax(pg_current_snapshot())'), $xid, '... and takes no transaction id');
 is(resets('SELECT count(*) FROM sales.orders; SELECT FROM sales.orders FOR UPDATE; ANALYZE; VACUUM; VACUUM (FREEZE) sales.orders; CHECKPOINT; REINDEX TABLE sales.orders'), 0, 'nor do reading, ANALYZE and VACUUM');
 is(resets('CREATE TEMP TABLE t AS SELECT 1 AS a; INSERT INTO t VALUES (1); TRUNCATE t; SELECT lo_create(0); COMMENT ON TABLE sales.orders IS $$x$$'), 0, 'nor do temporary tables and catalogs');
 is(resets('SELECT FROM ' . $watch->call(schemas => '{sales,later}')), 1, 'of some schemas');
