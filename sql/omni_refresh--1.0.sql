@@ -227,6 +227,8 @@ CREATE TABLE omni_refresh_watch (
 	job				bigint,
 	unfinished		boolean NOT NULL DEFAULT false,
 	failures		int NOT NULL DEFAULT 0,
+	quiet			interval,
+	data_seen		bigint,
 	CONSTRAINT omni_refresh_watch_key UNIQUE NULLS NOT DISTINCT (server, model_id, branch_id)
 );
 COMMENT ON TABLE omni_refresh_watch IS 'the models that are refreshed by themselves when tables or columns have changed';
@@ -250,6 +252,9 @@ COMMENT ON COLUMN omni_refresh_watch.owed_tables IS 'the tables of that refresh;
 COMMENT ON COLUMN omni_refresh_watch.job IS 'the last refresh that the watch has asked for';
 COMMENT ON COLUMN omni_refresh_watch.unfinished IS 'whether that job has not come to its end';
 COMMENT ON COLUMN omni_refresh_watch.failures IS 'how many jobs of the watch in a row have ended without success';
+COMMENT ON COLUMN omni_refresh_watch.quiet IS
+	'for how long no data must have changed before the cache is reset because of them; NULL: it is not';
+COMMENT ON COLUMN omni_refresh_watch.data_seen IS 'a hash of the state of the data that the last reset is for';
 
 /*
  * What Omni was told: a row for each relation, and one without names for the watch itself
@@ -485,11 +490,12 @@ CREATE FUNCTION omni_refresh_watch(
 	schemas pg_catalog.text[] DEFAULT NULL,
 	delay interval DEFAULT '5 s',
 	removals interval DEFAULT '10 min',
-	cache_policy pg_catalog.text DEFAULT NULL)
+	cache_policy pg_catalog.text DEFAULT NULL,
+	quiet interval DEFAULT NULL)
 	RETURNS omni_refresh_watch
 	AS 'MODULE_PATHNAME', 'omni_refresh_watch'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
-COMMENT ON FUNCTION omni_refresh_watch(pg_catalog.uuid, pg_catalog.uuid, pg_catalog.text[], interval, interval, pg_catalog.text) IS
+COMMENT ON FUNCTION omni_refresh_watch(pg_catalog.uuid, pg_catalog.uuid, pg_catalog.text[], interval, interval, pg_catalog.text, interval) IS
 	'has a model refreshed by itself whenever tables or columns have changed; a second call replaces the first';
 
 CREATE FUNCTION omni_refresh_unwatch(
@@ -514,7 +520,7 @@ CREATE FUNCTION omni_refresh_changes(
 COMMENT ON FUNCTION omni_refresh_changes(pg_catalog.uuid, pg_catalog.uuid) IS
 	'what has changed since Omni was told last, and the refresh that a watch asks for because of it: soft, hard or none';
 
-REVOKE EXECUTE ON FUNCTION omni_refresh_watch(pg_catalog.uuid, pg_catalog.uuid, pg_catalog.text[], interval, interval, pg_catalog.text),
+REVOKE EXECUTE ON FUNCTION omni_refresh_watch(pg_catalog.uuid, pg_catalog.uuid, pg_catalog.text[], interval, interval, pg_catalog.text, interval),
 	omni_refresh_unwatch(pg_catalog.uuid, pg_catalog.uuid),
 	omni_refresh_changes(pg_catalog.uuid, pg_catalog.uuid) FROM PUBLIC;
 

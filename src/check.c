@@ -13,6 +13,7 @@
 #include "funcapi.h"
 #include "lib/stringinfo.h"
 #include "miscadmin.h"
+#include "pgstat.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
 #include "utils/timestamp.h"
@@ -422,6 +423,16 @@ check_watch(ReturnSetInfo *result, const OmniWatch *watch)
 	{
 		problem = psprintf("does not ask Omni to remove %d of %d relations that no longer exist", gone, relations);
 		hint = "If they are not to come back, call omni_refresh_watch() again, and request a hard refresh.";
+	}
+	else if (watch->quiet >= 0 && !omni_is_preloaded)
+	{
+		problem = "active, but will not notice changes of data after a start of the server until the background worker runs";
+		hint = "Add omni_refresh to shared_preload_libraries, or call omni_refresh_wake() after each start.";
+	}
+	else if (watch->quiet >= 0 && !pgstat_track_counts)
+	{
+		problem = "active, but notices few changes of data, since track_counts is off";
+		hint = "Set track_counts to on.";
 	}
 	say(result, "watch", problem == NULL, problem == NULL ? NULL : hint, "model %s, server \"%s\": %s",
 		model, NameStr(request->server), problem == NULL ? "active" : problem);

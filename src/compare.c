@@ -16,6 +16,9 @@
  * At most one job of a watch is unfinished.  While it is, Omni may still look, and a further
  * request would have to wait; so the watch waits.
  *
+ * With "quiet", a change of data, too, resets the cache: once in a while, a look of its own
+ * compares one hash of the state of all data with the one that the last reset is for.
+ *
  * Times are those of omni_clock().
  *
  *-------------------------------------------------------------------------
@@ -72,6 +75,13 @@
 #define REMOVALS_MAX		(60 * 60 * 1000)
 #define REMOVALS_DEFAULT	(10 * 60 * 1000)
 
+/* Look at the data of a watch twice within its time of quiet, within these limits, in ms */
+#define DATA_ROUND_MIN		1000
+#define DATA_ROUND_MAX		(60 * 1000)
+
+/* A reset for changes of data waits no longer than this after the first one, in ms */
+#define QUIET_MAX			(60 * 60 * 1000)
+
 /* After a job without success, in ms; doubled up to the maximum */
 #define FAILURE_DELAY		(60 * 1000)
 #define FAILURE_DELAY_MAX	(60 * 60 * 1000)
@@ -88,6 +98,13 @@ typedef struct Watched
 	bool		mostly_gone;	/* so much is missing that it is not asked for */
 	int			missing;		/* relations that the log was told about ... */
 	int64		told_at;		/* ... at this time, or 0 */
+
+	/* data, if the watch has quiet */
+	int64		data_at;		/* the next look at them */
+	int64		data;			/* their state at the last look */
+	int64		data_changed_at;	/* when a look found that to be another
+									 * one */
+	int64		data_waits_at;	/* since when a reset waits, or 0 */
 } Watched;
 
 typedef enum LookStep
@@ -175,6 +192,10 @@ static void advance(void);
 static void finish(void);
 static void tell_mostly_gone(void);
 static bool tell_missing(void *unused);
+static void look_at_data(void);
+static bool compare_data(void *watched);
+static bool is_reset_due(Watched *watched, int64 data);
+static void queue_reset(const OmniWatch *watch, const char *changes);
 static void complain(const OmniError *error, const char *what);
 
 /* Serve the watches as far as it is time to. */
@@ -195,6 +216,8 @@ omni_watches_due(void)
 		follow();
 	if (look.watched == NULL)
 		begin_look();
+	if (look.watched == NULL)
+		look_at_data();
 	if (look.watched != NULL && look.next <= now)
 		go_on();
 }
@@ -217,6 +240,8 @@ omni_watches_delay(void)
 	{
 		Watched    *watched = lfirst(cell);
 
+		if (watched->watch.quiet >= 0)
+			next = Min(next, watched->data_at);
 		if (!watched->watch.unfinished)
 			next = Min(next, Min(Max(watched->look_at, watched->not_before), removals_due(watched)));
 	}
@@ -235,7 +260,7 @@ omni_watches_any_left(void)
 	{
 		Watched    *watched = lfirst(cell);
 
-		if (watched->look_at != OMNI_CLOCK_NEVER || watched->watch.unfinished || watched->watch.owes ||
+		if (watched->look_at != OMNI_CLOCK_NEVER || watched->watch.quiet >= 0 || watched->watch.unfinished || watched->watch.owes ||
 			removals_due(watched) != OMNI_CLOCK_NEVER)
 			return true;
 	}
@@ -728,16 +753,29 @@ ask_for_refresh(OmniWatch *watch, const char *changes)
 	watch->unfinished = true;
 
 	if (request->policy[0] != '\0')
+		queue_reset(watch, NULL);
+	if (watch->quiet >= 0)		/* that reset is for the data, too */
 	{
-		OmniJob		reset = job;
+		int64		seen;
+		bool		is_new;
 
-		reset.id = 0;
-		reset.request.kind = OMNI_KIND_CACHE;
-		reset.request.has_branch = false;
-		reset.request.hard = false;
-		reset.request.schemas = reset.request.tables = NULL;
-		omni_job_add(&reset);
+		watch->has_data = omni_watch_data(&watch->id, &watch->data, &seen, &is_new);
+		look.watched->data_waits_at = 0;
 	}
+}
+
+/* Queue a reset of the cache of a watch, with the changes that it is for, unless a refresh has them. */
+static void
+queue_reset(const OmniWatch *watch, const char *changes)
+{
+	OmniJob		job = {.origin = OMNI_ORIGIN_DDL,.request = watch->request};
+
+	job.request.kind = OMNI_KIND_CACHE;
+	job.request.has_branch = false;
+	job.request.requested_at = GetCurrentTimestamp();
+	omni_job_add(&job);
+	if (changes != NULL)
+		omni_event_add_changed(&job, changes);
 }
 
 /* Return whether more than half of what the memory has is gone, and remains in it. */
@@ -844,6 +882,92 @@ tell_missing(void *unused)
 							   psprintf("not asked for: %d of %d relations no longer exist, which are more than half",
 										look.gone, look.relations));
 	return true;
+}
+
+/* Look at the data of the watches for which that is due. */
+static void
+look_at_data(void)
+{
+	ListCell   *cell;
+
+	foreach(cell, watching.list)
+	{
+		Watched    *watched = lfirst(cell);
+		int64		began = omni_clock();
+		int64		round = Max(Min(watched->watch.quiet / 2, OMNI_MS(DATA_ROUND_MAX)), OMNI_MS(DATA_ROUND_MIN));
+		OmniError	error;
+		OmniTransacted result;
+
+		if (watched->watch.quiet < 0 || watched->data_at > began)
+			continue;
+		pgstat_report_activity(STATE_RUNNING, "looking whether data have changed");
+		result = omni_transact(compare_data, watched, false, &error);
+		if (result == NOT_NOW)
+			round = OMNI_MS(LOCKED_ROUND);
+		else if (result == FAILED)
+		{
+			complain(&error, "could not look for changes of data");
+			round = OMNI_MS(FAILED_ROUND);
+		}
+		pgstat_report_activity(STATE_IDLE, NULL);
+		watched->data_at = omni_clock() + Max(round, PAUSE_FACTOR * (omni_clock() - began));
+	}
+}
+
+/*
+ * The body of the transaction.  Returns false if the tables are locked.  Locks the watch's row
+ * only to change it, since that costs a transaction id.
+ */
+static bool
+compare_data(void *arg)
+{
+	Watched    *watched = arg;
+	OmniWatch	watch;
+	int64		data;
+	int64		seen;
+	bool		is_new;
+
+	if (!omni_tables_find() || !omni_watch_tables_lock() || !omni_tables_lock())
+		return false;
+	if (!omni_watch_data(&watched->watch.id, &data, &seen, &is_new))
+	{
+		watching.known = false;
+		return true;
+	}
+	if (!is_new && data == seen)
+	{
+		watched->data_waits_at = 0;
+		return true;
+	}
+	if (!is_new && !is_reset_due(watched, data))
+		return true;
+	if (!omni_watch_read(&watched->watch.id, &watch))
+		return false;			/* it is gone, or its row is locked */
+	watch.has_data = true;
+	watch.data = data;
+	omni_watch_write(&watch);
+	watched->data_waits_at = 0;
+	if (!is_new)
+	{
+		queue_reset(&watch, "data");
+		omni_dispatch_soon();
+	}
+	return true;
+}
+
+/* Note the state of data that differ from what the last reset is for.  Returns whether to reset now. */
+static bool
+is_reset_due(Watched *watched, int64 data)
+{
+	int64		now = omni_clock();
+
+	if (watched->data_waits_at == 0)
+		watched->data_waits_at = watched->data_changed_at = now;
+	else if (watched->data != data)
+		watched->data_changed_at = now;
+	watched->data = data;
+	return now - watched->data_changed_at >= watched->watch.quiet ||
+		now - watched->data_waits_at >= OMNI_MS(QUIET_MAX);
 }
 
 /*

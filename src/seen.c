@@ -50,6 +50,10 @@
 /* The relations that Omni knows, if they are in a schema that is watched */
 #define RELATIONS \
 	"c.relkind = ANY ('{r,p,v,m,f}') AND c.relpersistence <> 't'"
+#define WATCHED(schemas) \
+	"CASE WHEN " schemas " IS NULL" \
+	"  THEN n.nspname <> 'information_schema' AND NOT starts_with(n.nspname::text, 'pg_')" \
+	"  ELSE n.nspname::text COLLATE \"C\" = ANY (" schemas ") END"
 
 static OmniStatement select_watches = {
 	.table = &omni_watch_table,
@@ -74,10 +78,10 @@ static OmniStatement read_watch = {
 
 static OmniStatement write_watch = {
 	.table = &omni_watch_table,
-	.text = "UPDATE %s SET owed_hard = $2, owed_schemas = $3, owed_tables = $4, job = $5, unfinished = $6, failures = $7"
-	" WHERE id = $1",
-	.nargs = 7,
-	.argtypes = {UUIDOID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, INT8OID, BOOLOID, INT4OID}
+	.text = "UPDATE %s SET owed_hard = $2, owed_schemas = $3, owed_tables = $4, job = $5, unfinished = $6, failures = $7,"
+	" data_seen = $8 WHERE id = $1",
+	.nargs = 8,
+	.argtypes = {UUIDOID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, INT8OID, BOOLOID, INT4OID, INT8OID}
 };
 
 static OmniStatement delete_watch = {
@@ -85,6 +89,27 @@ static OmniStatement delete_watch = {
 	.text = "DELETE FROM %s WHERE id = $1",
 	.nargs = 1,
 	.argtypes = {UUIDOID}
+};
+
+/*
+ * Hash the state of the data of a watch: for each relation its name, its file, which TRUNCATE
+ * and rewrites replace, and the rows that the cumulative statistics have counted.  Neither
+ * ANALYZE nor autovacuum changes any of that.  Leave out our own tables, lest each reset lead
+ * to the next one.  Hash the hash of each row once more, since it
+ * is a sum over the columns, which two tables that swap their names would leave as it is.
+ */
+static OmniStatement select_data = {
+	.table = &omni_watch_table,
+	.read = true,
+	.text = "SELECT (SELECT coalesce(bit_xor(hashint8extended(hash_record_extended(ROW("
+	"   n.nspname, c.relname, c.relispartition, c.oid, c.relfilenode, pg_stat_get_tuples_inserted(c.oid),"
+	"   pg_stat_get_tuples_updated(c.oid), pg_stat_get_tuples_deleted(c.oid)), 0), 0)), 0)"
+	"  FROM pg_class AS c"
+	"  CROSS JOIN LATERAL (SELECT nspname FROM pg_namespace WHERE oid = c.relnamespace OFFSET 0) AS n"
+	"  WHERE " RELATIONS " AND c.oid <> ALL ($2) AND " WATCHED("w.schemas") "), w.data_seen"
+	" FROM %s AS w WHERE w.id = $1",
+	.nargs = 2,
+	.argtypes = {UUIDOID, OIDARRAYOID}
 };
 
 static OmniStatement select_window = {
@@ -122,8 +147,7 @@ static OmniStatement select_differences = {
 	" LEFT JOIN LATERAL (SELECT * FROM %s WHERE watch = $1 AND schema = n.nspname::text COLLATE \"C\""
 	"  AND relation = c.relname::text COLLATE \"C\" OFFSET 0) AS s ON true"
 	" WHERE c.oid > $2 AND c.oid <= $3 AND " RELATIONS
-	"  AND CASE WHEN $4 IS NULL THEN n.nspname <> 'information_schema' AND NOT starts_with(n.nspname::text, 'pg_')"
-	"   ELSE n.nspname::text COLLATE \"C\" = ANY ($4) END"
+	"  AND " WATCHED("$4")
 	"  AND (s.watch IS NULL OR ROW(s.leaf, s.columns, s.types, s.readers)::record"
 	"   *<> ROW(c.relispartition AND c.relkind <> 'p', a.columns, a.types, r.readers)::record)",
 	.nargs = 4,
@@ -256,6 +280,8 @@ decode_watch(int row, OmniWatch *watch)
 	watch->delay = interval_length(DatumGetIntervalP(VALUE(delay, INTERVALOID)));
 	value = VALUE_OR_NULL(removals, INTERVALOID);
 	watch->removals = isnull ? -1 : interval_length(DatumGetIntervalP(value));
+	value = VALUE_OR_NULL(quiet, INTERVALOID);
+	watch->quiet = isnull || request->policy[0] == '\0' ? -1 : interval_length(DatumGetIntervalP(value));
 	watch->database = DatumGetObjectId(VALUE(database, OIDOID));
 	value = VALUE_OR_NULL(owed_hard, BOOLOID);
 	watch->owes = !isnull;
@@ -266,6 +292,9 @@ decode_watch(int row, OmniWatch *watch)
 	watch->job = isnull ? 0 : DatumGetInt64(value);
 	watch->unfinished = DatumGetBool(VALUE(unfinished, BOOLOID));
 	watch->failures = Max(DatumGetInt32(VALUE(failures, INT4OID)), 0);
+	value = VALUE_OR_NULL(data_seen, INT8OID);
+	watch->has_data = !isnull;
+	watch->data = isnull ? 0 : DatumGetInt64(value);
 	watch->triggered = DatumGetBool(omni_value(row, OMNI_WATCH_NCOLUMNS, BOOLOID));
 #undef VALUE
 #undef VALUE_OR_NULL
@@ -298,7 +327,7 @@ interval_length(const Interval *interval)
 
 /* In a backend: add a watch that owes a refresh of all, and return its row, palloc'd. */
 Datum
-omni_watch_add(const OmniWatch *watch, Interval *delay, Interval *removals)
+omni_watch_add(const OmniWatch *watch, Interval *delay, Interval *removals, Interval *quiet)
 {
 	const OmniRequest *request = &watch->request;
 	OmniRowValues row = {0};
@@ -315,6 +344,8 @@ omni_watch_add(const OmniWatch *watch, Interval *delay, Interval *removals)
 	omni_set(&row, OMNI_WATCH_delay, IntervalPGetDatum(delay));
 	if (removals != NULL)
 		omni_set(&row, OMNI_WATCH_removals, IntervalPGetDatum(removals));
+	if (quiet != NULL)
+		omni_set(&row, OMNI_WATCH_quiet, IntervalPGetDatum(quiet));
 	if (request->policy[0] != '\0')
 		omni_set(&row, OMNI_WATCH_cache_policy, CStringGetTextDatum(request->policy));
 	omni_set(&row, OMNI_WATCH_requested_by, CStringGetTextDatum(NameStr(request->requested_by)));
@@ -394,16 +425,16 @@ add_name(ArrayType *names, const char *name)
 	return construct_array(all, count, TEXTOID, -1, false, TYPALIGN_INT);
 }
 
-/* Write what a watch owes, and what has become of its job. */
+/* Write what a watch owes, what has become of its job, and the data that it has seen. */
 void
 omni_watch_write(const OmniWatch *watch)
 {
-	Datum		values[7] = {
+	Datum		values[8] = {
 		UUIDPGetDatum(&watch->id), BoolGetDatum(watch->owes_hard), PointerGetDatum(watch->owed_schemas),
 		PointerGetDatum(watch->owed_tables), Int64GetDatum(watch->job), BoolGetDatum(watch->unfinished),
-		Int32GetDatum(watch->failures)
+		Int32GetDatum(watch->failures), Int64GetDatum(watch->data)
 	};
-	char		nulls[] = "       ";
+	char		nulls[] = "        ";
 
 	if (!watch->owes)
 		nulls[1] = 'n';
@@ -413,7 +444,30 @@ omni_watch_write(const OmniWatch *watch)
 		nulls[3] = 'n';
 	if (watch->job == 0)
 		nulls[4] = 'n';
+	if (!watch->has_data)
+		nulls[7] = 'n';
 	(void) omni_run(&write_watch, values, nulls);
+}
+
+/*
+ * Find out the state of a watch's data as it is now, and as it was seen last, unless the watch
+ * is new.  Returns false if the watch no longer exists.
+ */
+bool
+omni_watch_data(const pg_uuid_t *id, int64 *data, int64 *seen, bool *is_new)
+{
+	Datum		own[] = {
+		ObjectIdGetDatum(omni_job_table.oid), ObjectIdGetDatum(omni_event_table.oid),
+		ObjectIdGetDatum(omni_watch_table.oid), ObjectIdGetDatum(omni_seen_table.oid)
+	};
+	ArrayType  *tables = construct_array(own, lengthof(own), OIDOID, sizeof(Oid), true, TYPALIGN_INT);
+	Datum		values[2] = {UUIDPGetDatum(id), PointerGetDatum(tables)};
+
+	if (omni_run(&select_data, values, NULL) == 0)
+		return false;
+	*data = DatumGetInt64(omni_value(0, 0, INT8OID));
+	*seen = DatumGetInt64(omni_value_or_null(0, 1, INT8OID, is_new));
+	return true;
 }
 
 /* Delete a watch and its memory. */

@@ -22,6 +22,7 @@ typedef struct OmniWatch
 	ArrayType  *schemas;		/* NULL: all but those of the system */
 	int64		delay;			/* in microseconds */
 	int64		removals;		/* likewise, or -1: never */
+	int64		quiet;			/* likewise; not without a policy */
 	Oid			database;
 
 	/* the refresh to ask for next */
@@ -34,6 +35,10 @@ typedef struct OmniWatch
 	int64		job;			/* or 0 */
 	bool		unfinished;
 	int			failures;		/* in a row */
+
+	/* the data that the last reset is for: see omni_watch_data() */
+	bool		has_data;
+	int64		data;
 
 	bool		triggered;		/* the event trigger is enabled */
 } OmniWatch;
@@ -51,10 +56,12 @@ typedef struct OmniSeen
 extern List *omni_watches(void);
 extern bool omni_watch_find(const OmniRequest *request, OmniWatch *watch);
 extern bool omni_watch_read(const pg_uuid_t *id, OmniWatch *watch);
-extern Datum omni_watch_add(const OmniWatch *watch, Interval *delay, Interval *removals);
+extern Datum omni_watch_add(const OmniWatch *watch, Interval *delay, Interval *removals,
+							Interval *quiet);
 extern void omni_watch_owe(OmniWatch *watch, const char *schema, const char *relation);
 extern void omni_watch_owe_all(OmniWatch *watch, bool hard);
 extern void omni_watch_write(const OmniWatch *watch);
+extern bool omni_watch_data(const pg_uuid_t *id, int64 *data, int64 *seen, bool *is_new);
 extern void omni_watch_delete(const OmniWatch *watch);
 extern bool omni_watch_any(void);
 extern bool omni_watch_is_active(const OmniWatch *watch);

@@ -107,7 +107,9 @@ typedef struct OmniTable
 	X(owed_tables, TEXTARRAYOID, false) \
 	X(job, INT8OID, false) \
 	X(unfinished, BOOLOID, true) \
-	X(failures, INT4OID, true)
+	X(failures, INT4OID, true) \
+	X(quiet, INTERVALOID, false) \
+	X(data_seen, INT8OID, false)
 
 /* The columns of omni_refresh_watch_seen */
 #define OMNI_SEEN_COLUMNS(X) \

@@ -25,6 +25,7 @@
 #include "job.h"
 #include "request.h"
 #include "seen.h"
+#include "setting.h"
 #include "wakeup.h"
 #include "workerslot.h"
 
@@ -36,6 +37,7 @@ static void complete(OmniJob *job);
 static void read_policy(FunctionCallInfo fcinfo, OmniJob *job);
 static ArrayType *read_schemas(FunctionCallInfo fcinfo);
 static Interval *read_interval(FunctionCallInfo fcinfo, int argno, const char *name, int64 least);
+static void check_quiet(const OmniRequest *request);
 static bool find_own(const OmniRequest *request, OmniWatch *watch);
 static bool may_manage(const OmniWatch *watch);
 static void show(ReturnSetInfo *result, const char *schema, const char *relation,
@@ -54,6 +56,7 @@ omni_refresh_watch(PG_FUNCTION_ARGS)
 	OmniWatch	replaced;
 	Interval   *delay;
 	Interval   *removals;
+	Interval   *quiet;
 	OmniError	error = {0};
 	Datum		row;
 
@@ -66,9 +69,12 @@ omni_refresh_watch(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 				 errmsg("delay must not be null")));
 	removals = read_interval(fcinfo, 4, "removals", 0);
+	quiet = read_interval(fcinfo, 6, "quiet", MIN_DELAY);
 	if (!omni_job_complete(&job, &error))
 		omni_error_report(&error, ERROR);
 	read_policy(fcinfo, &job);
+	if (quiet != NULL)
+		check_quiet(&job.request);
 
 	watch.request = job.request;
 	watch.id = *DatumGetUUIDP(DirectFunctionCall1(gen_random_uuid, (Datum) 0));
@@ -77,7 +83,7 @@ omni_refresh_watch(PG_FUNCTION_ARGS)
 	if (find_own(&job.request, &replaced))
 		omni_watch_delete(&replaced);
 	omni_seen_begin(&watch);
-	row = SPI_datumTransfer(omni_watch_add(&watch, delay, removals), false, -1);
+	row = SPI_datumTransfer(omni_watch_add(&watch, delay, removals, quiet), false, -1);
 	omni_watch_enable_trigger(true);
 	SPI_finish();
 	omni_wake_on_change();
@@ -249,6 +255,22 @@ read_interval(FunctionCallInfo fcinfo, int argno, const char *name, int64 least)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("%s must be between %d s and 1 h", name, (int) (least / USECS_PER_SEC))));
 	return interval;
+}
+
+/* Check that there is something to reset, and warn if a worker may be missing. */
+static void
+check_quiet(const OmniRequest *request)
+{
+	if (request->policy[0] == '\0')
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("quiet needs a cache policy to reset"),
+				 errhint("Give cache_policy, or set the option \"cache_policy\" of server \"%s\".",
+						 NameStr(request->server))));
+	if (!omni_is_preloaded)
+		ereport(WARNING,
+				(errmsg("changes of data will not be noticed after a start of the server until its background worker runs"),
+				 errhint("Add omni_refresh to shared_preload_libraries, or call omni_refresh_wake() after each start.")));
 }
 
 /* Find the watch of a request, which must be the current user's.  Returns false if there is none. */

@@ -321,6 +321,17 @@ def watch():
     show(f'a look at {10 * scaled(500):,} tables, ms of worker CPU',
          [sum(sample.worker) / 1000 for sample in found], '150')
 
+    # The worker does nothing else meanwhile but what it did before
+    def idle(count):
+        return measure(count, lambda: time.sleep(count) or 0, 'watched')
+
+    none = interleave(20, idle=idle)['idle']
+    sql(f"SELECT omni_refresh_watch('{MODEL}', cache_policy => 'daily', quiet => '1 s')", db='watched')
+    until_done('watched')
+    found = interleave(20, idle=idle)['idle']
+    show(f'a look at data of {10 * scaled(500):,} tables, ms of worker CPU',
+         [(sum(sample.worker) - sum(before.worker)) / 1000 for sample, before in zip(found, none)], '20')
+
 
 def make_hour(db='postgres'):
     """Makes the requests of an hour, and the statistics that autovacuum would make."""

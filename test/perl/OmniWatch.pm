@@ -19,14 +19,15 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-# Options: conf, as OmniFault::node() has it, and the arguments of omni_refresh_watch().
+# Options: conf, as OmniFault::node() has it, or node, and the arguments of omni_refresh_watch().
 sub new
 {
 	my ($class, $name, %options) = @_;
 	my $conf = delete $options{conf} // '';
+	my $node = delete $options{node};
 	my $self = bless {
 		omni => OmniAPI->start,
-		node => OmniFault::node($name, conf => "omni_refresh.min_interval = 0\nmax_prepared_transactions = 4\nclient_min_messages = warning\n$conf"),
+		node => $node // OmniFault::node($name, conf => "omni_refresh.min_interval = 0\nmax_prepared_transactions = 4\nclient_min_messages = warning\n$conf"),
 		options => { delay => '1 s', %options },
 		marks => 0,
 	}, $class;

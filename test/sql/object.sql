@@ -123,7 +123,9 @@ SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_watch')$$, $$VAL
 	('owed_tables', 'text[]', false),
 	('job', 'bigint', false),
 	('unfinished', 'boolean', true),
-	('failures', 'integer', true)$$,
+	('failures', 'integer', true),
+	('quiet', 'interval', false),
+	('data_seen', 'bigint', false)$$,
 	'omni_refresh_watch has the columns of its documentation');
 SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_watch_seen')$$, $$VALUES
 	('watch', 'uuid', true),
@@ -274,7 +276,7 @@ SELECT is((SELECT reloptions FROM pg_class WHERE oid = 'omni_refresh_freshness':
 	'omni_refresh_freshness shows everybody what row security does');
 SELECT is(has_function_privilege('regress_omni_bob', 'omni_refresh(uuid, uuid, bool, text[], text[])', 'EXECUTE'),
 	true, 'Everybody may call omni_refresh; what counts is the key');
-SELECT is(string_agg(oid::regprocedure::text, ' ' ORDER BY proname), 'omni_refresh_changes(uuid,uuid) omni_refresh_unwatch(uuid,uuid) omni_refresh_watch(uuid,uuid,text[],interval,interval,text)',
+SELECT is(string_agg(oid::regprocedure::text, ' ' ORDER BY proname), 'omni_refresh_changes(uuid,uuid) omni_refresh_unwatch(uuid,uuid) omni_refresh_watch(uuid,uuid,text[],interval,interval,text,interval)',
 	'but a watch is not everybody''s')
 FROM pg_proc WHERE proname IN ('omni_refresh_watch', 'omni_refresh_unwatch', 'omni_refresh_changes') AND NOT has_function_privilege('regress_omni_bob', oid, 'EXECUTE');
 
