@@ -95,8 +95,8 @@ static OmniStatement delete_watch = {
  * Hash the state of the data of a watch: for each relation its name, its file, which TRUNCATE
  * and rewrites replace, and the rows that the cumulative statistics have counted.  Neither
  * ANALYZE nor autovacuum changes any of that.  Leave out our own tables, lest each reset lead
- * to the next one.  Hash the hash of each row once more, since it
- * is a sum over the columns, which two tables that swap their names would leave as it is.
+ * to the next one.  Hash the hash of each row once more, since it is a sum over the columns,
+ * which two tables that swap their names would leave as it is.
  */
 static OmniStatement select_data = {
 	.table = &omni_watch_table,
