@@ -1,4 +1,4 @@
-# The recipes of the documentation do what it says; 091_documentation.pl shows that they run.
+# The recipes of the documentation do what it says; 093_documentation.pl shows that they run.
 
 use strict;
 use warnings FATAL => 'all';
