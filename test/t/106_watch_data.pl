@@ -81,7 +81,8 @@ $watch->sql('CREATE SCHEMA other; CREATE TABLE other.t (a int); CREATE TABLE sal
 	CREATE MATERIALIZED VIEW sales.sums AS SELECT count(*) FROM sales.lines;
 	CREATE TABLE sales.days (day int) PARTITION BY LIST (day); CREATE TABLE sales.day1 PARTITION OF sales.days FOR VALUES IN (1); CREATE TABLE sales.day2 (day int);
 	CREATE TABLE sales.blue (a int); CREATE TABLE sales.green (a int);
-	CREATE SCHEMA red; CREATE TABLE red.t (a int); CREATE SCHEMA black; CREATE TABLE black.t (a int)');
+	CREATE SCHEMA red; CREATE TABLE red.t (a int); CREATE SCHEMA black; CREATE TABLE black.t (a int);
+	SELECT pg_stat_force_next_flush()');
 is(resets('SELECT FROM ' . $watch->call), 1, 'a new watch resets once, after its refresh');
 is(resets('INSERT INTO sales.orders SELECT i, i FROM generate_series(1, 1000) AS i'), 1, 'INSERT');
 is($watch->sql(q{SELECT concat_ws(' ', origin, policy, detail, branch_id) FROM omni_refresh_job AS j JOIN omni_refresh_event AS e ON job = j.id WHERE event = 'changed' ORDER BY e.id DESC LIMIT 1}),
