@@ -490,12 +490,11 @@ follow_all(void *unused)
 static void
 follow_job(OmniWatch *watch)
 {
+	OmniJobState own;
 	OmniJobState state;
 	OmniStatus	status = OMNI_STATUS_UNKNOWN;
-	bool		found = omni_job_look(watch->job, &state);
+	bool		found = omni_job_look_carrier(watch->job, &own, &state);
 
-	while (found && state.merged_into != 0 && state.merged_into < state.job.id)
-		found = omni_job_look(state.merged_into, &state);
 	if (found && (!omni_status_find(state.status, &status) || !omni_status_is_final(status)))
 		return;
 	watch->unfinished = false;
@@ -504,7 +503,7 @@ follow_job(OmniWatch *watch)
 	else
 	{
 		watch->failures++;
-		omni_watch_owe_all(watch, found && state.job.request.hard);
+		omni_watch_owe_all(watch, found && state.merged_into == 0 && state.job.request.hard);
 	}
 	omni_watch_write(watch);
 }

@@ -489,6 +489,26 @@ omni_job_look(int64 id, OmniJobState *state)
 	return true;
 }
 
+/*
+ * Read a job and its carrier: the job itself unless it was merged.  Returns false if there is
+ * no such job.
+ *
+ * A carrier has the lower number: rows written by hand must not make this loop for ever.
+ */
+bool
+omni_job_look_carrier(int64 id, OmniJobState *own, OmniJobState *carrier)
+{
+	OmniJobState next;
+
+	if (!omni_job_look(id, own))
+		return false;
+	*carrier = *own;
+	while (carrier->merged_into != 0 && carrier->merged_into < carrier->job.id &&
+		   omni_job_look(carrier->merged_into, &next))
+		*carrier = next;
+	return true;
+}
+
 static ArrayType *
 keep_list(ArrayType *list)
 {

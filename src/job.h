@@ -144,6 +144,7 @@ extern Datum omni_job_read(int64 id);
 extern Datum omni_job_read_outcome(int64 id, int64 carrier);
 extern int64 omni_job_last_retry(const OmniJob *job);
 extern bool omni_job_look(int64 id, OmniJobState *state);
+extern bool omni_job_look_carrier(int64 id, OmniJobState *own, OmniJobState *carrier);
 extern Oid	omni_job_owner(void);
 extern bool omni_job_count(OmniJobCounts *counts);
 extern Datum omni_job_form(const OmniJob *job, const char *status,

@@ -253,20 +253,10 @@ omni_job_find(int64 id, OmniUse use, OmniJobState *own, OmniJobState *carrier)
 static bool
 look(int64 id, OmniJobState *own, OmniJobState *carrier)
 {
-	OmniJobState next;
 	bool		found;
 
 	SPI_connect();
-	found = omni_job_look(id, own);
-	*carrier = *own;
-
-	/*
-	 * a carrier has the lower number: rows written by hand must not make this
-	 * loop for ever
-	 */
-	while (found && carrier->merged_into != 0 && carrier->merged_into < carrier->job.id &&
-		   omni_job_look(carrier->merged_into, &next))
-		*carrier = next;
+	found = omni_job_look_carrier(id, own, carrier);
 	SPI_finish();
 	return found;
 }
