@@ -145,5 +145,5 @@ END
 
 $node->stop('fast');
 OmniLife::clean($node, 'the log is clean', qr/ERROR:  refresh \d+ is failed/,
-	qr/server "omni" does not exist/, qr/HTTP status 40[14]/);
+	qr/server "omni" does not exist/, qr/HTTP status 40[14]/, qr/terminating background worker "pg_cron launcher"/);
 done_testing();

@@ -296,7 +296,8 @@ hold(1);
 is(recipe(), '', '... and nothing is left to be repeated');
 is(sql(q{SELECT string_agg(status, ' ' ORDER BY id) FROM omni_refresh_job WHERE id > } . $again[-1]), 'accepted accepted completed', '... since all is done');
 my @requests = $omni->requests;
-is(join(' ', sort map { $_->{query} || 'reset' } @requests[ $before .. $#requests ]),
+# libcurl 8 escapes in capitals
+is(join(' ', sort map { lc($_->{query} || 'reset') } @requests[ $before .. $#requests ]),
 	'hard_refresh=false&schemas=a%2cb%2cd hard_refresh=false&schemas=c reset', '... by three requests, for what was merged, too');
 
 # A revoked key, and the rest: each case is what has failed, what else there is, and whether it is repeated.
