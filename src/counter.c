@@ -71,7 +71,6 @@ static List *pending = NIL;		/* in TopTransactionContext */
 
 static bool may_count(void);
 static void attach_shared(void);
-static bool attach_safely(void);
 static void init_shared(OMNI_SHARED_INIT_ARGS);
 static Pending *find_pending(Oid server, SubTransactionId subtransaction);
 static Pending *begin_pending(Oid server);
@@ -148,17 +147,21 @@ may_count(void)
 {
 	static bool tried = false;
 	static bool can = false;
+	OmniError	error;
 
-	if (!tried)
+	if (tried)
+		return can;
+	tried = true;
+	can = omni_error_try(attach_shared, &error);
+	if (can)
 	{
-		tried = true;
-		can = attach_safely();
-		if (can)
-		{
-			RegisterXactCallback(at_transaction_end, NULL);
-			RegisterSubXactCallback(at_subtransaction_end, NULL);
-		}
+		RegisterXactCallback(at_transaction_end, NULL);
+		RegisterSubXactCallback(at_subtransaction_end, NULL);
 	}
+	else
+		ereport(LOG,
+				(errcode(error.sqlstate),
+				 errmsg("could not attach the counters of omni_refresh: %s", error.message)));
 	return can;
 }
 
@@ -167,37 +170,6 @@ attach_shared(void)
 {
 	if (shared == NULL)
 		shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
-}
-
-/*
- * Attach in a subtransaction, since an error leaves locks behind.  Returns false, after a
- * message in the log, if there is an error.
- */
-static bool
-attach_safely(void)
-{
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-	OmniError	error;
-
-	BeginInternalSubTransaction(NULL);
-	PG_TRY();
-	{
-		attach_shared();
-		ReleaseCurrentSubTransaction();
-	}
-	PG_CATCH();
-	{
-		omni_error_catch(&error, context);
-		RollbackAndReleaseCurrentSubTransaction();
-		ereport(LOG,
-				(errcode(error.sqlstate),
-				 errmsg("could not attach the counters of omni_refresh: %s", error.message)));
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(context);
-	CurrentResourceOwner = owner;
-	return shared != NULL;
 }
 
 static void

@@ -8,8 +8,10 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "mb/pg_wchar.h"
 #include "utils/elog.h"
+#include "utils/resowner.h"
 
 #include "error.h"
 
@@ -75,6 +77,35 @@ omni_error_catch(OmniError *error, MemoryContext context)
 	if (data->hint != NULL)
 		omni_error_hint(error, "%s", data->hint);
 	FreeErrorData(data);
+}
+
+/*
+ * Call a function that may raise an error.  If it does, copy the error into *error, release
+ * the locks and the like that the function has left behind, and return false.
+ */
+bool
+omni_error_try(void (*function) (void), OmniError *error)
+{
+	MemoryContext context = CurrentMemoryContext;
+	ResourceOwner owner = CurrentResourceOwner;
+	volatile bool success = false;
+
+	BeginInternalSubTransaction(NULL);
+	PG_TRY();
+	{
+		function();
+		ReleaseCurrentSubTransaction();
+		success = true;
+	}
+	PG_CATCH();
+	{
+		omni_error_catch(error, context);
+		RollbackAndReleaseCurrentSubTransaction();
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(context);
+	CurrentResourceOwner = owner;
+	return success;
 }
 
 /* Report an error at the given level of ereport(). */

@@ -30,6 +30,7 @@ extern void omni_error_detail(OmniError *error,
 extern void omni_error_hint(OmniError *error,
 							const char *format,...) pg_attribute_printf(2, 3);
 extern void omni_error_catch(OmniError *error, MemoryContext context);
+extern bool omni_error_try(void (*function) (void), OmniError *error);
 extern void omni_error_report(const OmniError *error, int elevel);
 extern char *omni_error_text(const OmniError *error);
 

@@ -45,13 +45,12 @@ omni_wake_on_commit(void)
 void
 omni_wake_on_change(void)
 {
+	OmniError	error;
+
 	if ((wanted & OMNI_WAKE_WATCHES) != 0)
 		return;
-	if (!omni_workerslots_try_attach())
+	if (!omni_error_try(omni_workerslots_attach, &error))
 	{
-		OmniError	error;
-
-		omni_error_set(&error, ERRCODE_OUT_OF_MEMORY, "could not attach shared memory");
 		complain(&error);
 		return;
 	}

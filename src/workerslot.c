@@ -32,7 +32,6 @@
  */
 #include "postgres.h"
 
-#include "access/xact.h"
 #include "catalog/pg_database.h"
 #include "miscadmin.h"
 #include "postmaster/bgworker.h"
@@ -401,22 +400,24 @@ omni_worker_wake(int flags, OmniError *error)
 }
 
 /*
- * Return true, but not again within a round, whichever process asks: so that what goes wrong
- * in many sessions is said once.
+ * Return true, but not again within a round, whichever process asks, so that what goes wrong
+ * in many sessions is logged once.  Without shared memory it is once for each process.
  */
 bool
 omni_worker_may_complain(int64 round)
 {
+	static int64 own = 0;
+	int64	   *complained_at = shared != NULL ? &shared->complained_at : &own;
 	int64		now = omni_clock();
 	bool		may;
 
-	if (shared == NULL)
-		return true;
-	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	may = shared->complained_at == 0 || now - shared->complained_at >= round;
+	if (shared != NULL)
+		LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	may = *complained_at == 0 || now - *complained_at >= round;
 	if (may)
-		shared->complained_at = now;
-	LWLockRelease(&shared->lock);
+		*complained_at = now;
+	if (shared != NULL)
+		LWLockRelease(&shared->lock);
 	return may;
 }
 
@@ -893,36 +894,6 @@ omni_workerslots_attach(void)
 {
 	if (shared == NULL)
 		shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
-}
-
-/*
- * The same without raising an error: returns false if that fails.  For DDL, which must not
- * fail for lack of shared memory; the subtransaction releases the locks that are held then.
- */
-bool
-omni_workerslots_try_attach(void)
-{
-	MemoryContext context = CurrentMemoryContext;
-	ResourceOwner owner = CurrentResourceOwner;
-
-	if (shared != NULL)
-		return true;
-	BeginInternalSubTransaction(NULL);
-	PG_TRY();
-	{
-		omni_workerslots_attach();
-		ReleaseCurrentSubTransaction();
-	}
-	PG_CATCH();
-	{
-		MemoryContextSwitchTo(context);
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(context);
-	CurrentResourceOwner = owner;
-	return shared != NULL;
 }
 
 static void

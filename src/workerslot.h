@@ -46,7 +46,6 @@ typedef struct OmniWaiter
 /* in backends */
 extern OmniHandOver omni_worker_hand_over(OmniWaiter *waiter);
 extern void omni_workerslots_attach(void);
-extern bool omni_workerslots_try_attach(void);
 extern OmniHandOver omni_worker_ensure(int flags);
 extern bool omni_worker_may_complain(int64 round);
 extern void omni_worker_explain(OmniHandOver result, const OmniError *start_error,
