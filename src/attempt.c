@@ -494,7 +494,10 @@ begun(OmniWork *work)
 
 	if (work->row != OMNI_ROW_OURS && work->call == NULL)
 	{
-		/* another session has changed the row, or is about to */
+		/*
+		 * another session has changed the row, or is about to, or a refresh
+		 * holds the reset
+		 */
 		omni_dispatch_by(omni_clock() + OMNI_MS(OMNI_LOCAL_DELAY));
 		omni_work_end(work);
 	}

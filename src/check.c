@@ -292,7 +292,10 @@ report_schemas(ReturnSetInfo *result, const List *unknown, int all)
 
 	if (unknown == NIL)
 	{
-		say(result, "schemas", true, NULL, "Omni knows all %d schemas with tables or views of this database", all);
+		if (all == 0)
+			say(result, "schemas", true, NULL, "this database has no schemas with tables or views");
+		else
+			say(result, "schemas", true, NULL, "Omni knows all %d schemas with tables or views of this database", all);
 		return;
 	}
 	initStringInfo(&names);

@@ -108,11 +108,14 @@ static TimestampTz to_finite(TimestampTz time);
  * Record that a job is about to be sent to a URL, which contains no secret.  Commit
  * before sending the request, so that a crash cannot hide the attempt, and count the
  * attempt in job->attempts then.  Returns false if the job is no longer pending.
+ *
+ * Its time is that of the transaction's start.  So whatever was committed before that time was
+ * seen when the row was locked, such as a refresh that holds a reset; see omni_job_lock().
  */
 bool
 omni_job_begin(OmniJob *job, const char *url)
 {
-	TimestampTz now = GetCurrentTimestamp();
+	TimestampTz now = GetCurrentTransactionStartTimestamp();
 	OmniEvent	sending = {
 		.occurred_at = now,
 		.event = OMNI_NAME_SENDING,

@@ -77,26 +77,27 @@
 	"  ORDER BY " QUEUE_ORDER " LIMIT " limit ") AS job WHERE " DUE ")"
 
 /*
- * The refreshes for which resets wait: the number of the first one, and of the first one
- * that was never tried or may have reached Omni.  Those of any branch count, since the cache
- * belongs to the model, and those of calls.  Refreshes that are running since $4 or longer do
- * not; so many of one model are not to be expected that the limit matters.  BETWEEN, in
- * place of "=", keeps the planner from reading the primary key in order of id.
+ * The first refresh for which resets wait, by its number.  Those of any branch count, since
+ * the cache belongs to the model, and those of calls.  Refreshes that are running since $4 or
+ * longer do not; the inner LIMIT bounds how many of them are read.  BETWEEN, in place of "=",
+ * keeps the planner from reading the primary key in order of id.
  */
 #define HOLDING(role, server, model) \
-	"(SELECT min(id) AS first, min(id) FILTER (WHERE status <> " OMNI_SQL(PENDING) " OR attempts = 0) AS first_untried" \
-	" FROM (SELECT id, status, attempts, sent_at FROM %s AS refresh WHERE " REFRESHING \
+	"(SELECT (SELECT id FROM (SELECT id, status, sent_at FROM %s AS refresh WHERE " REFRESHING \
 	"  AND requested_by_oid = " role " AND server = " server " AND model_id BETWEEN " model " AND " model \
-	"  ORDER BY " LANE ", id LIMIT 100) AS refresh" \
-	" WHERE (status = " OMNI_SQL(RUNNING) " AND sent_at <= $4) IS NOT TRUE) AS holding"
+	"  ORDER BY " LANE ", id LIMIT 10000) AS refresh WHERE " HOLDS("$4") " LIMIT 1) AS first) AS holding"
+
+/* Whether an unfinished refresh holds the resets behind it: it is not running since a time or longer. */
+#define HOLDS(since)		"(status = " OMNI_SQL(RUNNING) " AND sent_at <= " since ") IS NOT TRUE"
+
+/* Whether a reset is free: no refresh with a lower number holds it. */
+#define FREE				"coalesce(id < first, true)"
 
 /*
- * Whether a reset is free: no refresh with a lower number holds it.  A refresh that is
- * retried goes on as long as newer ones are merged into it, so one that is pending holds no
- * reset that is older than retry_for ($5).
+ * Whether a refresh was tried, and is older than retry_for ($5).  Do not have it carry newer
+ * ones: it would go on for as long as they come, and hold resets for as long.
  */
-#define FREE \
-	"(coalesce(id < first, true) OR (requested_at < $5 AND coalesce(id < first_untried, true)))"
+#define WORN_OUT			"(kind = 'schema' AND attempts > 0 AND requested_at < $5)"
 
 /* Resets to read of a head, to find those that are free */
 #define RESETS				"64"
@@ -232,8 +233,8 @@ static OmniStatement select_sets = {
 	.text = "WITH due AS ("
 	"  SELECT job.*, count(*) OVER alike AS number,"
 	"   bool_or(coalesce(hard, true) OR (schemas IS NULL AND tables IS NULL)) OVER alike AS whole"
-	"  FROM " DUE_OF_HEADS("id, database, hard, schemas, tables, requested_at, run_at, " ALIKE)
-	"  WHERE database = $1 WINDOW alike AS (PARTITION BY " ALIKE ")"
+	"  FROM " DUE_OF_HEADS("id, database, hard, schemas, tables, requested_at, run_at, attempts, " ALIKE)
+	"  WHERE database = $1 AND NOT " WORN_OUT " WINDOW alike AS (PARTITION BY " ALIKE ")"
 	" ), sets AS ("
 	"  SELECT *, CASE WHEN whole THEN '' WHEN tables IS NULL THEN 'schemas'"
 	"   WHEN schemas IS NULL THEN 'tables' ELSE"
@@ -263,12 +264,19 @@ static OmniStatement unite_jobs = {
 	.argtypes = {INT8ARRAYOID, BOOLOID}
 };
 
-/* Lock pending jobs, except rows that another session has locked. */
+/*
+ * Lock pending jobs, except rows that another session has locked, and queued resets that a
+ * refresh holds by now ($2): it may have been committed since they were found to be free.
+ */
 static OmniStatement lock_jobs = {
 	.table = &omni_job_table,
-	.text = "SELECT id FROM %s WHERE id = ANY ($1) AND " IS_PENDING " FOR NO KEY UPDATE SKIP LOCKED",
-	.nargs = 1,
-	.argtypes = {INT8ARRAYOID}
+	.text = "SELECT id FROM %s AS job WHERE id = ANY ($1) AND " IS_PENDING
+	" AND NOT (kind = 'cache' AND origin <> 'call' AND EXISTS (SELECT FROM %s AS refresh WHERE " REFRESHING
+	"  AND (requested_by_oid, server) = (job.requested_by_oid, job.server)"
+	"  AND model_id BETWEEN job.model_id AND job.model_id AND id < job.id AND " HOLDS("$2") "))"
+	" FOR NO KEY UPDATE SKIP LOCKED",
+	.nargs = 2,
+	.argtypes = {INT8ARRAYOID, TIMESTAMPTZOID}
 };
 
 /* Find pending jobs, locked or not. */
@@ -420,7 +428,8 @@ static void delete_old(Datum ids);
 /*
  * Lock pending jobs until the end of the transaction, without waiting.  Returns a palloc'd
  * array with an element for each of ids: whether the job's row is locked by us, locked by
- * another session, or gone, that is, no longer pending or deleted.
+ * another session, or gone, that is, no longer pending or deleted.  A queued reset that a
+ * refresh holds counts as locked.
  */
 OmniRow *
 omni_job_lock(const int64 *ids, int count)
@@ -428,7 +437,10 @@ omni_job_lock(const int64 *ids, int count)
 	OmniRow    *rows = palloc(count * sizeof(OmniRow));
 	OmniStatement *statements[] = {&lock_jobs, &look_for_jobs};
 	OmniRow		meanings[] = {OMNI_ROW_OURS, OMNI_ROW_LOCKED};
-	Datum		values[1] = {PointerGetDatum(omni_bigints(ids, count))};
+	Datum		values[2] = {
+		PointerGetDatum(omni_bigints(ids, count)),
+		TimestampTzGetDatum(omni_earliest_now() - HOLD_RUNNING)
+	};
 	int			found = 0;
 
 	for (int i = 0; i < count; i++)
@@ -611,7 +623,7 @@ set_due(Datum *values)
 	values[2] = TimestampTzGetDatum(now + longest + USECS_PER_MINUTE);
 }
 
-/* Set $1 to $5, which DUE, HOLDING and FREE use. */
+/* Set $1 to $5, which DUE, HOLDING and WORN_OUT use. */
 static void
 set_free(Datum *values)
 {

@@ -365,18 +365,70 @@ sub postpone
 	is(sql("SELECT attempts FROM omni_refresh_job WHERE id = $reset"), '2', '... with success');
 }
 
-# A refresh that is retried for newer ones: it holds no reset for longer than retry_for.
+# A refresh that was tried and is older than retry_for, as after a long rest of the server: it holds resets until
+# its last attempt, and goes on for no newer ones, which would make the resets wait for ever.
 
 {
 	begin();
 	fails('refresh$');
 	my ($refresh, $reset) = transaction(refresh(), reset_p());
 	postpone($refresh);
-	held($reset, 'behind it');
-	sql("UPDATE omni_refresh_job SET requested_at = requested_at - interval '1 d' WHERE id = $reset; SELECT omni_refresh_wake()");
-	until_status($reset, 'completed', '... for ever: no reset waits for it longer than retry_for');
-	is(sql("SELECT status FROM omni_refresh_job WHERE id = $refresh"), 'pending', '... while it is pending');
-	sql("SELECT omni_refresh_cancel($refresh)");
+	sql("UPDATE omni_refresh_job SET requested_at = requested_at - interval '25 h' WHERE id IN ($refresh, $reset); SELECT omni_refresh_wake()");
+	held($reset, 'behind it, older than retry_for');
+	my ($newer) = transaction("UPDATE omni_refresh_job SET run_at = now() WHERE id = $refresh", refresh());
+	until_status($reset, 'completed', '... until it ends');
+	is(sql("SELECT status FROM omni_refresh_job WHERE id = $refresh"), 'failed', '... as failed, at its next attempt');
+	follows($reset, $refresh, '... which the reset follows');
+	is(sql("SELECT merged_into FROM omni_refresh_job WHERE id = $newer"), '', '... and a newer one goes on alone');
+	sql("SELECT omni_refresh_cancel($newer)");
+}
+
+# Behind many refreshes that have been running for too long
+
+{
+	begin();
+	sql("INSERT INTO omni_refresh_job (status, model_id, kind, hard, server, origin, requested_by, requested_by_oid, requested_at, run_at, sent_at, attempts, job_id, database)
+		SELECT 'running', '$model', 'schema', true, 'omni', 'on_commit', current_user, current_user::regrole, now(), now() + interval '50 min',
+			now() - interval '20 min', 1, gen_random_uuid(), oid FROM pg_database, generate_series(1, 200) WHERE datname = current_database()");
+	my ($before) = transaction(reset_p());
+	until_status($before, 'completed', 'two hundred refreshes that have been running for 20 minutes hold no reset');
+	my ($refresh, $reset) = transaction(refresh(), reset_p());
+	until_status($refresh, 'running', '... one behind them runs');
+	held($reset, '... and does');
+	end_refreshes();
+	until_status($reset, 'completed', '... to its end');
+}
+
+# A refresh with a lower number that commits after the worker has found the reset free: a trigger keeps the worker
+# at the end of the transaction in which it has.
+
+{
+	begin();
+	sql(q{CREATE TABLE gate AS SELECT; CREATE FUNCTION wait_at_gate() RETURNS trigger LANGUAGE plpgsql AS $$
+		BEGIN
+			WHILE EXISTS (SELECT FROM public.gate) LOOP PERFORM pg_sleep(0.05); END LOOP;
+			RETURN NEW;
+		END $$;
+		CREATE TRIGGER gate BEFORE INSERT ON omni_refresh_event FOR EACH ROW WHEN (NEW.event = 'merged' AND NEW.detail ~ '^carries') EXECUTE FUNCTION wait_at_gate()});
+	my $session = OmniLife::session($node, 'postgres');
+	my ($refresh) = transaction(refresh());
+	until_status($refresh, 'running', 'a refresh runs');
+	my ($late) = $session->query('BEGIN; ' . refresh("tables => '{a}'"));
+	my ($reset, $merged) = map { (transaction(reset_p()))[0] } 1, 2;
+	held($reset, 'after it, and another one is requested before the resets');
+	sql("UPDATE omni_refresh_job SET sent_at = sent_at - interval '15 min' WHERE id = $refresh; SELECT omni_refresh_wake()");
+	until_sql('the worker finds the resets free', "count(*) = 1 FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker' AND wait_event = 'PgSleep'");
+	$session->query('COMMIT');
+	$session->quit;
+	sql('DELETE FROM gate');
+	until_status($late, 'running', '... and then the other refresh is committed');
+	look();
+	is(sql("SELECT status, attempts FROM omni_refresh_job WHERE id = $reset"), 'pending|0', '... for which the reset waits after all');
+	is(sql("SELECT merged_into FROM omni_refresh_job WHERE id = $merged"), $reset, '... with the one that it carries');
+	sql('DROP TRIGGER gate ON omni_refresh_event; DROP FUNCTION wait_at_gate(); DROP TABLE gate');
+	end_refreshes();
+	until_status($reset, 'completed', '... to its end');
+	follows($reset, $late, '... as it should');
 }
 
 # A crash

@@ -64,6 +64,8 @@ for my $case ([ qq({"records": [1, {"id": 2}, {"id": "$model", "name": "found"}]
 
 # The schemas
 
+$omni->reset;
+is(line('schemas'), 'ok: this database has no schemas with tables or views', 'a database without tables');
 $test->sql(q{
 	CREATE SCHEMA sales; CREATE SCHEMA "Odd. name"; CREATE SCHEMA empty; CREATE SCHEMA views; CREATE SCHEMA "APPLES"; CREATE SCHEMA functions;
 	CREATE TABLE sales.orders (); CREATE TABLE "Odd. name".t (); CREATE VIEW views.v AS SELECT 1; CREATE MATERIALIZED VIEW "APPLES".m AS SELECT 1;
