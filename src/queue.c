@@ -87,7 +87,7 @@
 	"  AND requested_by_oid = " role " AND server = " server " AND model_id BETWEEN " model " AND " model \
 	"  ORDER BY " LANE ", id LIMIT 10000) AS refresh WHERE " HOLDS("$4") " LIMIT 1) AS first) AS holding"
 
-/* Whether an unfinished refresh holds the resets behind it: it is not running since a time or longer. */
+/* Whether an unfinished refresh holds the resets behind it.  One that has been running for too long does not. */
 #define HOLDS(since)		"(status = " OMNI_SQL(RUNNING) " AND sent_at <= " since ") IS NOT TRUE"
 
 /* Whether a reset is free: no refresh with a lower number holds it. */
