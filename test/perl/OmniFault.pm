@@ -12,6 +12,7 @@ use strict;
 use warnings FATAL => 'all';
 
 use IPC::Run ();
+use OmniNode;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -34,7 +35,7 @@ EOF
 sub node
 {
 	my ($name, %options) = @_;
-	my $node = PostgreSQL::Test::Cluster->new($name);
+	my $node = OmniNode->new($name);
 
 	$node->init(extra => $options{initdb} // [ '--encoding=UTF8', '--no-locale' ]);
 	$node->append_conf('postgresql.conf', "lc_messages = 'C'\nomni_refresh.track = off\n"

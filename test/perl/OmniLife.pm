@@ -47,6 +47,7 @@ sub send
 {
 	my ($self, $sql) = @_;
 
+	local $SIG{PIPE} = 'IGNORE';	# psql may have exited
 	truncate($self->{$_}, 0) for 'out', 'err';
 	$self->{in}->print("$sql;\n\\echo <end>\n\\warn <end>\n");
 	return;
@@ -57,17 +58,17 @@ sub answer
 {
 	my ($self) = @_;
 	my $end = time + $PostgreSQL::Test::Utils::timeout_default;
-	my $exited = 0;
 	my @texts;
 
 	local ($!, $?);
-	do
+	while (1)
 	{
-		$exited ||= waitpid($self->{psql}, WNOHANG) != 0;
+		$self->{exited} ||= waitpid($self->{psql}, WNOHANG) != 0;
 		@texts = map { slurp_file($_) } @$self{qw(out err)};
+		last if $self->{exited} || 2 == grep { /^<end>\n\z/m } @texts;
 		die 'no answer' if time > $end;
 		select(undef, undef, undef, 0.005);
-	} while (!$exited && grep { !s/^<end>\n\z//m } @texts);
+	}
 	s/^<end>\n\z//m for @texts;
 	chomp @texts;
 	return @texts;
@@ -141,7 +142,7 @@ sub until_true
 
 	while (!($result = $function->()) && time < $end)
 	{
-		select(undef, undef, undef, 0.02);
+		select(undef, undef, undef, 0.1);
 	}
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 	return ok($result, $name);

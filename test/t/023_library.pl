@@ -13,6 +13,7 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniNode;
 
 my $omni = OmniAPI->start;
 my $refresh = q{SELECT status FROM omni_refresh('} . $omni->model . q{')};
@@ -42,7 +43,7 @@ sub replace
 	return;
 }
 
-my $node = PostgreSQL::Test::Cluster->new('library', install_path => $installation);
+my $node = OmniNode->new('library', install_path => $installation);
 $node->init(extra => [ '--encoding=UTF8', '--no-locale' ]);
 $node->append_conf('postgresql.conf', <<END);
 restart_after_crash = on

@@ -11,11 +11,12 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniNode;
 
 my $omni = OmniAPI->start;
 my ($installation, undef, $share) = OmniLife::installation();
 my $refresh = q{SELECT status FROM omni_refresh('} . $omni->model . q{')};
-my $node = PostgreSQL::Test::Cluster->new('stop', defined $installation ? (install_path => $installation) : ());
+my $node = OmniNode->new('stop', defined $installation ? (install_path => $installation) : ());
 
 END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
 

@@ -11,6 +11,7 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniNode;
 
 my $omni = OmniAPI->start;
 my $node = OmniFault::node('main', conf => "log_min_messages = debug1\nomni_refresh.min_interval = 0\nmax_wal_senders = 4\nhot_standby = on\n");
@@ -75,7 +76,7 @@ is($node->safe_psql('postgres', 'SELECT omni_refresh_wake()'), 'f', '... and the
 
 $node->safe_psql('postgres', q{CREATE ROLE replicator REPLICATION LOGIN});
 $node->backup('backup');
-my $standby = PostgreSQL::Test::Cluster->new('standby');
+my $standby = OmniNode->new('standby');
 $standby->init_from_backup($node, 'backup', has_streaming => 1);
 $standby->start;
 my $forks = OmniLife::forks($standby);
@@ -129,7 +130,7 @@ wait_for('after a crash the launcher is there again, and what was being sent goe
 is(story($id), $recovered, '... as the events tell');
 is($node->safe_psql('postgres', q{SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'omni_refresh launcher'}), '1', '... with one launcher');
 
-$standby = PostgreSQL::Test::Cluster->new('ready');
+$standby = OmniNode->new('ready');
 $node->backup('ready');
 $standby->init_from_backup($node, 'ready', has_streaming => 1);
 $standby->start;

@@ -10,6 +10,7 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniNode;
 
 my $omni = OmniAPI->start;
 my $node = OmniFault::node('original', conf => "wal_level = logical\nmax_wal_senders = 4\nomni_refresh.enabled = off\n");
@@ -143,7 +144,7 @@ is($node->safe_psql('postgres', $queue), 'pending', 'something is left');
 my $history = q{SELECT string_agg(concat_ws(' ', job, id, event, occurred_at, detail), ';' ORDER BY id) FROM omni_refresh_event};
 my $events = $node->safe_psql('postgres', $history);
 $node->stop('fast');
-my $upgraded = PostgreSQL::Test::Cluster->new('upgraded');
+my $upgraded = OmniNode->new('upgraded');
 $upgraded->init(extra => [ '--encoding=UTF8', '--no-locale' ]);
 $_->append_conf('postgresql.conf', "shared_preload_libraries = 'omni_refresh'\nomni_refresh.enabled = on\nomni_refresh.track = off\n") for $node, $upgraded;
 chomp(my $bindir = `pg_config --bindir`);

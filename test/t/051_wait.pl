@@ -11,6 +11,7 @@ use Time::HiRes ();
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniNode;
 
 my $omni = OmniAPI->start;
 my $node = OmniFault::node('wait', conf => "omni_refresh.track = on\nomni_refresh.min_interval = 0\nmax_connections = 60\nmax_wal_senders = 4\nhot_standby = on\n");
@@ -324,7 +325,7 @@ $id = sql('SELECT max(id) FROM omni_refresh_job');
 $omni->fault('none');
 my $unfinished = running();
 $node->backup('backup');
-my $standby = PostgreSQL::Test::Cluster->new('standby');
+my $standby = OmniNode->new('standby');
 $standby->init_from_backup($node, 'backup', has_streaming => 1);
 $standby->start;
 is($standby->safe_psql('postgres', wait_sql($id)), "$id|completed", 'on a standby there is what is at its end');

@@ -11,6 +11,7 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniNode;
 use OmniWatch;
 
 my $watch = OmniWatch->new('neighbours', removals => '1 h', conf => "max_wal_senders = 4\nhot_standby = on\n");
@@ -160,7 +161,7 @@ $watch->sql('CREATE EXTENSION omni_refresh');
 OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0);
 $watch->set;
 $node->backup('copy');
-my $standby = PostgreSQL::Test::Cluster->new('standby');
+my $standby = OmniNode->new('standby');
 $standby->init_from_backup($node, 'copy', has_streaming => 1);
 $standby->start;
 $node->wait_for_catchup($standby, 'replay');

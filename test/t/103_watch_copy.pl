@@ -10,6 +10,7 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniNode;
 use OmniWatch;
 
 my $watch = OmniWatch->new('original', conf => "wal_level = logical\nmax_wal_senders = 4\n");
@@ -95,7 +96,7 @@ $watch->{last} = $watch->sql('SELECT max(id) FROM omni_refresh_job');
 is($watch->told('CREATE TABLE sales.more ()'), 'added sales.more', 'the original goes on') or note $watch->sql('SELECT job, detail FROM omni_refresh_event WHERE event = $$changed$$');
 $node->safe_psql('template1', "DROP DATABASE $_") for 'copied', 'restored';
 $node->stop('fast');
-my $upgraded = PostgreSQL::Test::Cluster->new('upgraded');
+my $upgraded = OmniNode->new('upgraded');
 $upgraded->init(extra => [ '--encoding=UTF8', '--no-locale' ]);
 $upgraded->append_conf('postgresql.conf', "omni_refresh.track = off\nomni_refresh.min_interval = 0\nmax_prepared_transactions = 4\nwal_level = logical\n");
 chomp(my $bindir = `pg_config --bindir`);

@@ -73,6 +73,7 @@ like($err, qr/WARNING: .*changes of data will not be noticed after a start of th
 like($watch->sql(q{SELECT concat_ws(' ', ok, detail, hint) FROM omni_refresh_check() WHERE check_name = 'watch'}),
 	qr/^f .*: active, but will not notice changes of data after a start of the server until the background worker runs Add omni_refresh/, '... and omni_refresh_check() says so');
 $watch->sql(q{ALTER SERVER omni OPTIONS (DROP cache_policy)});
+$watch->sql("SELECT omni_refresh_unwatch('$model')");
 $watch->settle;
 
 # What leads to a reset
