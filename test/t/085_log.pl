@@ -9,11 +9,14 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 use OmniAPI;
+use OmniClock;
 use OmniFault;
 use OmniLife;
 
 my $omni = OmniAPI->start;
-my $node = OmniFault::node('log', conf => "log_error_verbosity = verbose\nomni_refresh.min_interval = 0\n");
+my %options = (conf => "log_error_verbosity = verbose\nomni_refresh.min_interval = 0\n");
+my $clock = OmniClock::build() ? OmniClock->new('log', %options) : undef;
+my $node = $clock ? $clock->node : OmniFault::node('log', %options);
 my $model = $omni->model;
 my $refresh = "SELECT status FROM omni_refresh('$model')";
 my $queue = "SELECT id FROM omni_refresh_on_commit('$model')";
@@ -78,6 +81,11 @@ begin();
 $omni->fault('answer', status => 404);
 $id = $node->safe_psql('postgres', "SELECT (omni_refresh_retry($id)).id");
 are_told('a retry', ended($id, 'failed', 'retry', qr/42704: /));
+
+begin();
+$id = $node->safe_psql('postgres', "SET ROLE alice; BEGIN; $queue; RESET ROLE; ALTER ROLE alice RENAME TO alicia; COMMIT");
+are_told('a job that cannot be sent', ended($id, 'failed', 'on_commit', qr/42704: role "alice" was dropped or renamed$/, 'omni', 'alice'));
+$node->safe_psql('postgres', 'ALTER ROLE alicia RENAME TO alice');
 
 begin();
 $omni->fault('answer', status => 404, times => 2);
@@ -154,6 +162,26 @@ OmniLife::until_true("... and one of another role's, which is told", sub { scala
 is(scalar(grep { /requested by "mallory"/ } lines()), 4, '... as are a few of the others');
 $node->safe_psql('postgres', q{SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker'});
 OmniLife::until_true('... and how many more there were', sub { scalar grep { /^36 more lines/ } lines() });
+
+SKIP:
+{
+	skip 'test/shim/clock.c cannot be compiled', 6 unless $clock;
+	begin();
+	$omni->set(forbidden => 1);
+	my $fail = sub {
+		$node->safe_psql('postgres', join(';', map { "SELECT FROM omni_refresh_on_commit(gen_random_uuid())" } 1 .. 6), extra_params => [ '-U', 'mallory' ]);
+		return $node->poll_query_until('postgres', q{SELECT bool_and(status = 'failed') FROM omni_refresh_job WHERE requested_by = 'mallory'});
+	};
+	ok($fail->(), 'a minute with too many failures');
+	my @lines = lines();
+	is(scalar @lines, 4, '... which is not over yet');
+	my $worker = OmniFault::worker($node);
+	$clock->pass(60);
+	OmniLife::until_true('at its end, the worker says how many there were', sub { (lines())[-1] =~ /^2 more lines about jobs and servers were left out/ });
+	ok($fail->(), '... and goes on');
+	OmniLife::until_true('... with the lines of the next minute', sub { @lines = lines(); @lines == 9 });
+	is(OmniFault::worker($node), $worker, '... without an end of its own');
+}
 
 my @roles = map { "role$_" } 1 .. 14;
 $node->safe_psql('postgres', join ';', map { "CREATE ROLE $_ LOGIN" } @roles);
