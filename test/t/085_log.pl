@@ -199,6 +199,40 @@ is(scalar(grep { /^job/ } lines()), 12, '... not more');
 my %told = map { /requested by "(\w+)"/ ? ($1 => 1) : () } lines();
 cmp_ok(scalar keys %told, '>=', 8, '... and of most roles');
 
+# Outages of many servers, which end at once
+
+SKIP:
+{
+	skip 'test/shim/clock.c cannot be compiled', 5 unless $clock;
+	my $many = q{FROM omni_refresh_job WHERE server ~ '^many'};
+	my $hurry = q{UPDATE omni_refresh_job SET run_at = clock_timestamp() WHERE status = 'pending'; SELECT omni_refresh_wake()};
+	my $since = '-infinity';
+
+	begin();
+	$omni->fault('answer', status => 502, times => -1);
+	for my $number (1 .. 14)
+	{
+		OmniFault::server($node, "many$number", url => $omni->http, key => $key, rate_limit => 0);
+		$node->safe_psql('postgres', "SET omni_refresh.server = many$number; $queue");
+	}
+	for my $minute (1 .. 4)		# the role's lines are four a minute
+	{
+		$node->poll_query_until('postgres', "SELECT bool_and(status = 'pending' AND sent_at > '$since') $many") or die;
+		$clock->pass(61);
+		$since = $node->safe_psql('postgres', 'SELECT clock_timestamp()');
+		$node->safe_psql('postgres', $hurry);
+	}
+	OmniLife::until_true('fourteen outages begin, and the log tells it little by little', sub { grep({ /^outage of server "many\d+" begins/ } lines()) == 14 });
+	is(scalar(grep { /has ended/ } lines()), 0, '... and none ends');
+	$clock->pass(61);
+	$omni->reset;
+	$node->safe_psql('postgres', $hurry);
+	ok($node->poll_query_until('postgres', "SELECT bool_and(status = 'accepted') $many"), 'they end at once');
+	$clock->pass(61);
+	OmniLife::until_true('... and the log counts those that it does not tell', sub { (lines())[-1] =~ /^2 more lines/ });
+	is(scalar(grep { /has ended/ } lines()), 12, '... which are but a few');
+}
+
 # Names
 
 my $server = qq(o"mni\n2026-01-01 LOG:  job 1);
