@@ -374,15 +374,17 @@ omni_worker_launch_lacking(void)
 	return delay;
 }
 
-/* Return whether this database has a worker, running or starting. */
+/* Return whether this database has a worker, running, starting or resting. */
 bool
 omni_worker_exists(void)
 {
+	Slot	   *slot;
 	bool		exists;
 
 	omni_workerslots_attach();
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	exists = find_slot(MyDatabaseId) != NULL;
+	slot = find_slot(MyDatabaseId);
+	exists = slot != NULL && slot->state != SLOT_LACKING;
 	LWLockRelease(&shared->lock);
 	return exists;
 }

@@ -287,6 +287,8 @@ $omni->wait_for_requests(1);
 my $warning;
 $node->psql('postgres', $queue, stdout => \$id, stderr => \$warning);
 like($warning, qr/WARNING:  could not start a background worker for queued requests/, 'a commit that cannot start a worker warns');
+like($node->safe_psql('postgres', q{SELECT ok, detail FROM omni_refresh_check() WHERE check_name = 'jobs'}),
+	qr/^f\|1 pending, .*; there is no background worker$/, '... as does the check');
 $omni->fault('none');
 has_status('... but the launcher starts it later', $id, 'accepted');
 
