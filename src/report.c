@@ -70,7 +70,7 @@ typedef struct Settled
 	char	   *line;
 } Settled;
 
-/* What was told, and what is to be told */
+/* The lines of this minute, the outages, and the settled jobs to report */
 typedef struct Report
 {
 	/* this minute, which begins with its first line, written or not */
@@ -83,7 +83,7 @@ typedef struct Report
 
 	List	   *outages;		/* of Outage, in TopMemoryContext */
 
-	/* the settled jobs of a transaction that has not committed yet */
+	/* jobs that a transaction has settled and not committed yet */
 	MemoryContext settled_context;
 	List	   *settled;		/* of Settled, in settled_context */
 	int			more_settled;	/* than the share of their role */

@@ -403,8 +403,8 @@ omni_worker_wake(int flags, OmniError *error)
 }
 
 /*
- * Return true, but not again within a round, whichever process asks: so that what goes wrong
- * in many sessions is said once.
+ * Return true to the first process that asks within a round, and false to the others, so that
+ * sessions that fail in the same way write one warning.
  */
 bool
 omni_worker_may_complain(int64 round)
@@ -776,8 +776,8 @@ leave_slot(int code, Datum arg)
 
 /*
  * Hand the slot of this worker over to its successor, which rests first.  Then the successor
- * waits like any new session while the database is locked.  Give up if no worker has come as
- * far as to be attached in all the time until the rest is the longest.  Called with the lock
+ * waits like any new session while the database is locked.  Give up after the longest rest if
+ * this worker and those before it have failed before they were attached.  Called with the lock
  * held.
  */
 static OmniHandOver

@@ -1,5 +1,5 @@
-# What ends badly and has no caller who hears of it is a line in the server's log: a job, and an
-# outage of a server. Nobody can flood the log, hide another's failure, or forge a line.
+# The server's log has a line for each job that ends badly without a caller who hears of it, and two lines
+# for each outage of a server. Nobody can flood the log, hide another's failure, or forge a line.
 
 use strict;
 use warnings FATAL => 'all';

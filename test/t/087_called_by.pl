@@ -1,5 +1,5 @@
-# Who called, and with which application: tenants behind one login, who SET ROLE, call functions with the
-# rights of one owner. Each sees the jobs that it has called, and may wait for them; none sees another's.
+# The columns called_by and application: tenants behind one login, who SET ROLE, call functions with the
+# rights of one owner. Each tenant sees the jobs that it has called, and may wait for them; none sees another's.
 
 use strict;
 use warnings FATAL => 'all';

@@ -1,6 +1,6 @@
-# A job is repeated once: who retries it again gets the first retry, as long as that is unfinished or has
-# succeeded; also those who do so at once. And what an outage has failed, or a revoked key, is repeated by one
-# statement, which changes nothing when it is run again.
+# A job is repeated once: a second retry of it returns the first one, as long as that is unfinished or has
+# succeeded, also if two sessions retry it at once. One statement repeats all jobs that an outage or a revoked
+# key has failed, and changes nothing when it is run again.
 
 use strict;
 use warnings FATAL => 'all';
