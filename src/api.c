@@ -712,7 +712,11 @@ read_acceptance(const OmniRequest *request, const char *key,
 	else if (pg_strcasecmp(status, "failed") == 0)
 		set_failed(request, outcome);
 	else
+	{
 		outcome->status = OMNI_NAME_ACCEPTED;
+		if (!has_value(json, "jobId"))
+			outcome->note = "Omni's answer has no jobId, so that the job cannot be followed.";
+	}
 }
 
 /* Say why a job cannot be followed whose id is no uuid; NULL: the id is no text. */

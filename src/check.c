@@ -46,7 +46,7 @@ static void check_certificate(ReturnSetInfo *result, const OmniProbe *probed);
 static bool check_model(ReturnSetInfo *result, const OmniTarget *target, const OmniProbe *probed);
 static void check_schemas(ReturnSetInfo *result, const OmniJob *job, const OmniTarget *target);
 static void report_schemas(ReturnSetInfo *result, const List *unknown, int all);
-static void check_jobs(ReturnSetInfo *result);
+static void check_jobs(ReturnSetInfo *result, bool had_worker);
 static void check_settings(ReturnSetInfo *result);
 static void check_watches(ReturnSetInfo *result);
 static void check_watch(ReturnSetInfo *result, const OmniWatch *watch);
@@ -59,12 +59,13 @@ omni_refresh_check(PG_FUNCTION_ARGS)
 	ReturnSetInfo *result = (ReturnSetInfo *) fcinfo->resultinfo;
 	OmniJob		job;
 	OmniTarget	target;
+	bool		had_worker = omni_worker_exists();
 
 	omni_materialize_compat(fcinfo);
 	omni_job_init(&job, OMNI_ORIGIN_CALL);
 	if (check_access(result, &job, &target))
 		check_way(result, &job, &target);
-	check_jobs(result);
+	check_jobs(result, had_worker);
 	check_watches(result);
 	check_settings(result);
 	return (Datum) 0;
@@ -317,10 +318,11 @@ report_schemas(ReturnSetInfo *result, const List *unknown, int all)
 
 /*
  * Count the jobs that have not ended.  Without a worker none of them goes on, except on a
- * standby, whose primary has the worker.
+ * standby, whose primary has the worker.  The check needs a worker, too: say so if it had to
+ * start one, since the jobs have stood still until now.
  */
 static void
-check_jobs(ReturnSetInfo *result)
+check_jobs(ReturnSetInfo *result, bool had_worker)
 {
 	OmniJobCounts counts;
 	OmniError	error;
@@ -354,10 +356,18 @@ check_jobs(ReturnSetInfo *result)
 		appendStringInfo(&text, "; " INT64_FORMAT " should have been sent minutes ago", counts.stuck);
 		hint = "Read the server's log, and call omni_refresh_wake().";
 	}
-	if (any && !omni_in_recovery(&error) && !omni_worker_exists())
+	if (any && !had_worker && !omni_in_recovery(&error))
 	{
-		appendStringInfoString(&text, "; there is no background worker");
-		hint = "Call omni_refresh_wake(), and read the server's log.";
+		if (omni_worker_exists())
+		{
+			appendStringInfoString(&text, "; there was no background worker before this check");
+			hint = "The check has started one, which goes on with them.  After a start of the server, call omni_refresh_wake(), or preload the library.";
+		}
+		else
+		{
+			appendStringInfoString(&text, "; there is no background worker");
+			hint = "Call omni_refresh_wake(), and read the server's log.";
+		}
 	}
 	say(result, "jobs", hint == NULL, hint, "%s", text.data);
 }

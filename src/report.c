@@ -11,8 +11,8 @@
  *
  * The lines of a minute are limited.  Each role has a share, and half of the lines are for
  * those roles that have had none in this minute, so that a flood of failures of one role does
- * not hide the first failure of another.  At the end of the minute, a line says how many
- * were left out.
+ * not hide the first failure of another.  The ends of outages have a limit of their own.  At the
+ * end of the minute, a line says how many were left out.
  *
  * Names and the texts of errors come from users and from outside.  Write each line without
  * control characters, and names in quotes, which are doubled in them, so that a text cannot
@@ -34,10 +34,11 @@
 #include "report.h"
 #include "status.h"
 
-/* The lines of a minute: in all, and of a role */
+/* The lines of a minute: in all, of a role, and about ends of outages, which come on top */
 #define MINUTE				OMNI_MS(60 * 1000)
 #define MAX_LINES			12
 #define MAX_LINES_OF_ROLE	4
+#define MAX_ENDS			12
 
 /* Forget an outage after this time without an attempt */
 #define FORGET_OUTAGE		OMNI_MS(60 * 60 * 1000)
@@ -69,19 +70,20 @@ typedef struct Settled
 	char	   *line;
 } Settled;
 
-/* What was told, and what is to be told */
+/* The lines of this minute, the outages, and the settled jobs to report */
 typedef struct Report
 {
 	/* this minute, which begins with its first line, written or not */
 	int64		minute_ends;
 	int			lines;
+	int			ends;
 	int			left_out;
 	Share		shares[MAX_LINES];
 	int			nshares;
 
 	List	   *outages;		/* of Outage, in TopMemoryContext */
 
-	/* the settled jobs of a transaction that has not committed yet */
+	/* jobs that a transaction has settled and not committed yet */
 	MemoryContext settled_context;
 	List	   *settled;		/* of Settled, in settled_context */
 	int			more_settled;	/* than the share of their role */
@@ -206,7 +208,7 @@ omni_report_left_out(void)
 				(errmsg_plural("%d more line about jobs and servers was left out, see table \"%s\"",
 							   "%d more lines about jobs and servers were left out, see table \"%s\"",
 							   report.left_out, report.left_out, "omni_refresh_job")));
-	report.lines = report.nshares = report.left_out = 0;
+	report.lines = report.ends = report.nshares = report.left_out = 0;
 }
 
 static bool
@@ -375,7 +377,10 @@ begin_outage(Outage *outage, const OmniWork *work)
 		leave_out(1);
 }
 
-/* Tell of the end of an outage if its beginning was told. */
+/*
+ * Tell of the end of an outage if its beginning was told.  No flood of other lines hides it, but
+ * many servers may come back within a minute.
+ */
 static void
 end_outage(Outage *outage)
 {
@@ -384,6 +389,13 @@ end_outage(Outage *outage)
 	outage->lasts = false;
 	if (!outage->told)
 		return;
+	begin_minute();
+	if (report.ends == MAX_ENDS)
+	{
+		leave_out(1);
+		return;
+	}
+	report.ends++;
 	initStringInfo(&line);
 	appendStringInfoString(&line, "outage of server ");
 	append_name(&line, NameStr(outage->server));
@@ -438,7 +450,7 @@ static void
 begin_minute(void)
 {
 	omni_report_left_out();
-	if (report.lines == 0 && report.left_out == 0)
+	if (report.lines == 0 && report.ends == 0 && report.left_out == 0)
 		report.minute_ends = omni_clock() + MINUTE;
 }
 

@@ -373,15 +373,17 @@ omni_worker_launch_lacking(void)
 	return delay;
 }
 
-/* Return whether this database has a worker, running or starting. */
+/* Return whether this database has a worker, running, starting or resting. */
 bool
 omni_worker_exists(void)
 {
+	Slot	   *slot;
 	bool		exists;
 
 	omni_workerslots_attach();
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	exists = find_slot(MyDatabaseId) != NULL;
+	slot = find_slot(MyDatabaseId);
+	exists = slot != NULL && slot->state != SLOT_LACKING;
 	LWLockRelease(&shared->lock);
 	return exists;
 }
@@ -400,8 +402,9 @@ omni_worker_wake(int flags, OmniError *error)
 }
 
 /*
- * Return true, but not again within a round, whichever process asks, so that what goes wrong
- * in many sessions is logged once.  Without shared memory it is once for each process.
+ * Return true to the first process that asks within a round, and false to the others, so that
+ * sessions that fail in the same way write one message.  Without shared memory, each process
+ * is the first one once in a round.
  */
 bool
 omni_worker_may_complain(int64 round)
@@ -775,8 +778,8 @@ leave_slot(int code, Datum arg)
 
 /*
  * Hand the slot of this worker over to its successor, which rests first.  Then the successor
- * waits like any new session while the database is locked.  Give up if no worker has come as
- * far as to be attached in all the time until the rest is the longest.  Called with the lock
+ * waits like any new session while the database is locked.  Give up after the longest rest if
+ * this worker and those before it have failed before they were attached.  Called with the lock
  * held.
  */
 static OmniHandOver

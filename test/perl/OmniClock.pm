@@ -36,10 +36,25 @@ sub new
 
 	$self->{file} = File::Spec->rel2abs(PostgreSQL::Test::Utils::tempdir) . "/$name.clock";
 	$self->write;
+	$self->preload(sub { $self->{node} = OmniFault::node($name, %options) });
+	return $self;
+}
+
+# Starts the server anew, with the clocks as they are set.
+sub restart
+{
+	my ($self) = @_;
+
+	return $self->preload(sub { $self->{node}->restart });
+}
+
+sub preload
+{
+	my ($self, $start) = @_;
 	local $ENV{OMNI_CLOCK} = $self->{file};
 	local $ENV{LD_PRELOAD} = join ' ', $library, $ENV{LD_PRELOAD} // ();
-	$self->{node} = OmniFault::node($name, %options);
-	return $self;
+
+	return $start->();
 }
 
 sub node { return $_[0]{node} }

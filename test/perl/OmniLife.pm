@@ -116,12 +116,29 @@ sub benched
 	return $self->{run}->full_result(0) >> 8;
 }
 
-# How many workers the postmaster has started so far, if log_min_messages is debug1.
+# How many workers the postmaster has started so far, if log_min_messages is debug1; of a database, if its
+# OID is given.
 sub forks
 {
-	my ($node) = @_;
+	my ($node, $oid) = @_;
+	my $name = 'omni_refresh' . ($oid ? " worker for database $oid\"" : '');
 
-	return scalar(() = slurp_file($node->logfile) =~ /starting background worker process "omni_refresh/g);
+	return scalar(() = slurp_file($node->logfile) =~ /starting background worker process "$name/g);
+}
+
+# Whether a database, by its OID, has a worker that seems to rest: one that goes on sleeping. One that
+# only waits for a lock does not sleep for long.
+sub rests
+{
+	my ($oid) = @_;
+	my ($pid) = map { (eval { slurp_file("$_/cmdline") } // '') =~ /omni_refresh worker for database $oid\b/ ? m{(\d+)$} : () } glob '/proc/[0-9]*';
+
+	for my $try (1 .. 10)
+	{
+		return 0 if !defined $pid || (eval { slurp_file("/proc/$pid/stat") } // '') !~ /\) S /;
+		select(undef, undef, undef, 0.02);
+	}
+	return 1;
 }
 
 sub timed

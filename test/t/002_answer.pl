@@ -203,6 +203,9 @@ foreach my $case (
 	is($job->{status}, $status, "when Omni says $what, the job is $status");
 	is($test->events($job->{id}), "requested\nsending attempt 1\n$status attempt 1, HTTP 200, took time",
 		"when Omni says $what, so do the events");
+	is($test->sql("SELECT detail FROM omni_refresh_event WHERE job = $job->{id} AND event = '$status'"),
+		($body // '') =~ /running|queued/ ? "Omni's answer has no jobId, so that the job cannot be followed." : '',
+		'... which tell of an id that is missing if the job goes on');
 	is($job->{error}, undef, "when Omni says $what, there is no error");
 	is(defined $job->{job_id}, !defined $body, "when Omni gives an id, the job has it: $what");
 }

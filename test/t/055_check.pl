@@ -266,6 +266,7 @@ sub job
 			now() - interval '$age', now() - interval '$age', $database); };
 }
 $omni->reset;
+check();						# starts the worker
 is(line('jobs', check('BEGIN; ' . join '', job('pending', '0'), (job('sending', '1 h')) x 2, (job('running', '1 h')) x 3, (job('completed', '1 h')) x 4)),
 	'ok: 1 pending, 2 sending, 3 running', 'jobs are counted');
 like(line('jobs', check('BEGIN; ' . job('pending', '10 min') x 2 . job('pending', '1 s'))),
@@ -320,7 +321,9 @@ for my $status ('pending', 'sending', 'running')
 		qr/^not ok: .*\b1 $status.*; there is no background worker  Call omni_refresh_wake\(\)/, "a $status job without a worker");
 }
 is(OmniFault::worker($node), '', '... of which the check starts none');
-is(line('jobs', check('BEGIN; ' . job('pending', '1 s'))), 'ok: 1 pending, 0 sending, 0 running', '... unless it gets that far');
+like(line('jobs', check('BEGIN; ' . job('pending', '1 s'))),
+	qr/^not ok: .*\b1 pending.*; there was no background worker before this check  The check has started one/, '... unless it gets that far, which it tells');
+is(line('jobs', check('BEGIN; ' . job('pending', '1 s'))), 'ok: 1 pending, 0 sending, 0 running', '... once');
 
 # Settings
 

@@ -1,5 +1,5 @@
-# What ends badly and has no caller who hears of it is a line in the server's log: a job, and an
-# outage of a server. Nobody can flood the log, hide another's failure, or forge a line.
+# The server's log has a line for each job that ends badly without a caller who hears of it, and two lines
+# for each outage of a server. Nobody can flood the log, hide another's failure, or forge a line.
 
 use strict;
 use warnings FATAL => 'all';
@@ -9,11 +9,14 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 use OmniAPI;
+use OmniClock;
 use OmniFault;
 use OmniLife;
 
 my $omni = OmniAPI->start;
-my $node = OmniFault::node('log', conf => "log_error_verbosity = verbose\nomni_refresh.min_interval = 0\n");
+my %options = (conf => "log_error_verbosity = verbose\nomni_refresh.min_interval = 0\n");
+my $clock = OmniClock::build() ? OmniClock->new('log', %options) : undef;
+my $node = $clock ? $clock->node : OmniFault::node('log', %options);
 my $model = $omni->model;
 my $refresh = "SELECT status FROM omni_refresh('$model')";
 my $queue = "SELECT id FROM omni_refresh_on_commit('$model')";
@@ -78,6 +81,11 @@ begin();
 $omni->fault('answer', status => 404);
 $id = $node->safe_psql('postgres', "SELECT (omni_refresh_retry($id)).id");
 are_told('a retry', ended($id, 'failed', 'retry', qr/42704: /));
+
+begin();
+$id = $node->safe_psql('postgres', "SET ROLE alice; BEGIN; $queue; RESET ROLE; ALTER ROLE alice RENAME TO alicia; COMMIT");
+are_told('a job that cannot be sent', ended($id, 'failed', 'on_commit', qr/42704: role "alice" was dropped or renamed$/, 'omni', 'alice'));
+$node->safe_psql('postgres', 'ALTER ROLE alicia RENAME TO alice');
 
 begin();
 $omni->fault('answer', status => 404, times => 2);
@@ -155,6 +163,26 @@ is(scalar(grep { /requested by "mallory"/ } lines()), 4, '... as are a few of th
 $node->safe_psql('postgres', q{SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker'});
 OmniLife::until_true('... and how many more there were', sub { scalar grep { /^36 more lines/ } lines() });
 
+SKIP:
+{
+	skip 'test/shim/clock.c cannot be compiled', 6 unless $clock;
+	begin();
+	$omni->set(forbidden => 1);
+	my $fail = sub {
+		$node->safe_psql('postgres', join(';', map { "SELECT FROM omni_refresh_on_commit(gen_random_uuid())" } 1 .. 6), extra_params => [ '-U', 'mallory' ]);
+		return $node->poll_query_until('postgres', q{SELECT bool_and(status = 'failed') FROM omni_refresh_job WHERE requested_by = 'mallory'});
+	};
+	ok($fail->(), 'a minute with too many failures');
+	my @lines = lines();
+	is(scalar @lines, 4, '... which is not over yet');
+	my $worker = OmniFault::worker($node);
+	$clock->pass(60);
+	OmniLife::until_true('at its end, the worker says how many there were', sub { (lines())[-1] =~ /^2 more lines about jobs and servers were left out/ });
+	ok($fail->(), '... and goes on');
+	OmniLife::until_true('... with the lines of the next minute', sub { @lines = lines(); @lines == 9 });
+	is(OmniFault::worker($node), $worker, '... without an end of its own');
+}
+
 my @roles = map { "role$_" } 1 .. 14;
 $node->safe_psql('postgres', join ';', map { "CREATE ROLE $_ LOGIN" } @roles);
 begin();
@@ -170,6 +198,40 @@ OmniLife::until_true('... and 12 lines tell of it', sub { scalar grep { /^30 mor
 is(scalar(grep { /^job/ } lines()), 12, '... not more');
 my %told = map { /requested by "(\w+)"/ ? ($1 => 1) : () } lines();
 cmp_ok(scalar keys %told, '>=', 8, '... and of most roles');
+
+# Outages of many servers, which end at once
+
+SKIP:
+{
+	skip 'test/shim/clock.c cannot be compiled', 5 unless $clock;
+	my $many = q{FROM omni_refresh_job WHERE server ~ '^many'};
+	my $hurry = q{UPDATE omni_refresh_job SET run_at = clock_timestamp() WHERE status = 'pending'; SELECT omni_refresh_wake()};
+	my $since = '-infinity';
+
+	begin();
+	$omni->fault('answer', status => 502, times => -1);
+	for my $number (1 .. 14)
+	{
+		OmniFault::server($node, "many$number", url => $omni->http, key => $key, rate_limit => 0);
+		$node->safe_psql('postgres', "SET omni_refresh.server = many$number; $queue");
+	}
+	for my $minute (1 .. 4)		# the role's lines are four a minute
+	{
+		$node->poll_query_until('postgres', "SELECT bool_and(status = 'pending' AND sent_at > '$since') $many") or die;
+		$clock->pass(61);
+		$since = $node->safe_psql('postgres', 'SELECT clock_timestamp()');
+		$node->safe_psql('postgres', $hurry);
+	}
+	OmniLife::until_true('fourteen outages begin, and the log tells it little by little', sub { grep({ /^outage of server "many\d+" begins/ } lines()) == 14 });
+	is(scalar(grep { /has ended/ } lines()), 0, '... and none ends');
+	$clock->pass(61);
+	$omni->reset;
+	$node->safe_psql('postgres', $hurry);
+	ok($node->poll_query_until('postgres', "SELECT bool_and(status = 'accepted') $many"), 'they end at once');
+	$clock->pass(61);
+	OmniLife::until_true('... and the log counts those that it does not tell', sub { (lines())[-1] =~ /^2 more lines/ });
+	is(scalar(grep { /has ended/ } lines()), 12, '... which are but a few');
+}
 
 # Names
 

@@ -9,11 +9,14 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 
 use OmniAPI;
+use OmniClock;
 use OmniFault;
 use OmniLife;
 
 my $omni = OmniAPI->start;
-my $node = OmniFault::node('successor', conf => "log_min_messages = debug1\nomni_refresh.min_interval = 0\n");
+my %options = (conf => "log_min_messages = debug1\nomni_refresh.min_interval = 0\n");
+my $clock = OmniClock::build() ? OmniClock->new('successor', %options) : undef;
+my $node = $clock ? $clock->node : OmniFault::node('successor', %options);
 my $model = $omni->model;
 my $refresh = "SELECT status FROM omni_refresh('$model')";
 my $queue = "SELECT id FROM omni_refresh_on_commit('$model')";
@@ -108,6 +111,27 @@ is(join("\n", log_since($from) =~ /^.*(?:FATAL|ERROR|WARNING).*$/mg), '', '... w
 like(log_since($from), qr/LOG:  terminating background worker "omni_refresh worker" due to administrator command/,
 	'... which says why');
 
+# An error: a trigger of the tables' owner turns its own into one that ends the process.
+
+$node->safe_psql('postgres', q{
+	CREATE SEQUENCE errors;
+	CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+	BEGIN
+		IF nextval('public.errors') <= 2 THEN
+			SET exit_on_error = on;
+			RAISE 'this ends the worker';
+		END IF;
+		RETURN NEW;
+	END $$;
+	CREATE TRIGGER fail BEFORE UPDATE ON omni_refresh_job FOR EACH ROW WHEN (NEW.status = 'sending') EXECUTE FUNCTION fail()});
+$worker = OmniFault::worker($node);
+$from = length slurp_file($node->logfile);
+$id = $node->safe_psql('postgres', $queue);
+has_status('a worker that ends by an error has a successor, as has that one', $id, 'accepted');
+is(() = log_since($from) =~ /FATAL:  this ends the worker$/mg, 2, '... two have ended');
+isnt(OmniFault::worker($node), $worker, '... and the third goes on');
+$node->safe_psql('postgres', 'DROP TRIGGER fail ON omni_refresh_job');
+
 # A call does not wait for the rest of the successor
 
 $id = leave_job('postgres', 600);
@@ -178,6 +202,37 @@ is(($session->query('SELECT omni_refresh_wake()'))[0], 't', '... and when it is 
 has_status('... the job is sent', $id, 'accepted', 'closed');
 $session->quit;
 
+# A database that stays closed, for longer than the longest rest
+
+SKIP:
+{
+	skip 'test/shim/clock.c cannot be compiled', 6 unless $clock;
+	$id = leave_job('closed', 3000);
+	$node->safe_psql('postgres', 'ALTER DATABASE closed ALLOW_CONNECTIONS false');
+	my $oid = $node->safe_psql('postgres', q{SELECT oid FROM pg_database WHERE datname = 'closed'});
+	$forks = OmniLife::forks($node, $oid);
+	$from = length slurp_file($node->logfile);
+	terminate('closed');
+	my $given_up = qr/LOG:  could not start a background worker for queued requests\n.*DETAIL:  All attempts have failed for several minutes\.\n.*HINT:  Call omni_refresh_wake\(\)/;
+	OmniLife::until_true('when the rest was the longest one, none comes any more', sub {
+		if (OmniLife::rests($oid))
+		{
+			$clock->pass(300);
+			$node->reload;		# wakes what rests: the kernel has its own clock
+		}
+		return log_since($from) =~ $given_up;
+	}, 120);
+	cmp_ok(OmniLife::forks($node, $oid) - $forks, '>=', 10, '... each but the first has rested longer than the one before');
+	$forks = OmniLife::forks($node, $oid);
+	$clock->pass(600);
+	$node->reload;
+	is($node->safe_psql('postgres', $refresh), 'accepted', '... others are served');
+	is(OmniLife::forks($node, $oid), $forks, '... and nothing is started');
+	$node->safe_psql('postgres', 'ALTER DATABASE closed ALLOW_CONNECTIONS true');
+	is($node->safe_psql('closed', 'SELECT omni_refresh_wake()'), 't', '... until it is asked for');
+	has_status('... and then the job is sent', $id, 'accepted', 'closed');
+}
+
 # A copy is made while a job waits, and the worker comes back by itself: 021_ddl.pl. The successor
 # makes way, too.
 
@@ -206,7 +261,7 @@ for my $preload (0, 1)
 {
 	$node->append_conf('postgresql.conf', "omni_refresh.idle_timeout = '10 min'\nmax_worker_processes = " . (2 + $preload) . "\n");
 	$node->append_conf('postgresql.conf', "shared_preload_libraries = 'omni_refresh'\n") if $preload;
-	$node->restart;
+	($clock // $node)->restart;
 	$omni->reset;
 	$id = leave_job('postgres', 5);
 	$from = length slurp_file($node->logfile);
@@ -232,6 +287,8 @@ $omni->wait_for_requests(1);
 my $warning;
 $node->psql('postgres', $queue, stdout => \$id, stderr => \$warning);
 like($warning, qr/WARNING:  could not start a background worker for queued requests/, 'a commit that cannot start a worker warns');
+like($node->safe_psql('postgres', q{SELECT ok, detail FROM omni_refresh_check() WHERE check_name = 'jobs'}),
+	qr/^f\|1 pending, .*; there is no background worker$/, '... as does the check');
 $omni->fault('none');
 has_status('... but the launcher starts it later', $id, 'accepted');
 
@@ -241,6 +298,6 @@ $id = leave_job('postgres', 600);
 $from = length slurp_file($node->logfile);
 $node->stop('fast');
 unlike(log_since($from), qr/starting background worker process|FATAL(?!:  terminating connection)/, 'a server that stops starts no successor, and says nothing FATAL');
-OmniLife::clean($node, 'the log is clean', qr/is not currently accepting connections/, qr/could not start/, qr/terminated by signal 9/,
+OmniLife::clean($node, 'the log is clean', qr/this ends the worker/, qr/is not currently accepting connections/, qr/could not start/, qr/terminated by signal 9/,
 	qr/because of crash of another server process/, qr/FATAL:  the database system is/, qr/not properly shut down/);
 done_testing();

@@ -1,59 +1,15 @@
-# Who called, and with which application: tenants behind one login, who SET ROLE, call functions with the
-# rights of one owner. Each sees the jobs that it has called, and may wait for them; none sees another's.
+# The columns called_by and application: tenants behind one login, who SET ROLE, call functions with the
+# rights of one owner. Each tenant sees the jobs that it has called, and may wait for them; none sees another's.
 
 use strict;
 use warnings FATAL => 'all';
 
-use PostgreSQL::Test::Cluster;
-use PostgreSQL::Test::Utils;
 use Test::More;
 
-use OmniAPI;
-use OmniFault;
 use OmniLife;
+use OmniRoles;
 
-my $omni = OmniAPI->start;
-my $node = OmniFault::node('called', conf => "omni_refresh.min_interval = 0\nomni_refresh.max_in_flight = 1\n");
-my $model = $omni->model;
-
-END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
-
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
-}
-
-# What statements of a tenant's print, or the SQLSTATE of what they complain of; $last has its text.
-my $last;
-
-sub as
-{
-	my ($tenant, $sql) = @_;
-	my $login = $tenant eq '' ? '' : "SET ROLE $tenant;";
-	my ($rc, $out, $err) = $node->psql('postgres', "\\set VERBOSITY verbose\n$login\n$sql", extra_params => [ '-U', 'pooler' ]);
-
-	$last = $err;
-	return $err =~ /ERROR:  (\w{5}): / ? "$out$1" : $out;
-}
-
-sub until_true
-{
-	my ($name, $condition) = @_;
-	local $Test::Builder::Level = $Test::Builder::Level + 1;
-
-	return ok($node->poll_query_until('postgres', "SELECT $condition"), $name);
-}
-
-# In the configuration file this holds what is queued, or lets it go.
-sub hold
-{
-	my ($on) = @_;
-
-	$node->append_conf('postgresql.conf', 'omni_refresh.enabled = ' . ($on ? 'off' : 'on') . "\n");
-	$node->reload;
-	until_true('the queue is ' . ($on ? 'held' : 'let go'), q{current_setting('omni_refresh.enabled') = '} . ($on ? 'off' : 'on') . q{' FROM omni_refresh_wake()});
-	return;
-}
+OmniRoles::start('called', login => 'pooler', conf => "omni_refresh.max_in_flight = 1\n");
 
 sub who
 {
@@ -132,7 +88,7 @@ for my $role (sort keys %may)
 	is(as($role, "SELECT status FROM omni_refresh_wait($queued)"), $may{$role} ? 'accepted' : '42501', $what);
 	like(as($role, "CALL omni_refresh_await($queued)"), $may{$role} ? qr/^\($queued,accepted,/ : qr/^42501$/, '... by the procedure, either');
 }
-like($last, qr/DETAIL:  Only roles with the privileges of the role that requested or called it, or of the owner of the table, may wait for it\./, '... as the error says');
+like($error, qr/DETAIL:  Only roles with the privileges of the role that requested or called it, or of the owner of the table, may wait for it\./, '... as the error says');
 is(as('heir', "SELECT status FROM omni_refresh_wait($call)"), 'accepted', 'a role waits for what roles called whose privileges it has');
 is(as('one', "SELECT omni_refresh_cancel($call)"), '42501', 'who called a job does not cancel it');
 is(as('one', "SELECT omni_refresh_retry($failed)"), '42501', '... nor repeats it');
@@ -162,7 +118,7 @@ is($short, "$jobs[1]|pending|$jobs[0]|{b}|two|t", 'who waits gets its own job, a
 $omni->reset;
 my $outcome = "SELECT id, status, merged_into, schemas, called_by, attempts > 1, sent_at < finished_at, job_id IS NOT NULL, error FROM omni_refresh_wait";
 is(as('two', "$outcome($jobs[1])"), "$jobs[1]|accepted|$jobs[0]|{b}|two|t|t|t|", '... and with its end');
-is(as('two', qq{CALL omni_refresh_await($jobs[2]) \\gset\nSELECT :'job'}) =~ /^\(($jobs[2]),accepted,.*,"?\{c\}"?,/ ? $1 : $last, $jobs[2], '... also by the procedure');
+is(as('two', qq{CALL omni_refresh_await($jobs[2]) \\gset\nSELECT :'job'}) =~ /^\(($jobs[2]),accepted,.*,"?\{c\}"?,/ ? $1 : $error, $jobs[2], '... also by the procedure');
 is(as('one', "$outcome($jobs[0])"), "$jobs[0]|accepted||{a,b,c}|one|t|t|t|", 'who called the carrier sees what it carries out');
 is(as('owner', "$outcome($jobs[1])"), "$jobs[0]|accepted||{a,b,c}|one|t|t|t|", 'who requested both gets the carrier');
 is(as('one', "$outcome($jobs[1])"), '42501', 'who called the carrier does not wait for what it carries out');
@@ -189,10 +145,10 @@ my $session = OmniLife::session($node, 'postgres');
 sql('CREATE ROLE brief');
 $session->query('SET ROLE brief');
 sql('DROP ROLE brief');
-my ($id, $error) = $session->query('SELECT wrapper.queue()');
-like($error, qr/^$/, 'a role that is gone while its session goes on may still call');
+my ($id, $err) = $session->query('SELECT wrapper.queue()');
+like($err, qr/^$/, 'a role that is gone while its session goes on may still call');
 is(sql("SELECT requested_by, called_by IS NULL FROM omni_refresh_job WHERE id = $id"), 'owner|t', '... as nobody');
-($id, $error) = $session->query('SELECT wrapper.call()');
+($id, $err) = $session->query('SELECT wrapper.call()');
 is(sql("SELECT requested_by, called_by IS NULL, status FROM omni_refresh_job WHERE id = $id"), 'owner|t|accepted', '... also if it waits');
 $session->quit;
 

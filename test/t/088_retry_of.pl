@@ -1,58 +1,19 @@
-# A job is repeated once: who retries it again gets the first retry, as long as that is unfinished or has
-# succeeded; also those who do so at once. And what an outage has failed, or a revoked key, is repeated by one
-# statement, which changes nothing when it is run again.
+# A job is repeated once: a second retry of it returns the first one, as long as that is unfinished or has
+# succeeded, also if two sessions retry it at once. One statement repeats all jobs that an outage or a revoked
+# key has failed, and changes nothing when it is run again.
 
 use strict;
 use warnings FATAL => 'all';
 
-use PostgreSQL::Test::Cluster;
-use PostgreSQL::Test::Utils;
 use Test::More;
 
-use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniRoles;
 
-my $omni = OmniAPI->start;
-my $node = OmniFault::node('retry_of', conf => "omni_refresh.min_interval = 0\n");
-my $model = $omni->model;
-
-END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
-
+OmniRoles::start('retry_of');
 OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0);
-$node->safe_psql('postgres', 'CREATE ROLE loader LOGIN; CREATE ROLE boss LOGIN; GRANT loader TO boss');
-
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
-}
-
-# What statements of a role's print, or the SQLSTATE of what they complain of.
-sub as
-{
-	my ($role, $sql) = @_;
-	my ($rc, $out, $err) = $node->psql('postgres', "\\set VERBOSITY verbose\nSET ROLE $role;\n$sql");
-
-	return $err =~ /ERROR:  (\w{5}): / ? "$out$1" : $out;
-}
-
-sub until_true
-{
-	my ($name, $condition) = @_;
-	local $Test::Builder::Level = $Test::Builder::Level + 1;
-
-	return ok($node->poll_query_until('postgres', "SELECT $condition"), $name);
-}
-
-sub hold
-{
-	my ($on) = @_;
-
-	$node->append_conf('postgresql.conf', 'omni_refresh.enabled = ' . ($on ? 'off' : 'on') . "\n");
-	$node->reload;
-	until_true('the queue is ' . ($on ? 'held' : 'let go'), q{current_setting('omni_refresh.enabled') = '} . ($on ? 'off' : 'on') . q{' FROM omni_refresh_wake()});
-	return;
-}
+sql('CREATE ROLE loader LOGIN; CREATE ROLE boss LOGIN; GRANT loader TO boss');
 
 # A job of loader's that has failed
 sub failed
