@@ -128,6 +128,12 @@ for my $case ([ 'answer', { status => 503 } ], [ 'answer', { status => 500 } ], 
 	$omni->fault($fault, %{ $extras // {} }, times => 2);
 	my $id = queue();
 	my $name = join ' ', $fault, %{ $extras // {} };
+	for my $attempts (($extras->{status} // 0) == 500 ? (1, 2) : ())
+	{
+		# not after 10 s and a minute
+		wait_for("a wait after attempt $attempts", "status = 'pending' AND attempts = $attempts AND run_at > now() FROM omni_refresh_job WHERE id = $id");
+		sql("UPDATE omni_refresh_job SET run_at = now() WHERE id = $id; SELECT omni_refresh_wake()");
+	}
 	wait_for("what fails is tried again: $name", "status = 'accepted' AND attempts = 3 AND error IS NULL FROM omni_refresh_job WHERE id = $id");
 	my $event = ($extras->{status} // 0) == 429 ? 'rate_limited' : 'attempt_failed';
 	is(story($id), "requested sending $event sending $event sending accepted", '... as the events tell');
