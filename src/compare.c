@@ -16,6 +16,10 @@
  * At most one job of a watch is unfinished.  While it is, Omni may still look, and a further
  * request would have to wait; so the watch waits.
  *
+ * A hard refresh removes from Omni's model what is missing while Omni works, such as a view that
+ * dbt is about to create anew; the memory still has it.  So if DDL was committed meanwhile, a
+ * soft refresh of all follows once nothing is missing.
+ *
  * With "quiet", a change of data, too, resets the cache: once in a while, a look of its own
  * compares one hash of the state of all data with the one that the last reset is for.
  *
@@ -93,6 +97,9 @@ typedef struct Watched
 	int64		look_at;		/* the next look, or OMNI_CLOCK_NEVER */
 	int64		not_before;		/* no look before this time */
 	int64		changed_at;		/* the last time that DDL was committed, or 0 */
+	int64		looked_at;		/* when the last look began, or 0 */
+	bool		disturbed;		/* DDL was committed during the last hard
+								 * refresh */
 	int64		removed_at;		/* since when removals wait, or 0 */
 	bool		in_vain;		/* the last look has found nothing */
 	bool		mostly_gone;	/* so much is missing that it is not asked for */
@@ -131,7 +138,7 @@ typedef struct Look
 	OmniSeen   *reached;
 
 	/* what it has found */
-	const char *reason;			/* why all is asked for, or NULL */
+	const char *reason;			/* why more is asked for, or NULL */
 	OmniWords	words;
 	int			relations;		/* in the memory ... */
 	int			gone;			/* ... that do not exist any more */
@@ -175,7 +182,7 @@ static int64 removals_due(const Watched *watched);
 static void look_at_all(void);
 static void follow(void);
 static bool follow_all(void *unused);
-static void follow_job(OmniWatch *watch);
+static void follow_job(OmniWatch *watch, bool *was_hard);
 static int64 failure_delay(int failures);
 static void begin_look(void);
 static void begin(Watched *watched, bool removes);
@@ -471,8 +478,12 @@ follow_all(void *unused)
 			watching.known = false; /* it was replaced, or is about to be */
 		else
 		{
-			follow_job(&watch);
+			bool		was_hard = false;
+
+			follow_job(&watch, &was_hard);
 			copy_watch(&watched->watch, &watch);
+			if (was_hard && watched->changed_at >= watched->looked_at)
+				watched->disturbed = true;
 			if (!watch.unfinished && watch.owes)
 			{
 				watched->not_before = omni_clock() + failure_delay(watch.failures);
@@ -486,9 +497,10 @@ follow_all(void *unused)
 /*
  * See whether a watch's job has ended, or the one that carries it out.  Unless Omni has got
  * the request, the memory is not what Omni was told: then the watch owes a refresh of all.
+ * Sets *was_hard if a hard refresh has ended well.
  */
 static void
-follow_job(OmniWatch *watch)
+follow_job(OmniWatch *watch, bool *was_hard)
 {
 	OmniJobState own;
 	OmniJobState state;
@@ -499,7 +511,10 @@ follow_job(OmniWatch *watch)
 		return;
 	watch->unfinished = false;
 	if (status == OMNI_STATUS_COMPLETED || status == OMNI_STATUS_ACCEPTED)
+	{
 		watch->failures = 0;
+		*was_hard = state.job.request.hard;
+	}
 	else
 	{
 		watch->failures++;
@@ -560,10 +575,13 @@ begin(Watched *watched, bool removes)
 	look.after = FirstNormalObjectId - 1;
 	omni_words_begin(&look.words, context);
 	watched->look_at = OMNI_CLOCK_NEVER;
+	watched->looked_at = omni_clock();
 	if (watched->watch.failures > 0)
 		look.reason = "all, since the last job has come to no success";
 	else if (watched->watch.owes && watched->watch.job == 0)
 		look.reason = "all, since the watch is new";
+	else if (watched->watch.owes)
+		look.reason = "what a look that was cut short had found";
 }
 
 /* Take the next step of the look, and plan the one after it. */
@@ -714,6 +732,12 @@ ask(OmniWatch *watch)
 {
 	char	   *changes = omni_words_text(&look.words);
 
+	if (look.watched->disturbed && look.gone == 0 && look.altered == 0)
+	{
+		omni_watch_owe_all(watch, false);
+		if (look.reason == NULL)
+			look.reason = "all, since DDL was committed during a hard refresh";
+	}
 	if (look.reason != NULL)
 		changes = psprintf("%s%s%s", look.reason, changes[0] != '\0' && watch->job != 0 ? "; " : "",
 						   watch->job != 0 ? changes : "");
@@ -839,6 +863,8 @@ finish(void)
 			 (watched->told_at == 0 || now - watched->told_at >= OMNI_MS(COMPLAIN_ROUND)))
 		tell_mostly_gone();
 
+	if (look.asked && !missing)
+		watched->disturbed = false;
 	if (watched->watch.unfinished)
 	{
 		watching.follow_at = Min(watching.follow_at, now + OMNI_MS(FOLLOW_ROUND));

@@ -547,12 +547,8 @@ omni_job_decode(int row, OmniJobState *state)
 	value = VALUE_OR_NULL(job_id, UUIDOID);
 	if (!isnull)
 		job->job_id = *DatumGetUUIDP(value);
-	request->model = *DatumGetUUIDP(VALUE(model_id, UUIDOID));
-	request->has_model = true;
-	value = VALUE_OR_NULL(branch_id, UUIDOID);
-	request->has_branch = !isnull;
-	if (!isnull)
-		request->branch = *DatumGetUUIDP(value);
+	omni_request_decode(request, row, column_server, column_model_id, column_branch_id, column_policy,
+						column_requested_by, column_requested_by_oid);
 	request->kind = strcmp(TextDatumGetCString(VALUE(kind, TEXTOID)), "cache") == 0 ? OMNI_KIND_CACHE : OMNI_KIND_SCHEMA;
 	value = VALUE_OR_NULL(hard, BOOLOID);
 	request->hard = isnull || DatumGetBool(value);
@@ -561,17 +557,11 @@ omni_job_decode(int row, OmniJobState *state)
 	job->request.schemas = isnull ? NULL : DatumGetArrayTypeP(value);
 	value = VALUE_OR_NULL(tables, TEXTARRAYOID);
 	job->request.tables = isnull ? NULL : DatumGetArrayTypeP(value);
-	value = VALUE_OR_NULL(policy, TEXTOID);
-	if (!isnull)
-		strlcpy(request->policy, TextDatumGetCString(value), sizeof(request->policy));
 	value = VALUE_OR_NULL(reset_at, TIMESTAMPTZOID);
 	request->has_reset_at = !isnull && !TIMESTAMP_NOT_FINITE(DatumGetTimestampTz(value));
 	if (request->has_reset_at)
 		request->reset_at = DatumGetTimestampTz(value);
-	request->server = omni_name(VALUE(server, TEXTOID));
 	job->origin = origin_of(TextDatumGetCString(VALUE(origin, TEXTOID)));
-	request->requested_by = omni_name(VALUE(requested_by, TEXTOID));
-	request->role = DatumGetObjectId(VALUE(requested_by_oid, OIDOID));
 	value = VALUE_OR_NULL(called_by, TEXTOID);
 	if (!isnull)
 		request->called_by = omni_name(value);
@@ -588,6 +578,31 @@ omni_job_decode(int row, OmniJobState *state)
 	state->uncommitted = TransactionIdIsCurrentTransactionId(DatumGetTransactionId(VALUE(xmin, XIDOID)));
 #undef VALUE
 #undef VALUE_OR_NULL
+}
+
+/*
+ * Decode what a row of a job and one of a watch have alike: the server, model and branch, the
+ * cache policy and the requester.  Columns count from 0 in the last statement's result.
+ */
+void
+omni_request_decode(OmniRequest *request, int row, int server, int model, int branch, int policy,
+					int requested_by, int requested_by_oid)
+{
+	bool		isnull;
+	Datum		value;
+
+	request->server = omni_name(omni_value(row, server, TEXTOID));
+	request->model = *DatumGetUUIDP(omni_value(row, model, UUIDOID));
+	request->has_model = true;
+	value = omni_value_or_null(row, branch, UUIDOID, &isnull);
+	request->has_branch = !isnull;
+	if (!isnull)
+		request->branch = *DatumGetUUIDP(value);
+	value = omni_value_or_null(row, policy, TEXTOID, &isnull);
+	if (!isnull)
+		strlcpy(request->policy, TextDatumGetCString(value), sizeof(request->policy));
+	request->requested_by = omni_name(omni_value(row, requested_by, TEXTOID));
+	request->role = DatumGetObjectId(omni_value(row, requested_by_oid, OIDOID));
 }
 
 /* Return the origin with a name; that of most queued jobs if its row was tampered with. */

@@ -263,18 +263,8 @@ decode_watch(int row, OmniWatch *watch)
 
 	memset(watch, 0, sizeof(*watch));
 	watch->id = *DatumGetUUIDP(VALUE(id, UUIDOID));
-	request->server = omni_name(VALUE(server, TEXTOID));
-	request->model = *DatumGetUUIDP(VALUE(model_id, UUIDOID));
-	request->has_model = true;
-	value = VALUE_OR_NULL(branch_id, UUIDOID);
-	request->has_branch = !isnull;
-	if (!isnull)
-		request->branch = *DatumGetUUIDP(value);
-	value = VALUE_OR_NULL(cache_policy, TEXTOID);
-	if (!isnull)
-		strlcpy(request->policy, TextDatumGetCString(value), sizeof(request->policy));
-	request->requested_by = omni_name(VALUE(requested_by, TEXTOID));
-	request->role = DatumGetObjectId(VALUE(requested_by_oid, OIDOID));
+	omni_request_decode(request, row, OMNI_WATCH_server, OMNI_WATCH_model_id, OMNI_WATCH_branch_id,
+						OMNI_WATCH_cache_policy, OMNI_WATCH_requested_by, OMNI_WATCH_requested_by_oid);
 	request->requested_at = DatumGetTimestampTz(VALUE(requested_at, TIMESTAMPTZOID));
 	watch->schemas = copy_array(row, OMNI_WATCH_schemas);
 	watch->delay = interval_length(DatumGetIntervalP(VALUE(delay, INTERVALOID)));

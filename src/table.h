@@ -227,6 +227,8 @@ extern Datum omni_value_or_null(int row, int column, Oid type, bool *isnull);
 
 /* in job.c */
 extern void omni_job_decode(int row, OmniJobState *state);
+extern void omni_request_decode(OmniRequest *request, int row, int server, int model, int branch, int policy,
+								int requested_by, int requested_by_oid);
 
 /* in event.c */
 extern void omni_event_add(const OmniJob *job, const OmniEvent *event);

@@ -16,78 +16,47 @@ my $node = $watch->node;
 
 END { my $rc = $?; $watch->stop if $watch; $? = $rc; }
 
-# The statements of dbt-postgres for a model of each kind of materialization. They differ from run
-# to run in names of temporary objects only.
+# The statements of dbt-postgres for a model of each materialization: %2$s is its name, %3$s its
+# query, and %1$s "table", "view" or, where there is a temporary table, a number that is new in each run.
 
+my $swap = q{
+BEGIN;
+create %1$s "wh"."%2$s__dbt_tmp" as (%3$s);
+alter table if exists "wh"."%2$s" rename to "%2$s__dbt_backup";
+alter table "wh"."%2$s__dbt_tmp" rename to "%2$s";
+COMMIT;
+BEGIN;
+drop %1$s if exists "wh"."%2$s__dbt_backup" cascade;
+COMMIT;
+};
+my $merge = q{
+BEGIN;
+create temporary table "%2$s__dbt_tmp%1$s" as (%3$s);
+%4$s
+insert into "wh"."%2$s" (id) select id from "%2$s__dbt_tmp%1$s";
+COMMIT;
+};
+my %statements = (
+	table => $swap,
+	view => $swap,
+	incremental => sprintf($merge, '%1$s', '%2$s', '%3$s', 'delete from "wh"."%2$s" where (id) in (select (id) from "%2$s__dbt_tmp%1$s");'),
+	snapshot => sprintf($merge, '%1$s', '%2$s', '%3$s', 'alter table "wh"."%2$s" add column if not exists "note" text;'));
 my $run = 0;
 
-sub table
+sub model
 {
-	my ($name, $query) = @_;
+	my ($kind, $name, $query) = @_;
 
-	return qq{
-BEGIN;
-create  table "wh"."${name}__dbt_tmp" as ($query);
-alter table if exists "wh"."$name" rename to "${name}__dbt_backup";
-alter table "wh"."${name}__dbt_tmp" rename to "$name";
-COMMIT;
-BEGIN;
-drop table if exists "wh"."${name}__dbt_backup" cascade;
-COMMIT;
-};
+	return sprintf $statements{$kind}, $statements{$kind} eq $swap ? $kind : ++$run, $name, $query;
 }
 
-sub view
-{
-	my ($name, $query) = @_;
-
-	return qq{
-BEGIN;
-create view "wh"."${name}__dbt_tmp" as ($query);
-alter table if exists "wh"."$name" rename to "${name}__dbt_backup";
-alter table "wh"."${name}__dbt_tmp" rename to "$name";
-COMMIT;
-BEGIN;
-drop view if exists "wh"."${name}__dbt_backup" cascade;
-COMMIT;
-};
-}
-
-sub incremental
-{
-	my ($name, $query) = @_;
-	my $suffix = sprintf '%012d', ++$run;
-
-	return qq{
-BEGIN;
-create temporary table "${name}__dbt_tmp$suffix" as ($query);
-delete from "wh"."$name" where (id) in (select (id) from "${name}__dbt_tmp$suffix");
-insert into "wh"."$name" select * from "${name}__dbt_tmp$suffix";
-COMMIT;
-};
-}
-
-sub snapshot
-{
-	my ($name, $query) = @_;
-	my $suffix = sprintf '%012d', ++$run;
-
-	return qq{
-BEGIN;
-create temporary table "${name}__dbt_tmp$suffix" as ($query);
-alter table "wh"."$name" add column if not exists "note" text;
-insert into "wh"."$name" (id) select id from "${name}__dbt_tmp$suffix";
-COMMIT;
-};
-}
-
-my @dbt = (
-	table('stage', 'select id, total from wh.raw'),
-	view('staged', 'select * from wh.stage'),
-	table('facts', 'select id, sum(total) as total from wh.staged group by id'),
-	view('report', 'select * from wh.facts'),
-	incremental('steps', 'select id from wh.facts'),
-	snapshot('history', 'select id from wh.facts'));
+my @dbt = map { model(@$_) } (
+	[ 'table', 'stage', 'select id, total from wh.raw' ],
+	[ 'view', 'staged', 'select * from wh.stage' ],
+	[ 'table', 'facts', 'select id, sum(total) as total from wh.staged group by id' ],
+	[ 'view', 'report', 'select * from wh.facts' ],
+	[ 'incremental', 'steps', 'select id from wh.facts' ],
+	[ 'snapshot', 'history', 'select id from wh.facts' ]);
 
 $watch->sql(join ';', 'CREATE SCHEMA wh; CREATE TABLE wh.raw AS SELECT 1 AS id, 1.0 AS total', 'CREATE TABLE wh.steps (id int)',
 	'CREATE TABLE wh.history (id int, note text)', map { "CREATE TABLE wh.other$_ ()" } 1 .. 10);
@@ -110,7 +79,7 @@ is($watch->changes, '', '... and no removal is left after it');
 $watch->set(delay => '20 s', removals => '1 h');
 is($watch->told(join '', @dbt), '', 'a whole run nets to nothing');
 is($watch->asked, '', '... and asks nothing');
-is($watch->told(join '', @dbt, table('facts', 'select id, 1 as one, sum(total) as total from wh.staged group by id'), view('report', 'select * from wh.facts')),
+is($watch->told(join '', @dbt, model('table', 'facts', 'select id, 1 as one, sum(total) as total from wh.staged group by id'), model('view', 'report', 'select * from wh.facts')),
 	'wh.facts: + one integer; wh.report: + one integer', '... but for what has changed');
 
 # Without a model that the project no longer has
