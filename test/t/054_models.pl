@@ -324,7 +324,7 @@ $node->restart;					# the limiter begins anew
 $omni->reset;
 make_models(3000);
 $omni->set(rate_limit => 24);	# some of which was ours
-my $call = OmniFault::call($node, "SET statement_timeout = '1 s'; $count");
+my $call = OmniFault::call($node, "SET statement_timeout = '5 s'; $count");
 is($call->{sqlstate}, '57014', 'pages beyond the rate limit wait');
 is(scalar(asked()), 20, '... and are not asked for');
 is((grep { $_->{status} != 200 } asked()), 0, '... so that Omni need not say so');
