@@ -47,10 +47,14 @@
 #include "workerslot.h"
 #include "xact.h"
 
-/* A transaction of a look should take this long; it visits relations by these limits */
+/*
+ * A transaction of a look should take this long.  It visits a number of relations within these
+ * limits: twice as many as the one before if that was short, since the next ones may have far
+ * more columns.
+ */
 #define SLICE_TIME			OMNI_MS(10)
 #define SLICE_MIN			32
-#define SLICE_MAX			4096
+#define SLICE_MAX			512
 
 /*
  * After two looks that have found nothing, wait this many times as long as the last one has
@@ -169,7 +173,7 @@ typedef struct Watching
 } Watching;
 
 static Watching watching = {.read_at = 0};
-static Look look = {.slice = SLICE_MIN};
+static Look look;
 
 static void note_change(void);
 static void read_list(void);
@@ -563,7 +567,6 @@ static void
 begin(Watched *watched, bool removes)
 {
 	static MemoryContext context = NULL;
-	int			slice = look.slice;
 
 	if (context == NULL)
 		context = AllocSetContextCreate(TopMemoryContext, "omni_refresh look", ALLOCSET_DEFAULT_SIZES);
@@ -571,7 +574,7 @@ begin(Watched *watched, bool removes)
 	memset(&look, 0, sizeof(look));
 	look.watched = watched;
 	look.removes = removes;
-	look.slice = slice;
+	look.slice = SLICE_MIN;
 	look.after = FirstNormalObjectId - 1;
 	omni_words_begin(&look.words, context);
 	watched->look_at = OMNI_CLOCK_NEVER;
@@ -830,7 +833,10 @@ advance(void)
 		look.altered += look.missing;
 		look.after = look.to;
 		if (look.to == OID_MAX)
+		{
 			look.step = LOOK_AT_MEMORY;
+			look.slice = SLICE_MIN;
+		}
 	}
 	else if (look.step == LOOK_AT_MEMORY)
 	{

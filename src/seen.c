@@ -114,7 +114,7 @@ static OmniStatement select_data = {
 
 static OmniStatement select_window = {
 	.table = &omni_seen_table,
-	.text = "SELECT oid FROM pg_class WHERE oid > $1 ORDER BY oid OFFSET $2 LIMIT 1",
+	.text = "SELECT c.oid FROM pg_class AS c WHERE c.oid > $1 AND " RELATIONS " ORDER BY c.oid OFFSET $2 LIMIT 1",
 	.nargs = 2,
 	.argtypes = {OIDOID, INT4OID}
 };

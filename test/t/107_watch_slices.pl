@@ -40,15 +40,14 @@ sub waits
 	return $node->poll_query_until('postgres', "SELECT count(*) = 1 FROM pg_locks WHERE locktype = 'advisory' AND objid = $key AND NOT granted");
 }
 
-# Runs statements while a look is between two slices: a new worker begins with slices of 32 relations.
+# Runs statements while a look is between two slices. The first one has 32 relations, each other twice
+# as many at most.
 sub between
 {
 	my ($opening, $sql, $name) = @_;
-	my $worker = OmniFault::worker($node);
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 
 	$locker->query('SELECT pg_advisory_lock(1)');
-	$watch->sql("SELECT pg_terminate_backend($worker, 60000)");
 	$watch->sql($opening);
 	ok(waits(1), "$name: a look is under way");
 	$watch->sql($sql);
@@ -107,7 +106,6 @@ is($watch->told('CREATE TABLE sales.next ()'), 'added sales.next', '... once');
 # A look that the end of the worker cuts short
 
 $locker->query('SELECT pg_advisory_lock(1)');
-$watch->sql("SELECT pg_terminate_backend(" . OmniFault::worker($node) . ", 60000)");
 $watch->sql('ALTER TABLE sales.low1 ADD c1 int; ALTER TABLE sales.high_gate ADD c1 int');
 ok(waits(1), 'a look that has found something');
 is($watch->sql('SELECT concat_ws($$ $$, owed_hard, owed_schemas, owed_tables) FROM omni_refresh_watch'), 'f {sales} {low1}', '... owes it');
