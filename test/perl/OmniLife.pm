@@ -206,7 +206,7 @@ sub clean
 {
 	my ($node, $name, @expected) = @_;
 
-	push @expected, qr/FATAL:  terminating connection due to administrator command/,
+	push @expected, qr/FATAL:  terminating (?:connection|autovacuum process) due to administrator command/,
 		qr/could not send data to client: Broken pipe/, qr/LOG:  (?:job \d+ ended as|outage of server) /;
 	my @lines = grep { /PANIC|TRAP|terminated by signal|FATAL|could not|WARNING/ && !/ DEBUG: / }
 		split /\n/, slurp_file($node->logfile);
