@@ -17,7 +17,8 @@
  */
 #include "postgres.h"
 
-#include "portability/instr_time.h"
+#include <time.h>
+
 #include "utils/timestamp.h"
 
 #include "clock.h"
@@ -27,14 +28,18 @@
 
 static TimestampTz steady_clock(void);
 
-/* Return monotonic time in microseconds, since a moment that is the same for all processes. */
+/*
+ * Return monotonic time in microseconds, since a moment that is the same for all processes.
+ * Do not use instr_time: from 19 on, the setting timing_clock_source of each session decides
+ * what it counts from.
+ */
 int64
 omni_clock(void)
 {
-	instr_time	now;
+	struct timespec now;
 
-	INSTR_TIME_SET_CURRENT(now);
-	return (int64) INSTR_TIME_GET_MICROSEC(now);
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * USECS_PER_SEC + now.tv_nsec / 1000;
 }
 
 /* Return the milliseconds left until a time of omni_clock(), rounded up; 0 if it has passed. */
