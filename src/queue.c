@@ -77,14 +77,20 @@
 	"  ORDER BY " QUEUE_ORDER " LIMIT " limit ") AS job WHERE " DUE ")"
 
 /*
- * The first refresh for which resets wait, by its number.  Those of any branch count, since
- * the cache belongs to the model, and those of calls.  Refreshes that are running since $4 or
- * longer do not; the inner LIMIT bounds how many of them are read.  BETWEEN, in place of "=",
- * keeps the planner from reading the primary key in order of id.
+ * The unfinished refreshes of a requester, server and model.  Those of any branch count, since
+ * the cache belongs to the model, and those of calls.  BETWEEN, in place of "=", keeps the
+ * planner from reading the primary key in order of id.
+ */
+#define REFRESHES(role, server, model) \
+	"%s AS refresh WHERE " REFRESHING " AND requested_by_oid = " role " AND server = " server \
+	" AND model_id BETWEEN " model " AND " model
+
+/*
+ * The first refresh for which resets wait, by its number.  Refreshes that are running since $4
+ * or longer do not count; the inner LIMIT bounds how many of them are read.
  */
 #define HOLDING(role, server, model) \
-	"(SELECT (SELECT id FROM (SELECT id, status, sent_at FROM %s AS refresh WHERE " REFRESHING \
-	"  AND requested_by_oid = " role " AND server = " server " AND model_id BETWEEN " model " AND " model \
+	"(SELECT (SELECT id FROM (SELECT id, status, sent_at FROM " REFRESHES(role, server, model) \
 	"  ORDER BY " LANE ", id LIMIT 10000) AS refresh WHERE " HOLDS("$4") " LIMIT 1) AS first) AS holding"
 
 /* Whether an unfinished refresh holds the resets behind it.  One that has been running for too long does not. */
@@ -271,9 +277,8 @@ static OmniStatement unite_jobs = {
 static OmniStatement lock_jobs = {
 	.table = &omni_job_table,
 	.text = "SELECT id FROM %s AS job WHERE id = ANY ($1) AND " IS_PENDING
-	" AND NOT (kind = 'cache' AND origin <> 'call' AND EXISTS (SELECT FROM %s AS refresh WHERE " REFRESHING
-	"  AND (requested_by_oid, server) = (job.requested_by_oid, job.server)"
-	"  AND model_id BETWEEN job.model_id AND job.model_id AND id < job.id AND " HOLDS("$2") "))"
+	" AND NOT (kind = 'cache' AND origin <> 'call' AND EXISTS (SELECT FROM "
+	REFRESHES("job.requested_by_oid", "job.server", "job.model_id") " AND id < job.id AND " HOLDS("$2") "))"
 	" FOR NO KEY UPDATE SKIP LOCKED",
 	.nargs = 2,
 	.argtypes = {INT8ARRAYOID, TIMESTAMPTZOID}

@@ -403,8 +403,8 @@ omni_worker_wake(int flags, OmniError *error)
 
 /*
  * Return true to the first process that asks within a round, and false to the others, so that
- * sessions that fail in the same way write one message.  Without shared memory, each process
- * is the first one once in a round.
+ * sessions that fail in the same way write one message.  Without shared memory, return true
+ * to each process once in a round.
  */
 bool
 omni_worker_may_complain(int64 round)

@@ -1,5 +1,5 @@
-# A server that polls through one session. PostgreSQL::Test::Cluster starts psql ten times a
-# second, and what the suite costs would for the most part be that.
+# A server that polls through one session. PostgreSQL::Test::Cluster starts psql ten times a second,
+# which would be most of what the suite costs.
 
 package OmniNode;
 

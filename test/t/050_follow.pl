@@ -371,7 +371,7 @@ for my $server (sort keys %loss)
 my $filed = sql("SET omni_refresh.server = filed; SELECT id FROM omni_refresh('$model')");
 rename $key_file, "$key_file.away";
 sql($loss{$_}[0]) for sort keys %loss;
-my $asked = polls();	# none, if this was within 2 s
+my $asked = polls();	# usually none: the first poll comes after 2 s
 hurry();
 for my $server (sort keys %loss)
 {
