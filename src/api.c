@@ -282,6 +282,22 @@ omni_api_encoded_length(const char *text)
 	return length;
 }
 
+/* Return how many bytes a name may take in a list in a URL, with the comma before it. */
+int
+omni_api_name_length(const char *name)
+{
+	return strlen("%2C") + omni_api_encoded_length(name);
+}
+
+/* Return how many bytes the names of both lists may take in the URL of any refresh. */
+int
+omni_api_room(void)
+{
+	OmniRequest longest = {.has_branch = true,.hard_named = true};
+
+	return OMNI_MAX_PATH - omni_api_path_length(&longest) - strlen("?schemas=?tables=");
+}
+
 /* Return how many bytes the path and the query of a refresh may take. */
 Size
 omni_api_path_length(const OmniRequest *request)

@@ -94,6 +94,8 @@ extern char *omni_api_job_body(const OmniRequest *request);
 extern char *omni_api_poll_url(const char *base_url, const pg_uuid_t *job_id);
 extern char *omni_api_lookup_url(const char *base_url, const char *lookup);
 extern Size omni_api_encoded_length(const char *text);
+extern int	omni_api_name_length(const char *name);
+extern int	omni_api_room(void);
 extern Size omni_api_path_length(const OmniRequest *request);
 extern bool omni_api_fits(const OmniRequest *request);
 extern char *omni_api_models_lookup(const char *name, const char *kind, const char *cursor);

@@ -13,6 +13,7 @@
 
 #include "api.h"
 #include "error.h"
+#include "lane.h"
 
 #define OMNI_ORIGIN_CALL		"call"
 #define OMNI_ORIGIN_ON_COMMIT	"on_commit"
@@ -162,6 +163,7 @@ extern OmniHead *omni_queue_heads(const OmniPlace *place, const OmniHeld *held, 
 #define OMNI_MERGE_HEADS	16
 
 extern void omni_queue_merge(OmniHead *heads, int nheads);
+extern void omni_lane_job(const OmniRequest *request, LaneJob *lane);
 extern OmniJobState *omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count);
 extern OmniJobState *omni_queue_held(const OmniHead *heads, int nheads, int limit, int *count);
 extern void omni_queue_cancel_copies(const OmniPlace *place);

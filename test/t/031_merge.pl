@@ -169,14 +169,19 @@ for my $n (0, 1)
 	is($node->safe_psql('postgres', q{SELECT count(*) FROM omni_refresh_job WHERE status = 'canceled'}), '1', '... but not what was canceled');
 }
 
-# Lists that would be too long together stay apart.
+# Lists that would be too long together become the whole model, and then all else merges with it: a
+# backlog of any length is one request.
 
 ($model) = clear(1);
 $node->safe_psql('postgres', "SET omni_refresh.enabled = on;
-	SELECT count(omni_refresh_on_commit('$model', schemas => ARRAY(SELECT n || '_' || i || repeat('x', 90) FROM generate_series(1, 50) AS i))) FROM generate_series(1, 2) AS n");
+	SELECT FROM omni_refresh_on_commit('$model', tables => '{t}');
+	SELECT FROM omni_refresh_on_commit('$model', schemas => '{s}', tables => '{t}');
+	SELECT count(omni_refresh_on_commit('$model', schemas => ARRAY(SELECT n || '_' || i || repeat('x', 50) FROM generate_series(1, 110) AS i))) FROM generate_series(1, 600) AS n");
 enable('on');
 ok($node->poll_query_until('postgres', $all_done), 'lists that would be too long together');
-is($node->safe_psql('postgres', q{SELECT string_agg(attempts::text, ' ') FROM omni_refresh_job}), '1 1', '... stay apart');
+is_deeply([ OmniMerge::sent($omni) ], [ "$model ", ['soft'] ], '... are one soft refresh of the whole model, with all else that was asked for');
+is($node->safe_psql('postgres', q{SELECT count(*), min(id) = min(id) FILTER (WHERE status <> 'merged') FROM omni_refresh_job WHERE status = 'merged' OR attempts = 1}),
+	'602|t', '... and the oldest job carries it out');
 
 # A great many pairs
 
