@@ -135,7 +135,7 @@ COMMENT ON COLUMN omni_refresh_job.error IS 'the last error: SQLSTATE, message, 
  * one goes from role to role and from model to model by steps, whatever else waits ...
  */
 CREATE INDEX omni_refresh_job_queue_idx ON omni_refresh_job
-	(requested_by_oid, server, model_id, kind, run_at, id)
+	(requested_by_oid, server, model_id, (kind OPERATOR(pg_catalog.<>) 'cache'), run_at, id)
 	WHERE status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.<>) 'call';
 COMMENT ON INDEX omni_refresh_job_queue_idx IS 'the queue: jobs that are pending, and not of a call';
 
@@ -147,7 +147,7 @@ COMMENT ON INDEX omni_refresh_job_active_idx IS 'the jobs that are being carried
 
 /* ... and, of the refreshes that have not ended, the first one of a model, for which resets of its cache wait */
 CREATE INDEX omni_refresh_job_refreshing_idx ON omni_refresh_job (requested_by_oid, server, model_id, id)
-	WHERE kind OPERATOR(pg_catalog.=) 'schema' AND status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running}');
+	WHERE kind OPERATOR(pg_catalog.<>) 'cache' AND status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running}');
 COMMENT ON INDEX omni_refresh_job_refreshing_idx IS 'the refreshes that have not ended, in the order of their numbers';
 
 /* what came to an end, and when: merged jobs, of which there may be many, come to none of their own */

@@ -45,25 +45,20 @@
 #define MAX_SPELLING		32
 #define MAX_ESCAPES			3
 
-/* What an HTTP request asks of Omni */
-typedef enum Question
-{
-	QUESTION_REFRESH,
-	QUESTION_RESET,
-	QUESTION_POLL,
-	QUESTION_LOOKUP
-} Question;
+/* The messages about requests without a job of their own */
+static const OmniJobKind poll = {.refused = "server \"%s\" refused the question about a job: HTTP status %d"};
+static const OmniJobKind lookup = {.refused = "server \"%s\" refused the request: HTTP status %d"};
 
 static char *uuid_text(const pg_uuid_t *uuid);
 static char *escape(const char *text);
 static char *list_text(ArrayType *list);
 static void add_parameter(CURLU *url, const char *name, const char *value);
 static bool read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answer,
-						Question question, OmniOutcome *outcome);
+						const OmniJobKind *kind, OmniOutcome *outcome);
 static void read_failure(const OmniRequest *request, const char *key,
 						 const OmniAnswer *answer, OmniOutcome *outcome);
 static void read_refusal(const OmniRequest *request, const char *key,
-						 const OmniAnswer *answer, Question question, OmniOutcome *outcome);
+						 const OmniAnswer *answer, const OmniJobKind *kind, OmniOutcome *outcome);
 static void read_acceptance(const OmniRequest *request, const char *key,
 							const OmniAnswer *answer, OmniOutcome *outcome);
 static void read_reset(const OmniRequest *request, const char *key,
@@ -173,9 +168,10 @@ escape(const char *text)
 char *
 omni_api_job_url(const char *base_url, const OmniRequest *request)
 {
-	char	   *path = request->kind == OMNI_KIND_CACHE ?
-	psprintf("/api/v1/models/%s/cache_reset/%s", uuid_text(&request->model), escape(request->policy)) :
-	psprintf("/api/v1/models/%s/refresh", uuid_text(&request->model));
+	const OmniJobKind *kind = &omni_job_kinds[request->kind];
+	char	   *path = psprintf("/api/v1/models/%s/%s%s%s", uuid_text(&request->model), kind->path,
+								kind->takes_policy ? "/" : "",
+								kind->takes_policy ? escape(request->policy) : "");
 	char	   *text = NULL;
 	char	   *volatile result = NULL;
 	CURLU	   *url = curl_url();
@@ -371,15 +367,14 @@ void
 omni_api_job_outcome(const OmniRequest *request, const char *key,
 					 const OmniAnswer *answer, OmniOutcome *outcome)
 {
-	bool		cache = request->kind == OMNI_KIND_CACHE;
+	const OmniJobKind *kind = &omni_job_kinds[request->kind];
 
-	if (read_answer(request, key, answer, cache ? QUESTION_RESET : QUESTION_REFRESH, outcome))
-	{
-		if (cache)
-			read_reset(request, key, answer, outcome);
-		else
-			read_acceptance(request, key, answer, outcome);
-	}
+	if (!read_answer(request, key, answer, kind, outcome))
+		return;
+	if (kind->is_followed)
+		read_acceptance(request, key, answer, outcome);
+	else
+		read_reset(request, key, answer, outcome);
 }
 
 /*
@@ -394,7 +389,7 @@ omni_api_poll_outcome(const OmniRequest *request, const char *key,
 	Jsonb	   *json;
 	char	   *status;
 
-	if (!read_answer(request, key, answer, QUESTION_POLL, outcome))
+	if (!read_answer(request, key, answer, &poll, outcome))
 		return false;
 	json = omni_api_json(answer->body, answer->length, &why);
 	status = json != NULL ? omni_api_member(&json->root, "status") : NULL;
@@ -418,7 +413,7 @@ void
 omni_api_lookup_outcome(const OmniRequest *request, const char *key,
 						const OmniAnswer *answer, OmniOutcome *outcome)
 {
-	if (read_answer(request, key, answer, QUESTION_LOOKUP, outcome))
+	if (read_answer(request, key, answer, &lookup, outcome))
 		outcome->status = OMNI_NAME_COMPLETED;
 }
 
@@ -477,7 +472,7 @@ omni_api_find_model(const OmniAnswer *answer, const pg_uuid_t *model, const char
  */
 static bool
 read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answer,
-			Question question, OmniOutcome *outcome)
+			const OmniJobKind *kind, OmniOutcome *outcome)
 {
 	memset(outcome, 0, sizeof(*outcome));
 	outcome->http_status = answer->status;
@@ -487,7 +482,7 @@ read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answe
 	if (answer->failed)
 		read_failure(request, key, answer, outcome);
 	else if (answer->status != 200)
-		read_refusal(request, key, answer, question, outcome);
+		read_refusal(request, key, answer, kind, outcome);
 	return !answer->failed && answer->status == 200;
 }
 
@@ -601,39 +596,28 @@ read_failure(const OmniRequest *request, const char *key,
 /* Set the outcome of an answer with another HTTP status than 200, by Omni or a proxy. */
 static void
 read_refusal(const OmniRequest *request, const char *key,
-			 const OmniAnswer *answer, Question question, OmniOutcome *outcome)
+			 const OmniAnswer *answer, const OmniJobKind *kind, OmniOutcome *outcome)
 {
 	static const struct
 	{
 		int			status;
 		int			sqlstate;
 		const char *hint;
-		const char *other;		/* for any other question than a refresh, or
-								 * NULL: the same */
 	}			refusals[] = {
 		{400, ERRCODE_INVALID_PARAMETER_VALUE,
-			"Check the arguments; branch is required when the connection's setting \"Branch-based schema refresh\" is on, and must be left out when it is off.",
 		"Check the arguments."},
 		{401, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
-		"Check the API key in the user mapping: it may have been revoked, or belong to another instance.", NULL},
+		"Check the API key in the user mapping: it may have been revoked, or belong to another instance."},
 		{403, ERRCODE_INSUFFICIENT_PRIVILEGE,
-			"Modelers may refresh only on connections with exactly one shared model; Connection Admins on every connection they administer.",
 		"The owner of the API key needs the permission for this in Omni."},
 		{404, ERRCODE_UNDEFINED_OBJECT,
-			"Check the model's uuid, and that the server's \"base_url\" is the instance that has it.",
 		"Check what is asked for, and that the server's \"base_url\" is the instance that has it."},
 		{407, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
-		"Proxies that want authentication are not supported.", NULL},
+		"Proxies that want authentication are not supported."},
 		{429, ERRCODE_INSUFFICIENT_RESOURCES,
-		"Omni limits the requests of a key, by default to 60 a minute; others may be using the same key.", NULL},
+		"Omni limits the requests of a key, by default to 60 a minute; others may be using the same key."},
 		{503, ERRCODE_CONNECTION_FAILURE,
-		"Omni is under maintenance or overloaded; try again later.", NULL},
-	};
-	static const char *const messages[] = {
-		[QUESTION_REFRESH] = "server \"%s\" refused the refresh: HTTP status %d",
-		[QUESTION_RESET] = "server \"%s\" refused the cache reset: HTTP status %d",
-		[QUESTION_POLL] = "server \"%s\" refused the question about a job: HTTP status %d",
-		[QUESTION_LOOKUP] = "server \"%s\" refused the request: HTTP status %d"
+		"Omni is under maintenance or overloaded; try again later."},
 	};
 	char	   *text = error_text(answer, key);
 	char	   *why;
@@ -664,7 +648,7 @@ read_refusal(const OmniRequest *request, const char *key,
 	omni_error_set(&outcome->error,
 				   answer->status >= 500 ? ERRCODE_CONNECTION_FAILURE :
 				   ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
-				   messages[question], NameStr(request->server), answer->status);
+				   kind->refused, NameStr(request->server), answer->status);
 	omni_error_hint(&outcome->error, answer->status >= 500 ?
 					"The trouble is on Omni's side, or in a proxy in between; try again later." :
 					"Omni does not document this status; it may come from a proxy in between.");
@@ -673,9 +657,13 @@ read_refusal(const OmniRequest *request, const char *key,
 		if (refusals[i].status == answer->status)
 		{
 			outcome->error.sqlstate = refusals[i].sqlstate;
-			omni_error_hint(&outcome->error, "%s", refusals[i].other != NULL && question != QUESTION_REFRESH ?
-							refusals[i].other : refusals[i].hint);
+			omni_error_hint(&outcome->error, "%s", refusals[i].hint);
 		}
+	}
+	for (const OmniHint *special = kind->hints; special->status != 0; special++)
+	{
+		if (special->status == answer->status)
+			omni_error_hint(&outcome->error, "%s", special->hint);
 	}
 	if (answer->status == 400 && omni_api_json(answer->body, answer->length, &why) == NULL)
 		omni_error_hint(&outcome->error, "The answer is not JSON, so it comes from a proxy or load balancer in between, not from Omni: check scheme, host and port of the server's \"base_url\".");
@@ -762,16 +750,18 @@ is_known_status(const char *status)
 	return false;
 }
 
-/* Set the outcome of a refresh that Omni reports as failed. */
+/* Set the outcome of a job that Omni reports as failed. */
 static void
 set_failed(const OmniRequest *request, OmniOutcome *outcome)
 {
+	const OmniJobKind *kind = &omni_job_kinds[request->kind];
+
 	outcome->status = OMNI_NAME_FAILED;
 	omni_error_set(&outcome->error, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
-				   "Omni could not refresh the model on server \"%s\"",
-				   NameStr(request->server));
+				   kind->failed, NameStr(request->server));
 	omni_error_detail(&outcome->error, "Omni accepted the request and reported the status \"failed\", without a reason.");
-	omni_error_hint(&outcome->error, "Look at the connection in Omni: it may not reach the database, or lack privileges there.");
+	if (kind->failed_hint != NULL)
+		omni_error_hint(&outcome->error, "%s", kind->failed_hint);
 }
 
 /* Set the outcome of a cache reset from an answer with HTTP status 200. */
@@ -794,11 +784,9 @@ read_reset(const OmniRequest *request, const char *key,
 		outcome->status = OMNI_NAME_COMPLETED;
 	else
 	{
-		outcome->status = OMNI_NAME_FAILED;
-		omni_error_set(&outcome->error, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
-					   "Omni could not reset the cache policy \"%s\" on server \"%s\"",
-					   request->policy, NameStr(request->server));
-		omni_error_detail(&outcome->error, "Omni accepted the request and reported no success, without a reason.");
+		set_failed(request, outcome);
+		omni_error_detail(&outcome->error, "Omni accepted the reset of \"%s\" and reported no success, without a reason.",
+						  request->policy);
 	}
 }
 

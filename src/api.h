@@ -15,6 +15,7 @@
 
 #include "error.h"
 #include "http.h"
+#include "jobkind.h"
 
 /*
  * The maximum length of a URL, in bytes: servers and proxies commonly accept 8 kB.  With
@@ -32,12 +33,6 @@
 
 /* Maximum size of a cache policy's name, with its terminating NUL */
 #define OMNI_MAX_POLICY		256
-
-typedef enum OmniKind
-{
-	OMNI_KIND_SCHEMA,			/* refresh a model of the schema */
-	OMNI_KIND_CACHE				/* reset a cache policy */
-} OmniKind;
 
 /* What a job asks for.  Plain data except for the two lists. */
 typedef struct OmniRequest

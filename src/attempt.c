@@ -49,6 +49,7 @@ static bool is_lookup(const OmniWork *only);
 static void lock_rows(OmniWork *only);
 static void begin_one(OmniWork *work);
 static bool find_target(OmniWork *work, OmniError *error);
+static bool check_kind(const OmniWork *work, OmniError *error);
 static bool check_role(OmniWork *work, OmniError *error);
 static bool resolve_server(OmniWork *work, OmniError *error);
 static void refuse_without_target(OmniWork *work, const OmniError *error);
@@ -264,7 +265,7 @@ static bool
 find_target(OmniWork *work, OmniError *error)
 {
 	MemoryContext context = MemoryContextSwitchTo(work->attempt);
-	bool		found = check_role(work, error) && resolve_server(work, error) &&
+	bool		found = check_kind(work, error) && check_role(work, error) && resolve_server(work, error) &&
 	omni_target_read_key(&work->target, error);
 
 	if (found)
@@ -275,6 +276,18 @@ find_target(OmniWork *work, OmniError *error)
 	}
 	MemoryContextSwitchTo(context);
 	return found;
+}
+
+/* Check that the row names a kind of job that this version knows. */
+static bool
+check_kind(const OmniWork *work, OmniError *error)
+{
+	if (work->job.request.kind != OMNI_KIND_UNRECOGNIZED)
+		return true;
+	omni_error_set(error, ERRCODE_INVALID_PARAMETER_VALUE,
+				   "job " INT64_FORMAT " is of an unrecognized kind", work->job.id);
+	omni_error_hint(error, "A newer version of the extension may have queued it.");
+	return false;
 }
 
 /*
@@ -329,7 +342,7 @@ static void
 refuse_without_target(OmniWork *work, const OmniError *error)
 {
 	omni_work_conclude(work, OMNI_NAME_FAILED, error);
-	if (!work->kind->has_caller && omni_clock() < work->deadline &&
+	if (!work->kind->has_caller && work->job.request.kind != OMNI_KIND_UNRECOGNIZED && omni_clock() < work->deadline &&
 		(work->target.key_file != NULL ||
 		 !OidIsValid(get_foreign_server_oid(NameStr(work->job.request.server), true))))
 	{

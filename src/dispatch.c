@@ -170,7 +170,7 @@ omni_dispatch_finished(const OmniWork *work)
 		((!work->kind->has_caller &&
 		  omni_works_count(work->kind, &work->job.request.server) <= omni_max_in_flight * 3 / 4 + 1) ||
 		 (omni_round_any_held() && !outcome->again && work->kind->has_job &&
-		  work->job.request.kind == OMNI_KIND_SCHEMA)))
+		  omni_job_kinds[work->job.request.kind].holds_resets)))
 	{
 		dispatch.next = 0;
 		omni_round_restart(false);

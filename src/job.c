@@ -99,7 +99,6 @@ static bool is_unfinished(OmniStatus status);
 static void insert(OmniJob *job, OmniStatus status, TimestampTz run_at, TimestampTz sent_at);
 static void insert_into(OmniWrite *write, const OmniJob *job, OmniStatus status, TimestampTz run_at,
 						TimestampTz sent_at);
-static const char *kind_name(OmniKind kind);
 static ArrayType *keep_list(ArrayType *list);
 static const char *origin_of(const char *name);
 static TimestampTz to_finite(TimestampTz time);
@@ -150,7 +149,7 @@ omni_job_begin(OmniJob *job, const char *url)
 bool
 omni_job_is_first_reset(const OmniJob *job)
 {
-	return job->request.kind == OMNI_KIND_CACHE && job->attempts == 0;
+	return !omni_job_kinds[job->request.kind].holds_resets && job->attempts == 0;
 }
 
 /*
@@ -272,10 +271,10 @@ insert_into(OmniWrite *write, const OmniJob *job, OmniStatus status, TimestampTz
 	omni_set(&row, OMNI_JOB_model_id, UUIDPGetDatum(&request->model));
 	if (request->has_branch)
 		omni_set(&row, OMNI_JOB_branch_id, UUIDPGetDatum(&request->branch));
-	omni_set(&row, OMNI_JOB_kind, CStringGetTextDatum(kind_name(request->kind)));
-	if (request->kind == OMNI_KIND_CACHE)
+	omni_set(&row, OMNI_JOB_kind, CStringGetTextDatum(omni_job_kinds[request->kind].name));
+	if (omni_job_kinds[request->kind].takes_policy)
 		omni_set(&row, OMNI_JOB_policy, CStringGetTextDatum(request->policy));
-	else
+	if (omni_job_kinds[request->kind].takes_extent)
 		omni_set(&row, OMNI_JOB_hard, BoolGetDatum(request->hard));
 	if (request->schemas != NULL)
 		omni_set(&row, OMNI_JOB_schemas, PointerGetDatum(request->schemas));
@@ -324,12 +323,6 @@ static bool
 is_unfinished(OmniStatus status)
 {
 	return !omni_status_is_final(status);
-}
-
-static const char *
-kind_name(OmniKind kind)
-{
-	return kind == OMNI_KIND_CACHE ? "cache" : "schema";
 }
 
 /*
@@ -549,10 +542,11 @@ omni_job_decode(int row, OmniJobState *state)
 		job->job_id = *DatumGetUUIDP(value);
 	omni_request_decode(request, row, column_server, column_model_id, column_branch_id, column_policy,
 						column_requested_by, column_requested_by_oid);
-	request->kind = strcmp(TextDatumGetCString(VALUE(kind, TEXTOID)), "cache") == 0 ? OMNI_KIND_CACHE : OMNI_KIND_SCHEMA;
+	request->kind = omni_kind_find(TextDatumGetCString(VALUE(kind, TEXTOID)));
 	value = VALUE_OR_NULL(hard, BOOLOID);
-	request->hard = isnull || DatumGetBool(value);
-	request->hard_named = !request->hard;	/* it is Omni's default */
+	request->hard = omni_job_kinds[request->kind].takes_extent && (isnull || DatumGetBool(value));
+	request->hard_named = omni_job_kinds[request->kind].takes_extent && !request->hard;	/* hard is Omni's
+																							 * default */
 	value = VALUE_OR_NULL(schemas, TEXTARRAYOID);
 	job->request.schemas = isnull ? NULL : DatumGetArrayTypeP(value);
 	value = VALUE_OR_NULL(tables, TEXTARRAYOID);
@@ -678,8 +672,8 @@ omni_job_form(const OmniJob *job, const char *status, const char *error)
 	SET("status", CStringGetTextDatum(status), false);
 	SET("model_id", UUIDPGetDatum(&request->model), !request->has_model);
 	SET("branch_id", UUIDPGetDatum(&request->branch), !request->has_branch);
-	SET("kind", CStringGetTextDatum(kind_name(request->kind)), false);
-	SET("hard", BoolGetDatum(request->hard), request->kind == OMNI_KIND_CACHE);
+	SET("kind", CStringGetTextDatum(omni_job_kinds[request->kind].name), false);
+	SET("hard", BoolGetDatum(request->hard), !omni_job_kinds[request->kind].takes_extent);
 	SET("schemas", PointerGetDatum(job->request.schemas), job->request.schemas == NULL);
 	SET("tables", PointerGetDatum(job->request.tables), job->request.tables == NULL);
 	SET("policy", CStringGetTextDatum(request->policy), request->policy[0] == '\0');

@@ -124,7 +124,7 @@ omni_once_forget_resets(const OmniRequest *refresh)
 	{
 		const OmniRequest *job = remembered[i]->request;
 
-		if (job->kind != OMNI_KIND_CACHE || job->role != refresh->role ||
+		if (omni_job_kinds[job->kind].holds_resets || job->role != refresh->role ||
 			memcmp(&job->model, &refresh->model, UUID_LEN) != 0 ||
 			strcmp(NameStr(job->server), NameStr(refresh->server)) != 0)
 			remembered[kept++] = remembered[i];

@@ -68,12 +68,16 @@
 
 /* The order of the index on the queue; the jobs that agree in LANE have one head. */
 #define LANE				"requested_by_oid, server, model_id"
-#define QUEUE_ORDER			LANE ", kind, run_at, id"
+#define QUEUE_ORDER			LANE ", (kind <> 'cache'), run_at, id"
 
-/* Due jobs of one kind of a head, at most so many; the limit stops the scan also if none are due. */
+/* The two sorts of jobs, as the index on the queue has them: those that hold resets, and resets */
+#define HOLDS_RESETS		"(kind <> 'cache')"
+#define IS_RESET			"NOT (kind <> 'cache')"
+
+/* Due jobs of one sort of a head, at most so many; the limit stops the scan also if none are due. */
 #define DUE_OF_KIND(list, kind, role, server, model, limit) \
 	"(SELECT " list " FROM (SELECT *, xmin FROM %s AS job WHERE " QUEUED \
-	"  AND (" LANE ") = (" role ", " server ", " model ") AND kind = '" kind "'" \
+	"  AND (" LANE ") = (" role ", " server ", " model ") AND " kind \
 	"  ORDER BY " QUEUE_ORDER " LIMIT " limit ") AS job WHERE " DUE ")"
 
 /*
@@ -167,19 +171,19 @@ static OmniStatement select_heads = {
 	"    SELECT place.run_at, NULL::timestamptz AS held_since, 0 AS free, place.is_due WHERE place.kind <> 'cache' AND NOT is_held"
 	"    UNION ALL"
 	"    (SELECT run_at, NULL, 0, " DUE " FROM %s AS job WHERE place.kind = 'cache' AND NOT is_held"
-	"      AND " QUEUED " AND (" LANE ") = (place.role, place.server, place.model) AND kind = 'schema' ORDER BY " QUEUE_ORDER " LIMIT 1)"
+	"      AND " QUEUED " AND (" LANE ") = (place.role, place.server, place.model) AND " HOLDS_RESETS " ORDER BY " QUEUE_ORDER " LIMIT 1)"
 	"    UNION ALL"
-	"    SELECT (SELECT run_at FROM %s AS job WHERE " QUEUED " AND (" LANE ") = (place.role, place.server, place.model) AND kind = 'cache'"
+	"    SELECT (SELECT run_at FROM %s AS job WHERE " QUEUED " AND (" LANE ") = (place.role, place.server, place.model) AND " IS_RESET
 	"      AND run_at > $2 ORDER BY " QUEUE_ORDER " LIMIT 1),"
 	"     min(run_at) FILTER (WHERE NOT " FREE "), count(*) FILTER (WHERE " FREE ")::int, bool_or(" FREE ")"
 	"    FROM " HOLDING("place.role", "place.server", "place.model") ","
-	"     LATERAL " DUE_OF_KIND("id, run_at, requested_at", "cache", "place.role", "place.server", "place.model", RESETS) " AS reset"
+	"     LATERAL " DUE_OF_KIND("id, run_at, requested_at", IS_RESET, "place.role", "place.server", "place.model", RESETS) " AS reset"
 	"    WHERE place.is_due"
 	"    HAVING place.kind = 'cache' AND NOT is_held) AS job) AS job) AS next"
 	"  WHERE number < $8 AND due < $9"
 	" )"
 	" SELECT role, server, model, run_at, held_since, free > 0, is_due, is_held, is_due AND (free > 1 OR"
-	"  (SELECT count(*) FROM " DUE_OF_KIND("", "schema", "head.role", "head.server", "head.model", "2") " AS two) = 2)"
+	"  (SELECT count(*) FROM " DUE_OF_KIND("", HOLDS_RESETS, "head.role", "head.server", "head.model", "2") " AS two) = 2)"
 	" FROM head WHERE number > 0 ORDER BY number",
 	.nargs = 12,
 	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDOID, TEXTOID, UUIDOID,
@@ -193,9 +197,9 @@ static OmniStatement select_heads = {
 static OmniStatement select_due = {
 	.table = &omni_job_table,
 	.text = "SELECT job.* FROM unnest($5, $6, $7, $8) AS head (head_role, head_server, head_model, head_free), LATERAL ("
-	DUE_OF_KIND(JOB_LIST, "schema", "head_role", "head_server", "head_model", "$9")
+	DUE_OF_KIND(JOB_LIST, HOLDS_RESETS, "head_role", "head_server", "head_model", "$9")
 	" UNION ALL (SELECT reset.* FROM " HOLDING("head_role", "head_server", "head_model") ","
-	" LATERAL " DUE_OF_KIND(JOB_LIST, "cache", "head_role", "head_server", "head_model", "greatest($9, " RESETS ")") " AS reset"
+	" LATERAL " DUE_OF_KIND(JOB_LIST, IS_RESET, "head_role", "head_server", "head_model", "greatest($9, " RESETS ")") " AS reset"
 	" WHERE head_free AND " FREE ")"
 	" ORDER BY run_at, id LIMIT $9) AS job",
 	.nargs = 9,
@@ -208,7 +212,7 @@ static OmniStatement select_held = {
 	.table = &omni_job_table,
 	.text = "SELECT job.* FROM unnest($5, $6, $7) AS head (head_role, head_server, head_model), LATERAL ("
 	" SELECT reset.* FROM " HOLDING("head_role", "head_server", "head_model") ","
-	"  LATERAL " DUE_OF_KIND(JOB_LIST, "cache", "head_role", "head_server", "head_model", RESETS) " AS reset"
+	"  LATERAL " DUE_OF_KIND(JOB_LIST, IS_RESET, "head_role", "head_server", "head_model", RESETS) " AS reset"
 	" WHERE NOT " FREE " ORDER BY run_at, id LIMIT $8) AS job",
 	.nargs = 8,
 	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDARRAYOID, TEXTARRAYOID,
@@ -222,7 +226,7 @@ static OmniStatement select_held = {
 static OmniStatement lock_jobs = {
 	.table = &omni_job_table,
 	.text = "SELECT id FROM %s AS job WHERE id = ANY ($1) AND " IS_PENDING
-	" AND NOT (kind = 'cache' AND origin <> 'call' AND EXISTS (SELECT FROM "
+	" AND NOT (" IS_RESET " AND origin <> 'call' AND EXISTS (SELECT FROM "
 	REFRESHES("job.requested_by_oid", "job.server", "job.model_id") " AND id < job.id AND " HOLDS("$2") "))"
 	" FOR NO KEY UPDATE SKIP LOCKED",
 	.nargs = 2,
@@ -770,7 +774,7 @@ merge_jobs(const OmniJobState *states, int count)
 static bool
 is_worn_out(const OmniJob *job)
 {
-	return job->request.kind == OMNI_KIND_SCHEMA && job->attempts > 0 &&
+	return omni_job_kinds[job->request.kind].holds_resets && job->attempts > 0 &&
 		job->request.requested_at < omni_earliest_now() - omni_retry_for * USECS_PER_SEC;
 }
 
@@ -818,11 +822,10 @@ widen(const OmniJobState *carrier, const LaneRequest *request, TimestampTz renew
 	bool		done;
 
 	omni_set(&row, OMNI_JOB_renewed_at, TimestampTzGetDatum(renewed_at));
-	if (carrier->job.request.kind == OMNI_KIND_CACHE && !request->has_time)
+	omni_set(&row, OMNI_JOB_reset_at, TimestampTzGetDatum(request->time));
+	if (!request->has_time)
 		omni_set_null(&row, OMNI_JOB_reset_at);
-	else if (carrier->job.request.kind == OMNI_KIND_CACHE)
-		omni_set(&row, OMNI_JOB_reset_at, TimestampTzGetDatum(request->time));
-	else
+	if (omni_job_kinds[carrier->job.request.kind].takes_extent)
 	{
 		omni_set(&row, OMNI_JOB_hard, BoolGetDatum(request->hard));
 		set_names(&row, OMNI_JOB_schemas, &request->schemas);
@@ -844,7 +847,7 @@ omni_lane_job(const OmniRequest *request, LaneJob *lane)
 	lane->branch = request->branch;
 	lane->has_branch = request->has_branch;
 	lane->policy = request->policy;
-	lane->request.hard = request->kind == OMNI_KIND_SCHEMA && request->hard;
+	lane->request.hard = request->hard;
 	lane->request.schemas = lane_list(request->schemas);
 	lane->request.tables = lane_list(request->tables);
 	lane->request.has_time = request->has_reset_at;
@@ -856,15 +859,22 @@ lane_list(ArrayType *list)
 {
 	LaneNames	names = {0};
 	Datum	   *elements;
+	bool	   *nulls;
+	int			count;
 
 	if (list == NULL)
 		return names;
-	deconstruct_array(list, TEXTOID, -1, false, TYPALIGN_INT, &elements, NULL, &names.count);
-	names.names = palloc(names.count * sizeof(LaneName));
-	for (int i = 0; i < names.count; i++)
+	deconstruct_array(list, TEXTOID, -1, false, TYPALIGN_INT, &elements, &nulls, &count);
+	names.names = palloc(Max(count, 1) * sizeof(LaneName));
+	for (int i = 0; i < count; i++)
 	{
-		names.names[i].text = TextDatumGetCString(elements[i]);
-		names.names[i].cost = omni_api_name_length(names.names[i].text);
+		LaneName   *name = &names.names[names.count];
+
+		if (nulls[i])
+			continue;			/* not written by us */
+		name->text = TextDatumGetCString(elements[i]);
+		name->cost = omni_api_name_length(name->text);
+		names.count++;
 	}
 	lane_sort(&names);
 	return names;

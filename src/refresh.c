@@ -102,7 +102,8 @@ omni_refresh_cache_on_commit(PG_FUNCTION_ARGS)
 static Datum
 call(FunctionCallInfo fcinfo, OmniJob *job)
 {
-	const char *name = job->request.kind == OMNI_KIND_CACHE ? "omni_refresh_cache" : "omni_refresh";
+	const OmniJobKind *kind = &omni_job_kinds[job->request.kind];
+	const char *name = kind->function;
 	OmniError	error = {0};
 	bool		may = omni_job_complete(job, &error);
 
@@ -119,7 +120,7 @@ call(FunctionCallInfo fcinfo, OmniJob *job)
 				(errmsg("this transaction has made changes that Omni cannot see yet"),
 				 errhint("Commit before you call %s(), or call %s_on_commit().", name, name)));
 
-	if (may && job->request.kind == OMNI_KIND_SCHEMA)
+	if (may && kind->holds_resets)
 		omni_once_forget_resets(&job->request);
 	if (may)
 		call_worker(job, &error);

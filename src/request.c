@@ -104,6 +104,7 @@ bool
 omni_job_complete(OmniJob *job, OmniError *error)
 {
 	OmniRequest *request = &job->request;
+	const OmniJobKind *kind = &omni_job_kinds[request->kind];
 	OmniTarget	target;
 
 	if (!omni_may_request(job, &target, error))
@@ -114,14 +115,14 @@ omni_job_complete(OmniJob *job, OmniError *error)
 			missing(request, "model", "model", "the uuid of a model, as it stands in the address of its page in Omni");
 		request->model = *target.model;
 		request->has_model = true;
-		if (request->kind == OMNI_KIND_SCHEMA && !request->has_branch && target.branch != NULL)
+		if (kind->takes_branch && !request->has_branch && target.branch != NULL)
 		{
 			request->branch = *target.branch;
 			request->has_branch = true;
 			omni_request_check_length(request);
 		}
 	}
-	if (request->kind == OMNI_KIND_CACHE && request->policy[0] == '\0')
+	if (kind->takes_policy && request->policy[0] == '\0')
 	{
 		if (target.cache_policy == NULL)
 			missing(request, "policy", "cache_policy", "the name of a cache policy of the model");
@@ -181,7 +182,7 @@ omni_queue_job(OmniJob *job)
 		return row;
 	if (job->retry_of != 0 && find_retry(job, &row))
 		return row;
-	if (job->request.kind == OMNI_KIND_SCHEMA)
+	if (omni_job_kinds[job->request.kind].holds_resets)
 		omni_once_forget_resets(&job->request);
 	row = omni_job_queue(job, &version);
 	if (once)

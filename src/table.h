@@ -165,7 +165,7 @@ enum
 	" OR (status = " OMNI_SQL(PENDING) " AND origin = 'call'))"
 
 /* The predicate of omni_refresh_job_refreshing_idx: refreshes that have not ended */
-#define REFRESHING	"kind = 'schema' AND status = ANY (" OMNI_SQL_UNFINISHED ")"
+#define REFRESHING	"kind <> 'cache' AND status = ANY (" OMNI_SQL_UNFINISHED ")"
 
 /*
  * Conditions for a job that is looked up by id.  Do not write them as "status =": they
