@@ -44,7 +44,7 @@ CREATE DOMAIN omni_refresh_job_status AS pg_catalog.text
 		accepted, canceled, merged, unknown}'));
 CREATE DOMAIN omni_refresh_job_kind AS pg_catalog.text
 	CONSTRAINT omni_refresh_job_kind_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{schema, cache}'));
+	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{schema, cache, dbt}'));
 CREATE DOMAIN omni_refresh_job_origin AS pg_catalog.text
 	CONSTRAINT omni_refresh_job_origin_check
 	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{call, on_commit, ddl, retry}'));
@@ -105,7 +105,7 @@ COMMENT ON COLUMN omni_refresh_job.status IS
 COMMENT ON COLUMN omni_refresh_job.job_id IS 'Omni''s own id of the job, once Omni has accepted it';
 COMMENT ON COLUMN omni_refresh_job.model_id IS 'the model to refresh';
 COMMENT ON COLUMN omni_refresh_job.branch_id IS 'the branch of the model, where the connection is refreshed by branch';
-COMMENT ON COLUMN omni_refresh_job.kind IS 'schema: a refresh of the schema model; cache: a reset of a cache policy';
+COMMENT ON COLUMN omni_refresh_job.kind IS 'schema: a refresh of the schema model; cache: a reset of a cache policy; dbt: a dbt sync';
 COMMENT ON COLUMN omni_refresh_job.hard IS 'whether Omni is to remove what the database no longer has, too';
 COMMENT ON COLUMN omni_refresh_job.schemas IS 'refresh these schemas only';
 COMMENT ON COLUMN omni_refresh_job.tables IS 'refresh these tables only';
@@ -406,6 +406,24 @@ CREATE FUNCTION omni_refresh_cache_on_commit(
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_cache_on_commit(pg_catalog.uuid, pg_catalog.text, pg_catalog.timestamptz) IS
 	'queues the reset of a cache policy of a model (NULL: those of the server''s options), which is sent if and when the transaction commits, and returns the job';
+
+CREATE FUNCTION omni_refresh_dbt_sync(
+	model pg_catalog.uuid DEFAULT NULL,
+	branch pg_catalog.uuid DEFAULT NULL)
+	RETURNS omni_refresh_job
+	AS 'MODULE_PATHNAME', 'omni_refresh_dbt_sync'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_dbt_sync(pg_catalog.uuid, pg_catalog.uuid) IS
+	'asks Omni to compile the dbt manifest of a branch of a model anew (NULL: those of the server''s options) now, waits for its answer and returns the job';
+
+CREATE FUNCTION omni_refresh_dbt_sync_on_commit(
+	model pg_catalog.uuid DEFAULT NULL,
+	branch pg_catalog.uuid DEFAULT NULL)
+	RETURNS omni_refresh_job
+	AS 'MODULE_PATHNAME', 'omni_refresh_dbt_sync_on_commit'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_dbt_sync_on_commit(pg_catalog.uuid, pg_catalog.uuid) IS
+	'queues a dbt sync of a branch of a model (NULL: those of the server''s options), which is sent if and when the transaction commits, and returns the job';
 
 CREATE FUNCTION omni_refresh_wait(
 	id bigint,
@@ -742,7 +760,7 @@ COMMENT ON VIEW omni_refresh_freshness IS 'how fresh each model is: a row for ea
 COMMENT ON COLUMN omni_refresh_freshness.server IS 'the foreign server that names the Omni instance';
 COMMENT ON COLUMN omni_refresh_freshness.model_id IS 'the model';
 COMMENT ON COLUMN omni_refresh_freshness.branch_id IS 'the branch of the model, if the jobs name one';
-COMMENT ON COLUMN omni_refresh_freshness.kind IS 'schema: a refresh of the schema model; cache: a reset of a cache policy';
+COMMENT ON COLUMN omni_refresh_freshness.kind IS 'schema: a refresh of the schema model; cache: a reset of a cache policy; dbt: a dbt sync';
 COMMENT ON COLUMN omni_refresh_freshness.last_success IS 'when a job was completed or accepted last';
 COMMENT ON COLUMN omni_refresh_freshness.last_failure IS 'when a job failed, or its end became unknown, last';
 COMMENT ON COLUMN omni_refresh_freshness.last_error IS 'why that was';

@@ -38,6 +38,23 @@ const OmniJobKind omni_job_kinds[] = {
 		.refused = "server \"%s\" refused the cache reset: HTTP status %d",
 		.failed = "Omni could not reset the cache policy on server \"%s\""
 	},
+	[OMNI_KIND_DBT] = {
+		.name = "dbt",
+		.function = "omni_refresh_dbt_sync",
+		.path = "dbt-sync",
+		.takes_branch = true,
+		.needs_branch = true,
+		.is_followed = true,
+		.holds_resets = true,
+		.refused = "server \"%s\" refused the dbt sync: HTTP status %d",
+		.failed = "Omni could not sync dbt for the model on server \"%s\"",
+		.failed_hint = "Look at the dbt settings of the connection in Omni: dbt may have failed, or Omni may not reach its repository.",
+		.hints = {
+			{404, "Check the uuids of model and branch, and that the server's \"base_url\" is the instance that has them."},
+			{405, "The connection of the model has no dbt: set it up in Omni."},
+			{422, "dbt itself has failed: look at the dbt settings of the connection in Omni, and at the project."}
+		}
+	},
 	[OMNI_KIND_UNRECOGNIZED] = {
 		.name = "unrecognized",
 		.function = "omni_refresh",

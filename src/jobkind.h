@@ -12,6 +12,7 @@ typedef enum OmniKind
 {
 	OMNI_KIND_SCHEMA,			/* refresh a model of the schema */
 	OMNI_KIND_CACHE,			/* reset a cache policy */
+	OMNI_KIND_DBT,				/* compile dbt's manifest anew */
 	OMNI_KIND_UNRECOGNIZED		/* the kind in a row is none of these */
 } OmniKind;
 
@@ -33,6 +34,7 @@ typedef struct OmniJobKind
 	/* what it takes besides the model */
 	bool		takes_extent;	/* hard, schemas and tables */
 	bool		takes_branch;
+	bool		needs_branch;	/* always */
 	bool		takes_policy;	/* in the path; and reset_at in the body */
 
 	bool		is_followed;	/* Omni answers with the id of a job of its own,

@@ -122,6 +122,12 @@ omni_job_complete(OmniJob *job, OmniError *error)
 			omni_request_check_length(request);
 		}
 	}
+	if (kind->needs_branch && !request->has_branch)
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("branch must be given"),
+				 errdetail("Omni does this for one branch of a model only."),
+				 errhint("Pass the uuid of a branch, or leave out model, too, if the server has the options \"model\" and \"branch\".")));
 	if (kind->takes_policy && request->policy[0] == '\0')
 	{
 		if (target.cache_policy == NULL)

@@ -216,7 +216,7 @@ SELECT is((SELECT pg_get_expr(indpred, indrelid) FROM pg_index
 	'So has what is being carried out');
 SELECT is((SELECT pg_get_expr(indpred, indrelid) FROM pg_index
 		   WHERE indexrelid = 'omni_refresh_job_refreshing_idx'::regclass),
-	$$(((kind)::text = 'schema'::text) AND ((status)::text = ANY ('{pending,sending,running}'::text[])))$$,
+	$$(((kind)::text <> 'cache'::text) AND ((status)::text = ANY ('{pending,sending,running}'::text[])))$$,
 	'So have the refreshes that have not ended');
 
 -- Functions
@@ -228,10 +228,12 @@ SELECT function_returns('omni_refresh', ARRAY['uuid', 'uuid', 'boolean', 'text[]
 SELECT results_eq($$
 	SELECT proname::text COLLATE "default", array_to_string(proargnames, ' ') COLLATE "default" || ' '
 		|| (pronargs - pronargdefaults) || ' ' || proisstrict || ' ' || prosecdef || ' ' || proretset
-	FROM pg_proc WHERE proname ~ '^omni_refresh(_cache)?(_on_commit)?$' ORDER BY 1$$, $$VALUES
+	FROM pg_proc WHERE proname ~ '^omni_refresh(_cache|_dbt_sync)?(_on_commit)?$' ORDER BY 1$$, $$VALUES
 	('omni_refresh', 'model branch hard schemas tables 0 false false false'),
 	('omni_refresh_cache', 'model policy reset_at 0 false false false'),
 	('omni_refresh_cache_on_commit', 'model policy reset_at 0 false false false'),
+	('omni_refresh_dbt_sync', 'model branch 0 false false false'),
+	('omni_refresh_dbt_sync_on_commit', 'model branch 0 false false false'),
 	('omni_refresh_on_commit', 'model branch hard schemas tables 0 false false false')$$,
 	'All arguments may be left out');
 
