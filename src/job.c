@@ -543,10 +543,9 @@ omni_job_decode(int row, OmniJobState *state)
 	omni_request_decode(request, row, column_server, column_model_id, column_branch_id, column_policy,
 						column_requested_by, column_requested_by_oid);
 	request->kind = omni_kind_find(TextDatumGetCString(VALUE(kind, TEXTOID)));
-	value = VALUE_OR_NULL(hard, BOOLOID);
+	value = VALUE_OR_NULL(hard, BOOLOID);	/* true is Omni's default */
 	request->hard = omni_job_kinds[request->kind].takes_extent && (isnull || DatumGetBool(value));
-	request->hard_named = omni_job_kinds[request->kind].takes_extent && !request->hard;	/* hard is Omni's
-																							 * default */
+	request->hard_named = omni_job_kinds[request->kind].takes_extent && !request->hard;
 	value = VALUE_OR_NULL(schemas, TEXTARRAYOID);
 	job->request.schemas = isnull ? NULL : DatumGetArrayTypeP(value);
 	value = VALUE_OR_NULL(tables, TEXTARRAYOID);

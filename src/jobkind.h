@@ -37,8 +37,8 @@ typedef struct OmniJobKind
 	bool		needs_branch;	/* always */
 	bool		takes_policy;	/* in the path; and reset_at in the body */
 
-	bool		is_followed;	/* Omni answers with the id of a job of its own,
-								 * which is polled */
+	bool		is_followed;	/* Omni answers with the id of a job of its
+								 * own, which is polled */
 	bool		holds_resets;	/* later resets of the model wait for its end */
 
 	/* messages, with the server's name as argument */

@@ -30,8 +30,8 @@ typedef struct LaneRequest
 	bool		hard;			/* then there are no lists */
 	LaneNames	schemas;
 	LaneNames	tables;
-	bool		has_time;		/* of a reset: else it is one of the moment when
-								 * it is sent */
+	bool		has_time;		/* of a reset: else it is one of the moment
+								 * when it is sent */
 	int64		time;
 } LaneRequest;
 
