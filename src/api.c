@@ -33,17 +33,10 @@
 #define MAX_NESTING			32
 
 /*
- * How many bytes of a remote text to read.  An error holds 1 kB; the rest allows for
- * white space, which quote() removes.
+ * How many bytes of a remote text to show.  An error holds 1 kB; the rest allows for white
+ * space, which quote() removes.
  */
 #define MAX_READ			4096
-
-/*
- * How many bytes one character of the key may take, for example "\u0026#x00006f;", and
- * how many kinds of escapes may be nested.
- */
-#define MAX_SPELLING		32
-#define MAX_ESCAPES			3
 
 /* The messages about requests without a job of their own */
 static const OmniJobKind poll = {.refused = "server \"%s\" refused the question about a job: HTTP status %d"};
@@ -77,38 +70,11 @@ static bool has_value(Jsonb *object, const char *name);
 static bool looks_like_uuid(const char *text);
 static char *error_text(const OmniAnswer *answer, const char *key);
 
-/* A text with its escapes undone, and the offset of each character in the original */
-typedef struct Plain
-{
-	char	   *text;			/* in lower case */
-	int		   *origins;		/* offsets, one more than length */
-	int			length;
-} Plain;
-
-/* A way to escape characters */
-typedef struct Spelling
-{
-	char		mark;			/* the first byte of each escape */
-
-	/*
-	 * Read the escape at the start of a text in lower case.  Write the
-	 * character to *out and return how many bytes the escape takes, or 0 if
-	 * the text does not start with one.
-	 */
-	int			(*read) (const char *text, char *out);
-} Spelling;
-
 static char *quote(const char *bytes, size_t length, const char *key);
 static int	clean(const char *bytes, size_t length, StringInfo text);
 static bool is_invisible(pg_wchar character);
-static void find_key(const Plain *plain, const char *key, int escapes, bool *found);
-static void undo(const Plain *plain, const Spelling *spelling, Plain *result);
-static int	json_character(const char *text, char *out);
-static int	percent_character(const char *text, char *out);
-static int	html_character(const char *text, char *out);
-static const char *read_number(const char *text, int base, uint32 *number);
+static bool is_escape(const char *text);
 static char *lower_case(const char *text);
-static char ascii_character(uint32 code);
 
 /*
  * Return the host and port of a URL, as in "acme.omniapp.co:443", or with the scheme and
@@ -1071,45 +1037,64 @@ omni_api_copy(char *buffer, Size size, const char *text, const char *key)
 
 /*
  * Prepare the beginning of a remote text for an error: one line, in the database's encoding,
- * with the API key replaced wherever it occurs, also if it is escaped as in JSON, URLs or
- * HTML.  NULL if there is nothing to show.
+ * with the API key replaced wherever it occurs, in any case.  NULL if there is nothing to show.
+ *
+ * An escape, such as those of JSON, URLs and HTML, may hide the key.  The text ends before the
+ * first word that has one; what JSON has escaped in Omni's own messages is no longer so here.
  *
  * Read more than is shown: the key may begin in the shown part and end behind it.
  */
 static char *
 quote(const char *bytes, size_t length, const char *key)
 {
-	size_t		most = MAX_READ + MAX_SPELLING * strlen(key);
+	size_t		key_length = strlen(key);
 	StringInfoData text;
 	StringInfoData result;
-	Plain		plain;
-	bool	   *found;
+	char	   *lower;
+	char	   *lower_key = lower_case(key);
 	int			shown;
+	int			word = 0;		/* where the last word begins, in the result */
+	bool		cut = length > MAX_READ;
 
 	initStringInfo(&text);
-	shown = clean(bytes, Min(length, most), &text);
-
-	plain.text = lower_case(text.data);
-	plain.length = text.len;
-	plain.origins = palloc((text.len + 1) * sizeof(int));
-	for (int i = 0; i <= text.len; i++)
-		plain.origins[i] = i;
-	found = palloc0(text.len + 1);
-	find_key(&plain, lower_case(key), MAX_ESCAPES, found);
+	shown = clean(bytes, Min(length, MAX_READ + key_length), &text);
+	lower = lower_case(text.data);
 
 	initStringInfo(&result);
-	for (int i = 0; i < shown; i++)
+	for (int i = 0; i < shown;)
 	{
-		if (!found[i])
-			appendStringInfoChar(&result, text.data[i]);
-		else if (i == 0 || !found[i - 1])
+		if (strncmp(lower + i, lower_key, key_length) == 0)
+		{
 			appendStringInfoString(&result, "[API key]");
+			i += key_length;
+			continue;
+		}
+		if (is_escape(text.data + i))
+		{
+			result.len = word;
+			cut = true;
+			break;
+		}
+		if (text.data[i] == ' ')
+			word = result.len;
+		appendStringInfoChar(&result, text.data[i++]);
 	}
 	while (result.len > 0 && result.data[result.len - 1] == ' ')
-		result.data[--result.len] = '\0';
-	if (result.len > 0 && length > MAX_READ)
+		result.len--;
+	result.data[result.len] = '\0';
+	if (result.len > 0 && cut)
 		appendStringInfoString(&result, "...");
 	return result.len > 0 ? result.data : NULL;
+}
+
+/* Return whether a text begins with an escape: "\u006f", "%6f", "&#111;", "&amp;". */
+static bool
+is_escape(const char *text)
+{
+	const unsigned char *next = (const unsigned char *) text + 1;
+
+	return text[0] == '\\' || (text[0] == '%' && isxdigit(next[0]) && isxdigit(next[1])) ||
+		(text[0] == '&' && (next[0] == '#' || isalpha(next[0])));
 }
 
 /*
@@ -1175,164 +1160,6 @@ is_invisible(pg_wchar character)
 	return (character & 0xfffe) == 0xfffe;
 }
 
-/*
- * Mark the bytes of the original text where the key occurs in *plain, as it is or with up to
- * the given number of nested escapes undone.  The array found has one element for each byte of
- * the original.  Compare in lower case, since a server may repeat the key in lower case.
- */
-static void
-find_key(const Plain *plain, const char *key, int escapes, bool *found)
-{
-	static const Spelling spellings[] = {
-		{'\\', json_character}, {'%', percent_character}, {'&', html_character}
-	};
-	size_t		length = strlen(key);
-
-	for (const char *at = plain->text; (at = strstr(at, key)) != NULL; at += length)
-	{
-		int			begin = plain->origins[at - plain->text];
-
-		memset(found + begin, true, plain->origins[at - plain->text + length] - begin);
-	}
-	if (escapes == 0)
-		return;
-	for (int i = 0; i < lengthof(spellings); i++)
-	{
-		Plain		undone;
-
-		if (strchr(plain->text, spellings[i].mark) == NULL)
-			continue;
-		undo(plain, &spellings[i], &undone);
-		if (undone.length < plain->length)
-			find_key(&undone, key, escapes - 1, found);
-		pfree(undone.text);
-		pfree(undone.origins);
-	}
-}
-
-/* Undo all escapes of one kind, once. */
-static void
-undo(const Plain *plain, const Spelling *spelling, Plain *result)
-{
-	int			used;
-
-	result->text = palloc(plain->length + 1);
-	result->origins = palloc((plain->length + 1) * sizeof(int));
-	result->length = 0;
-	for (int i = 0; i < plain->length; i += used)
-	{
-		char	   *out = &result->text[result->length];
-
-		used = plain->text[i] == spelling->mark ? spelling->read(plain->text + i, out) : 0;
-		if (used == 0)
-		{
-			*out = plain->text[i];
-			used = 1;
-		}
-		result->origins[result->length++] = plain->origins[i];
-	}
-	result->text[result->length] = '\0';
-	result->origins[result->length] = plain->origins[plain->length];
-}
-
-/* Read an escape of JSON: "\u006f", "\/". */
-static int
-json_character(const char *text, char *out)
-{
-	uint32		code;
-
-	if (text[1] == '\0')
-		return 0;
-	if (text[1] == 'u' && strspn(text + 2, "0123456789abcdef") >= 4)
-	{
-		char		digits[] = {text[2], text[3], text[4], text[5], '\0'};
-
-		(void) read_number(digits, 16, &code);
-		*out = ascii_character(code);
-		return 6;
-	}
-	*out = text[1];
-	return 2;
-}
-
-/* Read an escape of URLs: "%6f". */
-static int
-percent_character(const char *text, char *out)
-{
-	uint32		code;
-
-	if (isxdigit((unsigned char) text[1]) && isxdigit((unsigned char) text[2]))
-	{
-		char		digits[] = {text[1], text[2], '\0'};
-
-		(void) read_number(digits, 16, &code);
-		*out = ascii_character(code);
-		return 3;
-	}
-	return 0;
-}
-
-/* Read an escape of HTML: "&amp;", "&#111;", "&#x6f;". */
-static int
-html_character(const char *text, char *out)
-{
-	/* HTML's names for ASCII, in lower case */
-	static const struct
-	{
-		const char *name;
-		char		character;
-	}			names[] = {
-		{"excl", '!'}, {"quot", '"'}, {"num", '#'}, {"dollar", '$'}, {"percnt", '%'},
-		{"amp", '&'}, {"apos", '\''}, {"lpar", '('}, {"rpar", ')'}, {"ast", '*'},
-		{"midast", '*'}, {"plus", '+'}, {"comma", ','}, {"period", '.'}, {"sol", '/'},
-		{"colon", ':'}, {"semi", ';'}, {"lt", '<'}, {"equals", '='}, {"gt", '>'},
-		{"quest", '?'}, {"commat", '@'}, {"lsqb", '['}, {"lbrack", '['}, {"bsol", '\\'},
-		{"rsqb", ']'}, {"rbrack", ']'}, {"hat", '^'}, {"lowbar", '_'}, {"underbar", '_'},
-		{"grave", '`'}, {"diacriticalgrave", '`'}, {"lcub", '{'}, {"lbrace", '{'},
-		{"verbar", '|'}, {"vert", '|'}, {"verticalline", '|'}, {"rcub", '}'}, {"rbrace", '}'}
-	};
-	const char *end;
-	uint32		code;
-
-	if (text[1] == '#')
-	{
-		end = text[2] == 'x' ? read_number(text + 3, 16, &code) : read_number(text + 2, 10, &code);
-		if (end == NULL || *end != ';')
-			return 0;
-		*out = ascii_character(code);
-		return end + 1 - text;
-	}
-	for (int i = 0; i < lengthof(names); i++)
-	{
-		size_t		length = strlen(names[i].name);
-
-		if (strncmp(text + 1, names[i].name, length) == 0 && text[length + 1] == ';')
-		{
-			*out = names[i].character;
-			return length + 2;
-		}
-	}
-	return 0;
-}
-
-/* Read digits, hexadecimal ones in lower case; return their end, or NULL if there are none. */
-static const char *
-read_number(const char *text, int base, uint32 *number)
-{
-	static const char digits[] = "0123456789abcdef";
-	size_t		length = 0;
-	const char *digit;
-
-	*number = 0;
-	while (text[length] != '\0' && (digit = strchr(digits, text[length])) != NULL &&
-		   digit - digits < base)
-	{
-		*number = Min(*number * base + (digit - digits), 0xffffff);
-		length++;
-	}
-	return length > 0 ? text + length : NULL;
-}
-
 /* Copy a text, with ASCII letters in lower case; palloc'd. */
 static char *
 lower_case(const char *text)
@@ -1342,14 +1169,4 @@ lower_case(const char *text)
 	for (char *c = copy; *c != '\0'; c++)
 		*c = pg_ascii_tolower(*c);
 	return copy;
-}
-
-/*
- * Return an ASCII character in lower case.  For any other character, return DEL, which no
- * API key contains.
- */
-static char
-ascii_character(uint32 code)
-{
-	return code > 0 && code < 0x7f ? pg_ascii_tolower(code) : 0x7f;
 }
