@@ -93,6 +93,7 @@ CREATE TABLE omni_refresh_job (
 	renewed_at		pg_catalog.timestamptz,
 	retry_of		bigint,
 	called_by		pg_catalog.text COLLATE pg_catalog."C",
+	called_by_oid	pg_catalog.oid,
 	application		pg_catalog.text,
 	database		pg_catalog.oid NOT NULL,
 	error			pg_catalog.text
@@ -113,8 +114,8 @@ COMMENT ON COLUMN omni_refresh_job.policy IS 'the cache policy to reset';
 COMMENT ON COLUMN omni_refresh_job.reset_at IS 'the time the cache policy is reset to';
 COMMENT ON COLUMN omni_refresh_job.server IS 'the foreign server that names the Omni instance';
 COMMENT ON COLUMN omni_refresh_job.origin IS 'what asked for the job: call, on_commit, ddl or retry';
-COMMENT ON COLUMN omni_refresh_job.requested_by IS 'the role that asked, whose API key is used';
-COMMENT ON COLUMN omni_refresh_job.requested_by_oid IS 'the OID of that role; a later namesake is another role';
+COMMENT ON COLUMN omni_refresh_job.requested_by IS 'the name that the role had that asked, whose API key is used';
+COMMENT ON COLUMN omni_refresh_job.requested_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_job.requested_at IS 'when it was asked for';
 COMMENT ON COLUMN omni_refresh_job.run_at IS 'not to be sent before this time';
 COMMENT ON COLUMN omni_refresh_job.sent_at IS 'when the last attempt began';
@@ -125,7 +126,8 @@ COMMENT ON COLUMN omni_refresh_job.renewed_at IS
 	'when the newest request was made that this job carries out, too; of a reset, not before its first attempt: retries count from here';
 COMMENT ON COLUMN omni_refresh_job.retry_of IS 'the job that this one repeats';
 COMMENT ON COLUMN omni_refresh_job.called_by IS
-	'the role of the session that asked: not requested_by, but its caller, if a SECURITY DEFINER function asked';
+	'the name that the role of the session had that asked: not requested_by, but its caller, if a SECURITY DEFINER function asked';
+COMMENT ON COLUMN omni_refresh_job.called_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_job.application IS 'the application_name of that session';
 COMMENT ON COLUMN omni_refresh_job.database IS 'the OID of the database it was asked for in; copies elsewhere are never sent';
 COMMENT ON COLUMN omni_refresh_job.error IS 'the last error: SQLSTATE, message, detail and hint';
@@ -176,6 +178,7 @@ CREATE TABLE omni_refresh_event (
 					CONSTRAINT omni_refresh_event_pkey PRIMARY KEY,
 	job				bigint NOT NULL,
 	requested_by	pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
+	requested_by_oid pg_catalog.oid NOT NULL,
 	occurred_at		pg_catalog.timestamptz NOT NULL,
 	event			omni_refresh_event_kind NOT NULL,
 	attempt			int,
@@ -187,7 +190,8 @@ COMMENT ON SEQUENCE omni_refresh_event_id_seq IS 'the numbers of the events';
 COMMENT ON TABLE omni_refresh_event IS 'the event log: one row for each thing that happened to a job';
 COMMENT ON COLUMN omni_refresh_event.id IS 'the number of this event in this database';
 COMMENT ON COLUMN omni_refresh_event.job IS 'the job it happened to';
-COMMENT ON COLUMN omni_refresh_event.requested_by IS 'the role that asked for the job';
+COMMENT ON COLUMN omni_refresh_event.requested_by IS 'the name that the role had that asked for the job';
+COMMENT ON COLUMN omni_refresh_event.requested_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_event.occurred_at IS 'when it happened, by the clock';
 COMMENT ON COLUMN omni_refresh_event.event IS
 	'requested, sending, accepted, attempt_failed, refused, rate_limited, merged, released, canceled, recovered, waiting, changed, completed, failed or unknown';
@@ -241,8 +245,8 @@ COMMENT ON COLUMN omni_refresh_watch.delay IS 'how long after a change the schem
 COMMENT ON COLUMN omni_refresh_watch.removals IS
 	'for how long no DDL must have been committed before removals are asked for; NULL: they are not';
 COMMENT ON COLUMN omni_refresh_watch.cache_policy IS 'the cache policy to reset after each refresh';
-COMMENT ON COLUMN omni_refresh_watch.requested_by IS 'the role that set the watch, whose API key is used';
-COMMENT ON COLUMN omni_refresh_watch.requested_by_oid IS 'the OID of that role; a later namesake is another role';
+COMMENT ON COLUMN omni_refresh_watch.requested_by IS 'the name that the role had that set the watch, whose API key is used';
+COMMENT ON COLUMN omni_refresh_watch.requested_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_watch.requested_at IS 'when the watch was set';
 COMMENT ON COLUMN omni_refresh_watch.database IS 'the OID of the database it was set in; copies elsewhere are inactive';
 COMMENT ON COLUMN omni_refresh_watch.owed_hard IS
@@ -327,22 +331,23 @@ ALTER TABLE omni_refresh_event ENABLE REPLICA TRIGGER omni_refresh_event_keep_ou
 
 /*
  * Everyone sees the jobs requested or called by roles whose privileges they have, and the
- * events of those requested by them; monitors see all.  Each array is made once
- * a statement, and a dropped role is no error.
+ * events of those requested by them; monitors see all.  A role is its OID: its name may
+ * change, and become another role's.  Each subquery is run once a statement and hashed, so that
+ * many roles cost little, and the OID of a dropped role is no error.
  */
 ALTER TABLE omni_refresh_job ENABLE ROW LEVEL SECURITY;
 ALTER TABLE omni_refresh_event ENABLE ROW LEVEL SECURITY;
 
 CREATE POLICY omni_refresh_job_own ON omni_refresh_job FOR SELECT
-	USING (requested_by OPERATOR(pg_catalog.=) ANY (ARRAY(
-			SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE')))
-		OR called_by OPERATOR(pg_catalog.=) ANY (ARRAY(
-			SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+	USING (requested_by_oid OPERATOR(pg_catalog.=) ANY (
+			SELECT oid FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))
+		OR called_by_oid OPERATOR(pg_catalog.=) ANY (
+			SELECT oid FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE')));
 CREATE POLICY omni_refresh_job_monitor ON omni_refresh_job FOR SELECT
 	TO pg_monitor USING (true);
 CREATE POLICY omni_refresh_event_own ON omni_refresh_event FOR SELECT
-	USING (requested_by OPERATOR(pg_catalog.=) ANY (ARRAY(
-		SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+	USING (requested_by_oid OPERATOR(pg_catalog.=) ANY (
+		SELECT oid FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE')));
 CREATE POLICY omni_refresh_event_monitor ON omni_refresh_event FOR SELECT
 	TO pg_monitor USING (true);
 COMMENT ON POLICY omni_refresh_job_own ON omni_refresh_job IS 'the jobs requested or called by roles whose privileges one has';

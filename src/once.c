@@ -186,7 +186,7 @@ covers(const Asked *job, const Asked *other)
 	const OmniRequest *has = job->request;
 	const OmniRequest *wants = other->request;
 
-	if (!is_alike(has, wants) || strcmp(NameStr(has->called_by), NameStr(wants->called_by)) != 0)
+	if (!is_alike(has, wants) || has->caller != wants->caller)
 		return false;
 	if (has->kind == OMNI_KIND_CACHE)
 		return !has->has_reset_at || (wants->has_reset_at && wants->reset_at <= has->reset_at);
@@ -212,8 +212,7 @@ is_alike(const OmniRequest *a, const OmniRequest *b)
 	return memcmp(&a->model, &b->model, UUID_LEN) == 0 &&
 		a->has_branch == b->has_branch && memcmp(&a->branch, &b->branch, UUID_LEN) == 0 &&
 		a->kind == b->kind && strcmp(a->policy, b->policy) == 0 &&
-		a->role == b->role && strcmp(NameStr(a->requested_by), NameStr(b->requested_by)) == 0 &&
-		strcmp(NameStr(a->server), NameStr(b->server)) == 0;
+		a->role == b->role && strcmp(NameStr(a->server), NameStr(b->server)) == 0;
 }
 
 /*

@@ -90,6 +90,7 @@ SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_job')$$, $$VALUE
 	('renewed_at', 'timestamp with time zone', false),
 	('retry_of', 'bigint', false),
 	('called_by', 'text', false),
+	('called_by_oid', 'oid', false),
 	('application', 'text', false),
 	('database', 'oid', true),
 	('error', 'text', false)$$,
@@ -98,6 +99,7 @@ SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_event')$$, $$VAL
 	('id', 'bigint', true),
 	('job', 'bigint', true),
 	('requested_by', 'text', true),
+	('requested_by_oid', 'oid', true),
 	('occurred_at', 'timestamp with time zone', true),
 	('event', 'omni_refresh_event_kind', true),
 	('attempt', 'integer', false),
@@ -151,10 +153,10 @@ LANGUAGE sql AS $$
 		INSERT INTO omni_refresh_job (status, model_id, kind, server, origin,
 			requested_by, requested_by_oid, requested_at, run_at, database)
 		VALUES (status, '00000000-0000-0000-0000-000000000000', kind, 'omni', origin,
-			role, 1, now(), now(), 1)
-		RETURNING id, requested_by, requested_at)
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event)
-	SELECT id, requested_by, requested_at, 'requested' FROM job
+			role, coalesce(to_regrole(role::text)::oid, 1), now(), now(), 1)
+		RETURNING id, requested_by, requested_by_oid, requested_at)
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event)
+	SELECT id, requested_by, requested_by_oid, requested_at, 'requested' FROM job
 $$;
 
 SELECT lives_ok(format('SELECT pg_temp.add_job(''x'', status => %L)', status),
@@ -177,8 +179,8 @@ SELECT throws_ok(format('SELECT pg_temp.add_job(''x'', origin => %L)', origin), 
 FROM unnest('{"",trigger}'::text[]) AS origin;
 
 CREATE FUNCTION pg_temp.add_event(event text) RETURNS void LANGUAGE sql AS $$
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event)
-	SELECT max(id), 'x', now(), event FROM omni_refresh_job
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event)
+	SELECT max(id), 'x', 1, now(), event FROM omni_refresh_job
 $$;
 SELECT lives_ok(format('SELECT pg_temp.add_event(%L)', event), format('An event can be %L', event))
 FROM unnest('{requested,sending,accepted,attempt_failed,refused,rate_limited,merged,released,canceled,
