@@ -34,54 +34,34 @@ COMMENT ON FOREIGN DATA WRAPPER omni_refresh IS
 	'Omni instances (servers: base_url, ...) and their API keys (user mappings: api_key_file or api_key)';
 
 /*
- * The values of some columns.  Domains check what SQL writes, at no cost for what the
- * extension itself writes without SQL.  Each statement would read a table's CHECK
- * constraint anew from the catalog.
- */
-CREATE DOMAIN omni_refresh_job_status AS pg_catalog.text
-	CONSTRAINT omni_refresh_job_status_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{pending, sending, running, completed, failed,
-		accepted, canceled, merged, unknown}'));
-CREATE DOMAIN omni_refresh_job_kind AS pg_catalog.text
-	CONSTRAINT omni_refresh_job_kind_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{schema, cache}'));
-CREATE DOMAIN omni_refresh_job_origin AS pg_catalog.text
-	CONSTRAINT omni_refresh_job_origin_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{call, on_commit, ddl, retry}'));
-CREATE DOMAIN omni_refresh_event_kind AS pg_catalog.text
-	CONSTRAINT omni_refresh_event_event_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{requested, sending, accepted, attempt_failed, refused,
-		rate_limited, merged, released, canceled, recovered, waiting, changed,
-		completed, failed, unknown}'));
-COMMENT ON DOMAIN omni_refresh_job_status IS 'a status of a job';
-COMMENT ON DOMAIN omni_refresh_job_kind IS 'what a job asks Omni for';
-COMMENT ON DOMAIN omni_refresh_job_origin IS 'what asked for a job';
-COMMENT ON DOMAIN omni_refresh_event_kind IS 'what happened to a job';
-COMMENT ON CONSTRAINT omni_refresh_job_status_check ON DOMAIN omni_refresh_job_status IS 'the statuses';
-COMMENT ON CONSTRAINT omni_refresh_job_kind_check ON DOMAIN omni_refresh_job_kind IS 'the kinds';
-COMMENT ON CONSTRAINT omni_refresh_job_origin_check ON DOMAIN omni_refresh_job_origin IS 'the origins';
-COMMENT ON CONSTRAINT omni_refresh_event_event_check ON DOMAIN omni_refresh_event_kind IS 'the events';
-
-/*
  * The jobs.  Names are text, since a value of type name takes 64 bytes in each version of
- * a row, however short it is.  Each row is updated once or twice, soon after it is
- * inserted: with room for that on the same page, the update writes less.
+ * a row, however short it is.  So are the statuses and the like, since drivers that read a row of
+ * the table as a record know no domains; the constraints check what SQL writes, see row.c.  Each
+ * row is updated once or twice, soon after it is inserted: with room for that on the same page, the
+ * update writes less.
  */
 CREATE TABLE omni_refresh_job (
 	id				bigint GENERATED ALWAYS AS IDENTITY (SEQUENCE NAME omni_refresh_job_id_seq)
 					CONSTRAINT omni_refresh_job_pkey PRIMARY KEY,
-	status			omni_refresh_job_status NOT NULL,
+	status			pg_catalog.text NOT NULL
+					CONSTRAINT omni_refresh_job_status_check
+					CHECK (status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running, completed, failed,
+						accepted, canceled, merged, unknown}')),
 	job_id			pg_catalog.uuid,
 	model_id		pg_catalog.uuid NOT NULL,
 	branch_id		pg_catalog.uuid,
-	kind			omni_refresh_job_kind NOT NULL,
+	kind			pg_catalog.text NOT NULL
+					CONSTRAINT omni_refresh_job_kind_check
+					CHECK (kind OPERATOR(pg_catalog.=) ANY ('{schema, cache}')),
 	hard			boolean,
 	schemas			pg_catalog.text[],
 	tables			pg_catalog.text[],
 	policy			pg_catalog.text,
 	reset_at		pg_catalog.timestamptz,
 	server			pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
-	origin			omni_refresh_job_origin NOT NULL,
+	origin			pg_catalog.text NOT NULL
+					CONSTRAINT omni_refresh_job_origin_check
+					CHECK (origin OPERATOR(pg_catalog.=) ANY ('{call, on_commit, ddl, retry}')),
 	requested_by	pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
 	requested_by_oid pg_catalog.oid NOT NULL,
 	requested_at	pg_catalog.timestamptz NOT NULL,
@@ -100,6 +80,9 @@ CREATE TABLE omni_refresh_job (
 ) WITH (fillfactor = 50);
 COMMENT ON SEQUENCE omni_refresh_job_id_seq IS 'the numbers of the jobs';
 COMMENT ON TABLE omni_refresh_job IS 'requests to Omni, one row each';
+COMMENT ON CONSTRAINT omni_refresh_job_status_check ON omni_refresh_job IS 'the statuses';
+COMMENT ON CONSTRAINT omni_refresh_job_kind_check ON omni_refresh_job IS 'the kinds';
+COMMENT ON CONSTRAINT omni_refresh_job_origin_check ON omni_refresh_job IS 'the origins';
 COMMENT ON COLUMN omni_refresh_job.id IS 'the number of this job in this database';
 COMMENT ON COLUMN omni_refresh_job.status IS
 	'pending, sending, running; or an end: completed, failed, accepted, canceled, merged, unknown';
@@ -180,7 +163,11 @@ CREATE TABLE omni_refresh_event (
 	requested_by	pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
 	requested_by_oid pg_catalog.oid NOT NULL,
 	occurred_at		pg_catalog.timestamptz NOT NULL,
-	event			omni_refresh_event_kind NOT NULL,
+	event			pg_catalog.text NOT NULL
+					CONSTRAINT omni_refresh_event_event_check
+					CHECK (event OPERATOR(pg_catalog.=) ANY ('{requested, sending, accepted, attempt_failed, refused,
+						rate_limited, merged, released, canceled, recovered, waiting, changed,
+						completed, failed, unknown}')),
 	attempt			int,
 	http_status		int,
 	duration		interval,
@@ -188,6 +175,7 @@ CREATE TABLE omni_refresh_event (
 );
 COMMENT ON SEQUENCE omni_refresh_event_id_seq IS 'the numbers of the events';
 COMMENT ON TABLE omni_refresh_event IS 'the event log: one row for each thing that happened to a job';
+COMMENT ON CONSTRAINT omni_refresh_event_event_check ON omni_refresh_event IS 'the events';
 COMMENT ON COLUMN omni_refresh_event.id IS 'the number of this event in this database';
 COMMENT ON COLUMN omni_refresh_event.job IS 'the job it happened to';
 COMMENT ON COLUMN omni_refresh_event.requested_by IS 'the name that the role had that asked for the job';

@@ -33,6 +33,7 @@ typedef struct OmniTable
 	const char *name;
 	const OmniColumn *columns;
 	int			ncolumns;
+	int			nchecks;		/* CHECK constraints */
 
 	/* set by omni_tables_find() */
 	Oid			oid;
