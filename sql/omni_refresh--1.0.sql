@@ -34,54 +34,34 @@ COMMENT ON FOREIGN DATA WRAPPER omni_refresh IS
 	'Omni instances (servers: base_url, ...) and their API keys (user mappings: api_key_file or api_key)';
 
 /*
- * The values of some columns.  Domains check what SQL writes, at no cost for what the
- * extension itself writes without SQL.  Each statement would read a table's CHECK
- * constraint anew from the catalog.
- */
-CREATE DOMAIN omni_refresh_job_status AS pg_catalog.text
-	CONSTRAINT omni_refresh_job_status_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{pending, sending, running, completed, failed,
-		accepted, canceled, merged, unknown}'));
-CREATE DOMAIN omni_refresh_job_kind AS pg_catalog.text
-	CONSTRAINT omni_refresh_job_kind_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{schema, cache, dbt}'));
-CREATE DOMAIN omni_refresh_job_origin AS pg_catalog.text
-	CONSTRAINT omni_refresh_job_origin_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{call, on_commit, ddl, retry}'));
-CREATE DOMAIN omni_refresh_event_kind AS pg_catalog.text
-	CONSTRAINT omni_refresh_event_event_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{requested, sending, accepted, attempt_failed, refused,
-		rate_limited, merged, released, canceled, recovered, waiting, changed,
-		completed, failed, unknown}'));
-COMMENT ON DOMAIN omni_refresh_job_status IS 'a status of a job';
-COMMENT ON DOMAIN omni_refresh_job_kind IS 'what a job asks Omni for';
-COMMENT ON DOMAIN omni_refresh_job_origin IS 'what asked for a job';
-COMMENT ON DOMAIN omni_refresh_event_kind IS 'what happened to a job';
-COMMENT ON CONSTRAINT omni_refresh_job_status_check ON DOMAIN omni_refresh_job_status IS 'the statuses';
-COMMENT ON CONSTRAINT omni_refresh_job_kind_check ON DOMAIN omni_refresh_job_kind IS 'the kinds';
-COMMENT ON CONSTRAINT omni_refresh_job_origin_check ON DOMAIN omni_refresh_job_origin IS 'the origins';
-COMMENT ON CONSTRAINT omni_refresh_event_event_check ON DOMAIN omni_refresh_event_kind IS 'the events';
-
-/*
  * The jobs.  Names are text, since a value of type name takes 64 bytes in each version of
- * a row, however short it is.  Each row is updated once or twice, soon after it is
- * inserted: with room for that on the same page, the update writes less.
+ * a row, however short it is.  So are the statuses and the like, since drivers that read a row of
+ * the table as a record know no domains; the constraints check what SQL writes, see row.c.  Each
+ * row is updated once or twice, soon after it is inserted: with room for that on the same page, the
+ * update writes less.
  */
 CREATE TABLE omni_refresh_job (
 	id				bigint GENERATED ALWAYS AS IDENTITY (SEQUENCE NAME omni_refresh_job_id_seq)
 					CONSTRAINT omni_refresh_job_pkey PRIMARY KEY,
-	status			omni_refresh_job_status NOT NULL,
+	status			pg_catalog.text NOT NULL
+					CONSTRAINT omni_refresh_job_status_check
+					CHECK (status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running, completed, failed,
+						accepted, canceled, merged, unknown}')),
 	job_id			pg_catalog.uuid,
 	model_id		pg_catalog.uuid NOT NULL,
 	branch_id		pg_catalog.uuid,
-	kind			omni_refresh_job_kind NOT NULL,
+	kind			pg_catalog.text NOT NULL
+					CONSTRAINT omni_refresh_job_kind_check
+					CHECK (kind OPERATOR(pg_catalog.=) ANY ('{schema, cache, dbt}')),
 	hard			boolean,
 	schemas			pg_catalog.text[],
 	tables			pg_catalog.text[],
 	policy			pg_catalog.text,
 	reset_at		pg_catalog.timestamptz,
 	server			pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
-	origin			omni_refresh_job_origin NOT NULL,
+	origin			pg_catalog.text NOT NULL
+					CONSTRAINT omni_refresh_job_origin_check
+					CHECK (origin OPERATOR(pg_catalog.=) ANY ('{call, on_commit, ddl, retry}')),
 	requested_by	pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
 	requested_by_oid pg_catalog.oid NOT NULL,
 	requested_at	pg_catalog.timestamptz NOT NULL,
@@ -93,12 +73,16 @@ CREATE TABLE omni_refresh_job (
 	renewed_at		pg_catalog.timestamptz,
 	retry_of		bigint,
 	called_by		pg_catalog.text COLLATE pg_catalog."C",
+	called_by_oid	pg_catalog.oid,
 	application		pg_catalog.text,
 	database		pg_catalog.oid NOT NULL,
 	error			pg_catalog.text
 ) WITH (fillfactor = 50);
 COMMENT ON SEQUENCE omni_refresh_job_id_seq IS 'the numbers of the jobs';
 COMMENT ON TABLE omni_refresh_job IS 'requests to Omni, one row each';
+COMMENT ON CONSTRAINT omni_refresh_job_status_check ON omni_refresh_job IS 'the statuses';
+COMMENT ON CONSTRAINT omni_refresh_job_kind_check ON omni_refresh_job IS 'the kinds';
+COMMENT ON CONSTRAINT omni_refresh_job_origin_check ON omni_refresh_job IS 'the origins';
 COMMENT ON COLUMN omni_refresh_job.id IS 'the number of this job in this database';
 COMMENT ON COLUMN omni_refresh_job.status IS
 	'pending, sending, running; or an end: completed, failed, accepted, canceled, merged, unknown';
@@ -113,8 +97,8 @@ COMMENT ON COLUMN omni_refresh_job.policy IS 'the cache policy to reset';
 COMMENT ON COLUMN omni_refresh_job.reset_at IS 'the time the cache policy is reset to';
 COMMENT ON COLUMN omni_refresh_job.server IS 'the foreign server that names the Omni instance';
 COMMENT ON COLUMN omni_refresh_job.origin IS 'what asked for the job: call, on_commit, ddl or retry';
-COMMENT ON COLUMN omni_refresh_job.requested_by IS 'the role that asked, whose API key is used';
-COMMENT ON COLUMN omni_refresh_job.requested_by_oid IS 'the OID of that role; a later namesake is another role';
+COMMENT ON COLUMN omni_refresh_job.requested_by IS 'the name that the role had that asked, whose API key is used';
+COMMENT ON COLUMN omni_refresh_job.requested_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_job.requested_at IS 'when it was asked for';
 COMMENT ON COLUMN omni_refresh_job.run_at IS 'not to be sent before this time';
 COMMENT ON COLUMN omni_refresh_job.sent_at IS 'when the last attempt began';
@@ -125,7 +109,8 @@ COMMENT ON COLUMN omni_refresh_job.renewed_at IS
 	'when the newest request was made that this job carries out, too; of a reset, not before its first attempt: retries count from here';
 COMMENT ON COLUMN omni_refresh_job.retry_of IS 'the job that this one repeats';
 COMMENT ON COLUMN omni_refresh_job.called_by IS
-	'the role of the session that asked: not requested_by, but its caller, if a SECURITY DEFINER function asked';
+	'the name that the role of the session had that asked: not requested_by, but its caller, if a SECURITY DEFINER function asked';
+COMMENT ON COLUMN omni_refresh_job.called_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_job.application IS 'the application_name of that session';
 COMMENT ON COLUMN omni_refresh_job.database IS 'the OID of the database it was asked for in; copies elsewhere are never sent';
 COMMENT ON COLUMN omni_refresh_job.error IS 'the last error: SQLSTATE, message, detail and hint';
@@ -176,8 +161,13 @@ CREATE TABLE omni_refresh_event (
 					CONSTRAINT omni_refresh_event_pkey PRIMARY KEY,
 	job				bigint NOT NULL,
 	requested_by	pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
+	requested_by_oid pg_catalog.oid NOT NULL,
 	occurred_at		pg_catalog.timestamptz NOT NULL,
-	event			omni_refresh_event_kind NOT NULL,
+	event			pg_catalog.text NOT NULL
+					CONSTRAINT omni_refresh_event_event_check
+					CHECK (event OPERATOR(pg_catalog.=) ANY ('{requested, sending, accepted, attempt_failed, refused,
+						rate_limited, merged, released, canceled, recovered, waiting, changed,
+						completed, failed, unknown}')),
 	attempt			int,
 	http_status		int,
 	duration		interval,
@@ -185,9 +175,11 @@ CREATE TABLE omni_refresh_event (
 );
 COMMENT ON SEQUENCE omni_refresh_event_id_seq IS 'the numbers of the events';
 COMMENT ON TABLE omni_refresh_event IS 'the event log: one row for each thing that happened to a job';
+COMMENT ON CONSTRAINT omni_refresh_event_event_check ON omni_refresh_event IS 'the events';
 COMMENT ON COLUMN omni_refresh_event.id IS 'the number of this event in this database';
 COMMENT ON COLUMN omni_refresh_event.job IS 'the job it happened to';
-COMMENT ON COLUMN omni_refresh_event.requested_by IS 'the role that asked for the job';
+COMMENT ON COLUMN omni_refresh_event.requested_by IS 'the name that the role had that asked for the job';
+COMMENT ON COLUMN omni_refresh_event.requested_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_event.occurred_at IS 'when it happened, by the clock';
 COMMENT ON COLUMN omni_refresh_event.event IS
 	'requested, sending, accepted, attempt_failed, refused, rate_limited, merged, released, canceled, recovered, waiting, changed, completed, failed or unknown';
@@ -241,8 +233,8 @@ COMMENT ON COLUMN omni_refresh_watch.delay IS 'how long after a change the schem
 COMMENT ON COLUMN omni_refresh_watch.removals IS
 	'for how long no DDL must have been committed before removals are asked for; NULL: they are not';
 COMMENT ON COLUMN omni_refresh_watch.cache_policy IS 'the cache policy to reset after each refresh';
-COMMENT ON COLUMN omni_refresh_watch.requested_by IS 'the role that set the watch, whose API key is used';
-COMMENT ON COLUMN omni_refresh_watch.requested_by_oid IS 'the OID of that role; a later namesake is another role';
+COMMENT ON COLUMN omni_refresh_watch.requested_by IS 'the name that the role had that set the watch, whose API key is used';
+COMMENT ON COLUMN omni_refresh_watch.requested_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_watch.requested_at IS 'when the watch was set';
 COMMENT ON COLUMN omni_refresh_watch.database IS 'the OID of the database it was set in; copies elsewhere are inactive';
 COMMENT ON COLUMN omni_refresh_watch.owed_hard IS
@@ -327,22 +319,23 @@ ALTER TABLE omni_refresh_event ENABLE REPLICA TRIGGER omni_refresh_event_keep_ou
 
 /*
  * Everyone sees the jobs requested or called by roles whose privileges they have, and the
- * events of those requested by them; monitors see all.  Each array is made once
- * a statement, and a dropped role is no error.
+ * events of those requested by them; monitors see all.  A role is its OID: its name may
+ * change, and become another role's.  Each subquery is run once a statement and hashed, so that
+ * many roles cost little, and the OID of a dropped role is no error.
  */
 ALTER TABLE omni_refresh_job ENABLE ROW LEVEL SECURITY;
 ALTER TABLE omni_refresh_event ENABLE ROW LEVEL SECURITY;
 
 CREATE POLICY omni_refresh_job_own ON omni_refresh_job FOR SELECT
-	USING (requested_by OPERATOR(pg_catalog.=) ANY (ARRAY(
-			SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE')))
-		OR called_by OPERATOR(pg_catalog.=) ANY (ARRAY(
-			SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+	USING (requested_by_oid OPERATOR(pg_catalog.=) ANY (
+			SELECT oid FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))
+		OR called_by_oid OPERATOR(pg_catalog.=) ANY (
+			SELECT oid FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE')));
 CREATE POLICY omni_refresh_job_monitor ON omni_refresh_job FOR SELECT
 	TO pg_monitor USING (true);
 CREATE POLICY omni_refresh_event_own ON omni_refresh_event FOR SELECT
-	USING (requested_by OPERATOR(pg_catalog.=) ANY (ARRAY(
-		SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+	USING (requested_by_oid OPERATOR(pg_catalog.=) ANY (
+		SELECT oid FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE')));
 CREATE POLICY omni_refresh_event_monitor ON omni_refresh_event FOR SELECT
 	TO pg_monitor USING (true);
 COMMENT ON POLICY omni_refresh_job_own ON omni_refresh_job IS 'the jobs requested or called by roles whose privileges one has';

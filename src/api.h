@@ -51,10 +51,11 @@ typedef struct OmniRequest
 	bool		has_reset_at;
 	TimestampTz reset_at;		/* if has_reset_at */
 	NameData	server;
-	NameData	requested_by;	/* role whose key is used ... */
-	Oid			role;			/* ... and its OID */
-	NameData	called_by;		/* role of the session, as of a wrapper's
-								 * caller; empty if it was dropped */
+	Oid			role;			/* whose key is used; known by its OID ... */
+	NameData	requested_by;	/* ... and shown by the name that it had */
+	Oid			caller;			/* role of the session, as of a wrapper's
+								 * caller; 0 if it was dropped */
+	NameData	called_by;		/* the name that it had, or empty */
 	NameData	application;	/* application_name, may be empty */
 	TimestampTz requested_at;
 } OmniRequest;

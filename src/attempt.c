@@ -290,22 +290,19 @@ check_kind(const OmniWork *work, OmniError *error)
 	return false;
 }
 
-/*
- * Check that the requesting role still has its name: the key of a new role with the same name
- * or OID must not be used.
- */
+/* Check that the requesting role exists; a new role of the same name is another one. */
 static bool
 check_role(OmniWork *work, OmniError *error)
 {
 	OmniRequest *request = &work->job.request;
-	char	   *rolename = GetUserNameFromId(request->role, true);
 
-	if (rolename != NULL && strcmp(rolename, NameStr(request->requested_by)) == 0)
+	if (GetUserNameFromId(request->role, true) != NULL)
 		return true;
 	omni_error_set(error, ERRCODE_UNDEFINED_OBJECT,
-				   "role \"%s\" was dropped or renamed", NameStr(request->requested_by));
+				   work->kind->has_caller ? "role \"%s\" does not exist" : "role \"%s\" was dropped",
+				   NameStr(request->requested_by));
 	if (work->kind->has_caller)
-		omni_error_hint(error, "If this transaction has created or renamed it, commit first.");
+		omni_error_hint(error, "If this transaction has created it, commit first.");
 	return false;
 }
 

@@ -417,7 +417,7 @@ check_watch(ReturnSetInfo *result, const OmniWatch *watch)
 			"inactive, since it was copied from another database";
 		hint = "Call omni_refresh_watch() again, or omni_refresh_unwatch().";
 	}
-	else if (rolename == NULL || strcmp(rolename, NameStr(request->requested_by)) != 0)
+	else if (rolename == NULL)
 	{
 		problem = psprintf("cannot send requests, since role \"%s\" no longer exists", NameStr(request->requested_by));
 		hint = "Have the owner of the table of watches call omni_refresh_watch() again.";

@@ -141,6 +141,7 @@ omni_event_add(const OmniJob *job, const OmniEvent *event)
 	duration->time = event->duration;
 	omni_set(row, OMNI_EVENT_job, Int64GetDatum(job->id));
 	omni_set(row, OMNI_EVENT_requested_by, CStringGetTextDatum(NameStr(job->request.requested_by)));
+	omni_set(row, OMNI_EVENT_requested_by_oid, ObjectIdGetDatum(job->request.role));
 	omni_set(row, OMNI_EVENT_occurred_at, TimestampTzGetDatum(event->occurred_at));
 	omni_set(row, OMNI_EVENT_event, CStringGetTextDatum(event->event));
 	if (event->attempt != 0)

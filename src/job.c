@@ -65,9 +65,9 @@ static OmniStatement lock_job = {
 static OmniStatement select_retries = {
 	.table = &omni_job_table,
 	.read = true,
-	.text = "SELECT id FROM %s WHERE retry_of = $1 AND requested_by_oid = $2 AND requested_by = $3",
-	.nargs = 3,
-	.argtypes = {INT8OID, OIDOID, TEXTOID}
+	.text = "SELECT id FROM %s WHERE retry_of = $1 AND requested_by_oid = $2",
+	.nargs = 2,
+	.argtypes = {INT8OID, OIDOID}
 };
 
 static OmniStatement count_unfinished = {
@@ -215,10 +215,17 @@ omni_job_queue(const OmniJob *job, OmniRowVersion *version)
 	return row;
 }
 
-/* In the worker: add a job to the queue, and set job->id. */
+/*
+ * In the worker: add a job of a watch to the queue, and set job->id.  The watch's role may have
+ * been renamed since.
+ */
 void
 omni_job_add(OmniJob *job)
 {
+	const char *rolename = GetUserNameFromId(job->request.role, true);
+
+	if (rolename != NULL)
+		namestrcpy(&job->request.requested_by, rolename);
 	insert(job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
 }
 
@@ -293,8 +300,11 @@ insert_into(OmniWrite *write, const OmniJob *job, OmniStatus status, TimestampTz
 	omni_set(&row, OMNI_JOB_attempts, Int32GetDatum(sent_at != 0 ? 1 : 0));
 	if (job->retry_of != 0)
 		omni_set(&row, OMNI_JOB_retry_of, Int64GetDatum(job->retry_of));
-	if (NameStr(request->called_by)[0] != '\0')
+	if (OidIsValid(request->caller))
+	{
 		omni_set(&row, OMNI_JOB_called_by, CStringGetTextDatum(NameStr(request->called_by)));
+		omni_set(&row, OMNI_JOB_called_by_oid, ObjectIdGetDatum(request->caller));
+	}
 	if (NameStr(request->application)[0] != '\0')
 		omni_set(&row, OMNI_JOB_application, CStringGetTextDatum(NameStr(request->application)));
 	omni_set(&row, OMNI_JOB_database, ObjectIdGetDatum(MyDatabaseId));
@@ -448,11 +458,7 @@ omni_job_read_outcome(int64 id, int64 carrier)
 int64
 omni_job_last_retry(const OmniJob *job)
 {
-	Datum		values[3] = {
-		Int64GetDatum(job->retry_of),
-		ObjectIdGetDatum(job->request.role),
-		CStringGetTextDatum(NameStr(job->request.requested_by))
-	};
+	Datum		values[2] = {Int64GetDatum(job->retry_of), ObjectIdGetDatum(job->request.role)};
 	int64		last = 0;
 	uint64		count;
 
@@ -558,6 +564,8 @@ omni_job_decode(int row, OmniJobState *state)
 	value = VALUE_OR_NULL(called_by, TEXTOID);
 	if (!isnull)
 		request->called_by = omni_name(value);
+	value = VALUE_OR_NULL(called_by_oid, OIDOID);
+	request->caller = isnull ? InvalidOid : DatumGetObjectId(value);
 	request->requested_at = to_finite(DatumGetTimestampTz(VALUE(requested_at, TIMESTAMPTZOID)));
 	value = VALUE_OR_NULL(renewed_at, TIMESTAMPTZOID);
 	job->renewed_at = isnull ? request->requested_at : Max(request->requested_at, to_finite(DatumGetTimestampTz(value)));
@@ -686,7 +694,8 @@ omni_job_form(const OmniJob *job, const char *status, const char *error)
 	SET("finished_at", TimestampTzGetDatum(GetCurrentTimestamp()), false);
 	SET("attempts", Int32GetDatum(0), false);
 	SET("retry_of", Int64GetDatum(job->retry_of), job->retry_of == 0);
-	SET("called_by", CStringGetTextDatum(NameStr(request->called_by)), NameStr(request->called_by)[0] == '\0');
+	SET("called_by", CStringGetTextDatum(NameStr(request->called_by)), !OidIsValid(request->caller));
+	SET("called_by_oid", ObjectIdGetDatum(request->caller), !OidIsValid(request->caller));
 	SET("application", CStringGetTextDatum(NameStr(request->application)), NameStr(request->application)[0] == '\0');
 	SET("database", ObjectIdGetDatum(MyDatabaseId), false);
 	SET("error", error == NULL ? (Datum) 0 : CStringGetTextDatum(error), error == NULL);

@@ -136,9 +136,8 @@ omni_once_forget_resets(const OmniRequest *refresh)
 static bool
 is_of_lane(const OmniRequest *a, const OmniRequest *b)
 {
-	return a->role == b->role && strcmp(NameStr(a->requested_by), NameStr(b->requested_by)) == 0 &&
-		strcmp(NameStr(a->server), NameStr(b->server)) == 0 &&
-		strcmp(NameStr(a->called_by), NameStr(b->called_by)) == 0;
+	return a->role == b->role && a->caller == b->caller &&
+		strcmp(NameStr(a->server), NameStr(b->server)) == 0;
 }
 
 /*

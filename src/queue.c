@@ -289,7 +289,7 @@ static OmniStatement stop_polling = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = " OMNI_SQL(ACCEPTED) ", finished_at = clock_timestamp(), error = NULL"
 	" WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED))"
-	" RETURNING id, requested_by, status, attempts, 'not followed to its end', requested_at, server",
+	" RETURNING id, requested_by, requested_by_oid, status, attempts, 'not followed to its end', requested_at, server",
 	.nargs = 2,
 	.argtypes = {OIDOID, INT8OID}
 };
@@ -329,7 +329,7 @@ static OmniStatement cancel_job = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = $3, finished_at = clock_timestamp(), error = NULL"
 	" WHERE id = $1 AND " IS_PENDING
-	" RETURNING id, requested_by, status, attempts, $2, requested_at, server",
+	" RETURNING id, requested_by, requested_by_oid, status, attempts, $2, requested_at, server",
 	.nargs = 3,
 	.argtypes = {INT8OID, TEXTOID, TEXTOID}
 };
@@ -339,7 +339,7 @@ static OmniStatement release_jobs = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = " OMNI_SQL(PENDING) ", merged_into = NULL, finished_at = NULL"
 	" WHERE id > $1 AND merged_into = $1 AND status = " OMNI_SQL(MERGED)
-	" RETURNING id, requested_by, " OMNI_SQL(RELEASED) ", attempts, 'job ' || $1 || ' was canceled', requested_at, server",
+	" RETURNING id, requested_by, requested_by_oid, " OMNI_SQL(RELEASED) ", attempts, 'job ' || $1 || ' was canceled', requested_at, server",
 	.nargs = 1,
 	.argtypes = {INT8OID}
 };
@@ -528,7 +528,7 @@ recover(const OmniJob *job, OmniOutcome *outcome)
 
 /*
  * Add an event for each row that the last statement has returned; its columns are job,
- * requester, event, attempts, detail, the time of the request and the server.  Unless the event is "released",
+ * requester and its OID, event, attempts, detail, the time of the request and the server.  Unless the event is "released",
  * it has the name of the job's status, of which to notify listeners, and which ends the job.
  */
 static void
@@ -541,14 +541,15 @@ add_rows_events(void)
 		OmniJob		job = {.id = DatumGetInt64(omni_value(row, 0, INT8OID))};
 		OmniEvent	event = {
 			.occurred_at = GetCurrentTimestamp(),
-			.event = TextDatumGetCString(omni_value(row, 2, TEXTOID)),
-			.attempt = DatumGetInt32(omni_value(row, 3, INT4OID)),
-			.detail = TextDatumGetCString(omni_value(row, 4, TEXTOID))
+			.event = TextDatumGetCString(omni_value(row, 3, TEXTOID)),
+			.attempt = DatumGetInt32(omni_value(row, 4, INT4OID)),
+			.detail = TextDatumGetCString(omni_value(row, 5, TEXTOID))
 		};
 
 		job.request.requested_by = omni_name(omni_value(row, 1, TEXTOID));
-		job.request.requested_at = DatumGetTimestampTz(omni_value(row, 5, TIMESTAMPTZOID));
-		job.request.server = omni_name(omni_value(row, 6, TEXTOID));
+		job.request.role = DatumGetObjectId(omni_value(row, 2, OIDOID));
+		job.request.requested_at = DatumGetTimestampTz(omni_value(row, 6, TIMESTAMPTZOID));
+		job.request.server = omni_name(omni_value(row, 7, TEXTOID));
 		omni_event_add_requested(&job);
 		omni_event_add(&job, &event);
 		if (strcmp(event.event, OMNI_NAME_RELEASED) != 0)

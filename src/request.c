@@ -31,8 +31,6 @@
 static bool find_retry(const OmniJob *job, Datum *row);
 static bool look(int64 id, OmniJobState *own, OmniJobState *carrier);
 static bool may_use(const OmniRequest *request, OmniUse use);
-static bool is_requester(const OmniRequest *request);
-static bool is_caller(const OmniRequest *request);
 
 /*
  * Initialize a job of the current user for the server that omni_refresh.server names.  In a
@@ -51,7 +49,10 @@ omni_job_init(OmniJob *job, const char *origin)
 	request->role = GetUserId();
 	namestrcpy(&request->requested_by, GetUserNameFromId(request->role, false));
 	if (caller != NULL)
+	{
+		request->caller = GetOuterUserId();
 		namestrcpy(&request->called_by, caller);
+	}
 	namestrcpy(&request->application, application_name);
 	request->requested_at = GetCurrentTimestamp();
 	omni_tables_require();
@@ -293,28 +294,7 @@ omni_job_can_be_retried(const OmniJobState *carrier)
 static bool
 may_use(const OmniRequest *request, OmniUse use)
 {
-	return has_privs_of_role(GetUserId(), omni_job_owner()) || is_requester(request) ||
-		(use == OMNI_USE_SEE && is_caller(request));
-}
-
-/*
- * Return whether the current user has the privileges of the requester.  Compare the name, too:
- * the OID of a dropped role may be in use again.
- */
-static bool
-is_requester(const OmniRequest *request)
-{
-	char	   *rolename = GetUserNameFromId(request->role, true);
-
-	return rolename != NULL && strcmp(rolename, NameStr(request->requested_by)) == 0 &&
-		has_privs_of_role(GetUserId(), request->role);
-}
-
-/* Return whether the current user has the privileges of the role that called. */
-static bool
-is_caller(const OmniRequest *request)
-{
-	Oid			role = get_role_oid(NameStr(request->called_by), true);
-
-	return OidIsValid(role) && has_privs_of_role(GetUserId(), role);
+	return has_privs_of_role(GetUserId(), omni_job_owner()) ||
+		has_privs_of_role(GetUserId(), request->role) ||
+		(use == OMNI_USE_SEE && OidIsValid(request->caller) && has_privs_of_role(GetUserId(), request->caller));
 }

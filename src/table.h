@@ -33,6 +33,7 @@ typedef struct OmniTable
 	const char *name;
 	const OmniColumn *columns;
 	int			ncolumns;
+	int			nchecks;		/* CHECK constraints */
 
 	/* set by omni_tables_find() */
 	Oid			oid;
@@ -72,6 +73,7 @@ typedef struct OmniTable
 	X(renewed_at, TIMESTAMPTZOID, false) \
 	X(retry_of, INT8OID, false) \
 	X(called_by, TEXTOID, false) \
+	X(called_by_oid, OIDOID, false) \
 	X(application, TEXTOID, false) \
 	X(database, OIDOID, true) \
 	X(error, TEXTOID, false)
@@ -81,6 +83,7 @@ typedef struct OmniTable
 	X(id, INT8OID, true) \
 	X(job, INT8OID, true) \
 	X(requested_by, TEXTOID, true) \
+	X(requested_by_oid, OIDOID, true) \
 	X(occurred_at, TIMESTAMPTZOID, true) \
 	X(event, TEXTOID, true) \
 	X(attempt, INT4OID, false) \
@@ -149,7 +152,7 @@ enum
 
 /* Jobs that agree in these columns may be merged, and share one min_interval. */
 #define ALIKE \
-	"server, requested_by, requested_by_oid, kind, model_id, branch_id, policy"
+	"server, requested_by_oid, kind, model_id, branch_id, policy"
 
 /* The select list that omni_job_decode() expects, for a table without an alias */
 #define OMNI_JOB_COLUMN_TEXT(name, type, required) #name ", "

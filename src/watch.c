@@ -290,15 +290,14 @@ find_own(const OmniRequest *request, OmniWatch *watch)
 
 /*
  * Return whether the current user may replace or end a watch.  In a copy of another cluster's,
- * roles have other OIDs.
+ * roles have other OIDs, so that only their names tell.
  */
 static bool
 may_manage(const OmniWatch *watch)
 {
-	Oid			role = get_role_oid(NameStr(watch->request.requested_by), true);
+	Oid			role = omni_watch_is_active(watch) ? watch->request.role :
+		get_role_oid(NameStr(watch->request.requested_by), true);
 
-	if (has_privs_of_role(GetUserId(), omni_watch_owner()))
-		return true;
-	return OidIsValid(role) && has_privs_of_role(GetUserId(), role) &&
-		(role == watch->request.role || !omni_watch_is_active(watch));
+	return has_privs_of_role(GetUserId(), omni_watch_owner()) ||
+		(OidIsValid(role) && has_privs_of_role(GetUserId(), role));
 }

@@ -155,7 +155,7 @@ within(ask() . ask('', $other) . ask() . ask('', $other), 'a b a b', 'models sta
 # Roles, servers, settings
 
 within('SET LOCAL ROLE one;' . ask() . 'SET LOCAL ROLE two;' . ask() . 'SET LOCAL ROLE one;' . ask() . 'RESET ROLE;' . ask(), 'a b a c', 'roles stay apart');
-within('SET LOCAL ROLE one;' . ask() . 'RESET ROLE; ALTER ROLE one RENAME TO uno; SET LOCAL ROLE uno;' . ask(), 'a b', '... also a role by two names');
+within('SET LOCAL ROLE one;' . ask() . 'RESET ROLE; ALTER ROLE one RENAME TO uno; SET LOCAL ROLE uno;' . ask(), 'a a', '... but not a role by two names');
 within('CREATE ROLE three; SET LOCAL ROLE three;' . ask() . 'RESET ROLE; DROP ROLE three; CREATE ROLE three; SET LOCAL ROLE three;' . ask(), 'a b',
 	'... and a later role of the same name');
 within(ask() . 'SET LOCAL omni_refresh.server = twin;' . ask() . 'SET LOCAL omni_refresh.server = omni;' . ask(), 'a b a', 'servers stay apart');

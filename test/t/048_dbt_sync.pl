@@ -112,7 +112,7 @@ asked();
 # A kind that a newer version may have queued
 
 $node->safe_psql('postgres', q{
-	ALTER DOMAIN omni_refresh_job_kind DROP CONSTRAINT omni_refresh_job_kind_check;
+	ALTER TABLE omni_refresh_job DROP CONSTRAINT omni_refresh_job_kind_check;
 	SET omni_refresh.server = whole;
 	BEGIN;
 	SELECT FROM omni_refresh_dbt_sync_on_commit();

@@ -240,7 +240,7 @@ my $insert = q{INSERT INTO omni_refresh_job (status, model_id, kind, hard, schem
 	finished_at, finished_at, finished_at, nullif(carrier, 0), (SELECT oid FROM pg_database WHERE datname = current_database())};
 sql("$insert FROM generate_series(1, 3000), LATERAL (VALUES ('completed', now() - interval '2 h', 0)) AS v (status, finished_at, carrier);
 	$insert FROM (VALUES ('merged', now() - interval '2 h', $waiting), ('failed', now() - interval '2 h', 0), ('failed', now(), 0)) AS v (status, finished_at, carrier);
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event) SELECT id, requested_by, requested_at, 'requested' FROM omni_refresh_job WHERE status = 'completed'");
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event) SELECT id, requested_by, requested_by_oid, requested_at, 'requested' FROM omni_refresh_job WHERE status = 'completed'");
 my $kept = sql(q{SELECT id FROM omni_refresh_job WHERE status = 'merged'});
 my $old = sql(q{SELECT min(id) FROM omni_refresh_job WHERE status = 'failed'});
 my $locker = OmniLife::session($node, 'postgres');
