@@ -69,6 +69,9 @@ CREATE TABLE omni_refresh_job (
 	sent_at			pg_catalog.timestamptz,
 	finished_at		pg_catalog.timestamptz,
 	attempts		int NOT NULL DEFAULT 0,
+	may_have_arrived boolean,
+	few_failures	int,
+	recoveries		int,
 	merged_into		bigint,
 	renewed_at		pg_catalog.timestamptz,
 	retry_of		bigint,
@@ -104,6 +107,9 @@ COMMENT ON COLUMN omni_refresh_job.run_at IS 'not to be sent before this time';
 COMMENT ON COLUMN omni_refresh_job.sent_at IS 'when the last attempt began';
 COMMENT ON COLUMN omni_refresh_job.finished_at IS 'when the job reached its end';
 COMMENT ON COLUMN omni_refresh_job.attempts IS 'how often it was sent, raised before each sending';
+COMMENT ON COLUMN omni_refresh_job.may_have_arrived IS 'whether an attempt has ended without an answer, so that Omni may have got the request';
+COMMENT ON COLUMN omni_refresh_job.few_failures IS 'how many answers in a row were of those after which only a few more attempts are made';
+COMMENT ON COLUMN omni_refresh_job.recoveries IS 'how often the job went on after the end of a worker that was sending it, since Omni last answered';
 COMMENT ON COLUMN omni_refresh_job.merged_into IS 'the job that carries this one out';
 COMMENT ON COLUMN omni_refresh_job.renewed_at IS
 	'when the newest request was made that this job carries out, too; of a reset, not before its first attempt: retries count from here';
@@ -165,11 +171,12 @@ CREATE TABLE omni_refresh_event (
 	occurred_at		pg_catalog.timestamptz NOT NULL,
 	event			pg_catalog.text NOT NULL
 					CONSTRAINT omni_refresh_event_event_check
-					CHECK (event OPERATOR(pg_catalog.=) ANY ('{requested, sending, accepted, attempt_failed, refused,
+					CHECK (event OPERATOR(pg_catalog.=) ANY ('{sending, accepted, attempt_failed, refused,
 						rate_limited, merged, released, canceled, recovered, waiting, changed,
 						completed, failed, unknown}')),
 	attempt			int,
 	http_status		int,
+	sqlstate		pg_catalog.text,
 	duration		interval,
 	detail			pg_catalog.text
 );
@@ -182,9 +189,10 @@ COMMENT ON COLUMN omni_refresh_event.requested_by IS 'the name that the role had
 COMMENT ON COLUMN omni_refresh_event.requested_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_event.occurred_at IS 'when it happened, by the clock';
 COMMENT ON COLUMN omni_refresh_event.event IS
-	'requested, sending, accepted, attempt_failed, refused, rate_limited, merged, released, canceled, recovered, waiting, changed, completed, failed or unknown';
+	'sending, accepted, attempt_failed, refused, rate_limited, merged, released, canceled, recovered, waiting, changed, completed, failed or unknown';
 COMMENT ON COLUMN omni_refresh_event.attempt IS 'the number of the attempt it belongs to';
 COMMENT ON COLUMN omni_refresh_event.http_status IS 'the HTTP status that Omni answered with';
+COMMENT ON COLUMN omni_refresh_event.sqlstate IS 'the SQLSTATE of what went wrong';
 COMMENT ON COLUMN omni_refresh_event.duration IS 'how long the attempt took';
 COMMENT ON COLUMN omni_refresh_event.detail IS 'what there is to say about it';
 

@@ -71,6 +71,7 @@ typedef struct OmniOutcome
 	bool		attempted;		/* it is the outcome of an HTTP request */
 	bool		retryable;		/* the same request might fare better later */
 	bool		few;			/* but not often: see OMNI_FEW_ATTEMPTS */
+	bool		recovered;		/* the worker ended during the attempt */
 	bool		may_have_arrived;	/* no answer came, and Omni may have got
 									 * the request */
 	bool		slow_down;		/* send nothing with this key for a while */

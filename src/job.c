@@ -96,6 +96,7 @@ static OmniStatement delay_job = {
 
 static OmniRow update(int64 id, bool (*wanted) (OmniStatus status), const OmniRowValues *row);
 static bool is_unfinished(OmniStatus status);
+static void note_attempt(OmniRowValues *row, const OmniJob *job, const OmniOutcome *outcome);
 static void insert(OmniJob *job, OmniStatus status, TimestampTz run_at, TimestampTz sent_at);
 static void insert_into(OmniWrite *write, const OmniJob *job, OmniStatus status, TimestampTz run_at,
 						TimestampTz sent_at);
@@ -136,8 +137,6 @@ omni_job_begin(OmniJob *job, const char *url)
 		if (update(job->id, omni_status_is_pending, &row) != OMNI_ROW_OURS)
 			return false;
 	}
-	if (job->attempts == 0)
-		omni_event_add_requested(job);
 	omni_event_add(job, &sending);
 	return true;
 }
@@ -171,7 +170,6 @@ omni_job_delay(OmniJob *job, int64 wait)
 		insert(job, OMNI_STATUS_PENDING, run_at, 0);
 	else if (strcmp(job->origin, OMNI_ORIGIN_CALL) == 0)
 		omni_job_defer(job->id, run_at);
-	omni_event_add_requested(job);
 	omni_event_add(job, &limited);
 }
 
@@ -194,7 +192,6 @@ omni_job_refuse(OmniJob *job, const OmniOutcome *outcome)
 
 	if (job->id == 0)
 		insert(job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
-	omni_event_add_requested(job);
 	(void) omni_job_record(job, outcome);
 }
 
@@ -353,6 +350,7 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		.event = outcome->attempt_event,
 		.attempt = job->attempts,
 		.http_status = outcome->http_status,
+		.sqlstate = outcome->error.sqlstate,
 		.duration = outcome->elapsed,
 		.detail = error != NULL ? error : outcome->note
 	};
@@ -369,6 +367,8 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		omni_set(&row, OMNI_JOB_error, CStringGetTextDatum(job_error));
 	else
 		omni_set_null(&row, OMNI_JOB_error);
+	if (outcome->attempted || outcome->recovered)
+		note_attempt(&row, job, outcome);
 
 	result = update(job->id, is_unfinished, &row);
 	if (result != OMNI_ROW_OURS)
@@ -385,6 +385,21 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 	if (outcome->attempt_event != NULL && at_end)
 		omni_event_add(job, &end);
 	return OMNI_ROW_OURS;
+}
+
+/*
+ * Note in a row what the next attempt must know of one that has ended, or was under way when the
+ * worker ended.
+ */
+static void
+note_attempt(OmniRowValues *row, const OmniJob *job, const OmniOutcome *outcome)
+{
+	if (outcome->may_have_arrived || outcome->recovered)
+		omni_set(row, OMNI_JOB_may_have_arrived, BoolGetDatum(true));
+	if (outcome->few || job->few_failures > 0)
+		omni_set(row, OMNI_JOB_few_failures, Int32GetDatum(outcome->few ? job->few_failures + 1 : 0));
+	if (outcome->recovered || (outcome->http_status != 0 && job->recoveries > 0))
+		omni_set(row, OMNI_JOB_recoveries, Int32GetDatum(outcome->recovered ? job->recoveries + 1 : 0));
 }
 
 /* In a backend: return whether any job of this database is unfinished. */
@@ -572,6 +587,12 @@ omni_job_decode(int row, OmniJobState *state)
 	value = VALUE_OR_NULL(sent_at, TIMESTAMPTZOID);
 	job->sent_at = isnull ? 0 : to_finite(DatumGetTimestampTz(value));
 	job->attempts = Min(Max(DatumGetInt32(VALUE(attempts, INT4OID)), 0), INT_MAX - 1);
+	value = VALUE_OR_NULL(may_have_arrived, BOOLOID);
+	job->may_have_arrived = !isnull && DatumGetBool(value);
+	value = VALUE_OR_NULL(few_failures, INT4OID);
+	job->few_failures = isnull ? 0 : Min(Max(DatumGetInt32(value), 0), INT_MAX - 1);
+	value = VALUE_OR_NULL(recoveries, INT4OID);
+	job->recoveries = isnull ? 0 : Min(Max(DatumGetInt32(value), 0), INT_MAX - 1);
 	value = VALUE_OR_NULL(merged_into, INT8OID);
 	state->merged_into = isnull ? 0 : DatumGetInt64(value);
 	job->database = DatumGetObjectId(VALUE(database, OIDOID));

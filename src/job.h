@@ -31,6 +31,11 @@ typedef struct OmniJob
 								 * which merged jobs agree */
 	OmniRequest request;
 	int			attempts;		/* how many have begun */
+	bool		may_have_arrived;	/* an attempt has ended without an answer,
+									 * so that Omni may have got it */
+	int			few_failures;	/* answers in a row that allow a few more
+								 * attempts only */
+	int			recoveries;		/* since Omni last answered */
 	Oid			database;		/* where it was requested; if this is another
 								 * one, the row is a copy */
 	TimestampTz renewed_at;		/* time of the newest request that it carries;
@@ -119,8 +124,6 @@ extern bool omni_tables_check(OmniError *error);
 /* in event.c */
 extern void omni_events_begin(void);
 extern void omni_events_write(void);
-extern bool omni_job_may_have_arrived(int64 id);
-extern int	omni_job_few_failures(int64 id);
 extern void omni_event_add_waiting(const OmniJob *job, const char *reason);
 extern void omni_event_add_changed(const OmniJob *job, const char *changes);
 

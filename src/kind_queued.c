@@ -33,12 +33,10 @@ const OmniWorkKind omni_queued_kind = {
 	.judge = judge
 };
 
-/* Find out from the events whether an earlier attempt may have reached Omni. */
 static void
 prepare(OmniWork *work)
 {
-	if (work->job.attempts > 0)
-		work->may_have_arrived = omni_job_may_have_arrived(work->job.id);
+	work->may_have_arrived = work->job.may_have_arrived;
 }
 
 static void

@@ -289,7 +289,7 @@ static OmniStatement stop_polling = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = " OMNI_SQL(ACCEPTED) ", finished_at = clock_timestamp(), error = NULL"
 	" WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED))"
-	" RETURNING id, requested_by, requested_by_oid, status, attempts, 'not followed to its end', requested_at, server",
+	" RETURNING id, requested_by, requested_by_oid, status, attempts, 'not followed to its end', server",
 	.nargs = 2,
 	.argtypes = {OIDOID, INT8OID}
 };
@@ -324,14 +324,14 @@ static OmniStatement delete_jobs = {
 	.argtypes = {INT8ARRAYOID}
 };
 
-/* The status $3 is "unknown" instead of "canceled" if Omni may have got the request. */
+/* The status is "unknown" instead of "canceled" if Omni may have got the request. */
 static OmniStatement cancel_job = {
 	.table = &omni_job_table,
-	.text = "UPDATE %s SET status = $3, finished_at = clock_timestamp(), error = NULL"
+	.text = "UPDATE %s SET status = CASE WHEN may_have_arrived THEN " OMNI_SQL(UNKNOWN) " ELSE " OMNI_SQL(CANCELED) " END, finished_at = clock_timestamp(), error = NULL"
 	" WHERE id = $1 AND " IS_PENDING
-	" RETURNING id, requested_by, requested_by_oid, status, attempts, $2, requested_at, server",
-	.nargs = 3,
-	.argtypes = {INT8OID, TEXTOID, TEXTOID}
+	" RETURNING id, requested_by, requested_by_oid, status, attempts, $2, server",
+	.nargs = 2,
+	.argtypes = {INT8OID, TEXTOID}
 };
 
 /* Put merged jobs back into the queue.  Their ids are greater than their carrier's. */
@@ -339,7 +339,7 @@ static OmniStatement release_jobs = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = " OMNI_SQL(PENDING) ", merged_into = NULL, finished_at = NULL"
 	" WHERE id > $1 AND merged_into = $1 AND status = " OMNI_SQL(MERGED)
-	" RETURNING id, requested_by, requested_by_oid, " OMNI_SQL(RELEASED) ", attempts, 'job ' || $1 || ' was canceled', requested_at, server",
+	" RETURNING id, requested_by, requested_by_oid, " OMNI_SQL(RELEASED) ", attempts, 'job ' || $1 || ' was canceled', server",
 	.nargs = 1,
 	.argtypes = {INT8OID}
 };
@@ -510,7 +510,8 @@ settle(OmniJobState *left, int count,
 static void
 recover(const OmniJob *job, OmniOutcome *outcome)
 {
-	if (omni_events_recoveries(job->id) < MAX_RECOVERIES)
+	outcome->recovered = true;
+	if (job->recoveries < MAX_RECOVERIES)
 	{
 		outcome->status = OMNI_NAME_PENDING;
 		outcome->again = true;
@@ -528,7 +529,7 @@ recover(const OmniJob *job, OmniOutcome *outcome)
 
 /*
  * Add an event for each row that the last statement has returned; its columns are job,
- * requester and its OID, event, attempts, detail, the time of the request and the server.  Unless the event is "released",
+ * requester and its OID, event, attempts, detail and the server.  Unless the event is "released",
  * it has the name of the job's status, of which to notify listeners, and which ends the job.
  */
 static void
@@ -548,9 +549,7 @@ add_rows_events(void)
 
 		job.request.requested_by = omni_name(omni_value(row, 1, TEXTOID));
 		job.request.role = DatumGetObjectId(omni_value(row, 2, OIDOID));
-		job.request.requested_at = DatumGetTimestampTz(omni_value(row, 6, TIMESTAMPTZOID));
-		job.request.server = omni_name(omni_value(row, 7, TEXTOID));
-		omni_event_add_requested(&job);
+		job.request.server = omni_name(omni_value(row, 6, TEXTOID));
 		omni_event_add(&job, &event);
 		if (strcmp(event.event, OMNI_NAME_RELEASED) != 0)
 		{
@@ -713,8 +712,6 @@ omni_queue_merge(OmniHead *heads, int nheads)
 	int			end;
 
 	states = omni_queue_due(heads, nheads, limit, &count);
-	omni_events_write();		/* so that the next "requested" is not written
-								 * twice */
 	for (int i = 0; i < nheads; i++)
 		heads[i].has_more = false;
 	for (int first = 0; first < count; first = end)
@@ -926,7 +923,6 @@ merge_into(const OmniJob *carrier, const int64 *ids, int count)
 			.detail = psprintf("carries out %s, too", jobs_text(merged, nmerged))
 		};
 
-		omni_event_add_requested(carrier);
 		omni_event_add(carrier, &event);
 		omni_count_jobs(&carrier->request.server, OMNI_NAME_MERGED, nmerged);
 	}
@@ -1056,11 +1052,7 @@ omni_job_prune(int64 *after, TimestampTz before, int limit)
 bool
 omni_job_cancel(const OmniJob *job, const char *by)
 {
-	Datum		values[3] = {
-		Int64GetDatum(job->id),
-		CStringGetTextDatum(psprintf("by \"%s\"", by)),
-		CStringGetTextDatum(job->attempts > 0 && omni_job_may_have_arrived(job->id) ? OMNI_NAME_UNKNOWN : OMNI_NAME_CANCELED)
-	};
+	Datum		values[2] = {Int64GetDatum(job->id), CStringGetTextDatum(psprintf("by \"%s\"", by))};
 
 	omni_events_begin();
 	if (omni_run(&cancel_job, values, NULL) == 0)

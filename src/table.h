@@ -69,6 +69,9 @@ typedef struct OmniTable
 	X(sent_at, TIMESTAMPTZOID, false) \
 	X(finished_at, TIMESTAMPTZOID, false) \
 	X(attempts, INT4OID, true) \
+	X(may_have_arrived, BOOLOID, false) \
+	X(few_failures, INT4OID, false) \
+	X(recoveries, INT4OID, false) \
 	X(merged_into, INT8OID, false) \
 	X(renewed_at, TIMESTAMPTZOID, false) \
 	X(retry_of, INT8OID, false) \
@@ -88,6 +91,7 @@ typedef struct OmniTable
 	X(event, TEXTOID, true) \
 	X(attempt, INT4OID, false) \
 	X(http_status, INT4OID, false) \
+	X(sqlstate, TEXTOID, false) \
 	X(duration, INTERVALOID, false) \
 	X(detail, TEXTOID, false)
 
@@ -200,6 +204,7 @@ typedef struct OmniEvent
 	const char *event;
 	int			attempt;		/* 0 means NULL */
 	int			http_status;	/* 0 means NULL */
+	int			sqlstate;		/* 0 means NULL */
 	int64		duration;		/* microseconds, 0 means NULL */
 	const char *detail;			/* may be NULL */
 } OmniEvent;
@@ -235,8 +240,6 @@ extern void omni_request_decode(OmniRequest *request, int row, int server, int m
 
 /* in event.c */
 extern void omni_event_add(const OmniJob *job, const OmniEvent *event);
-extern void omni_event_add_requested(const OmniJob *job);
-extern int64 omni_events_recoveries(int64 job);
 extern ArrayType *omni_events_sent(TimestampTz since);
 extern ArrayType *omni_events_delete(ArrayType *jobs);
 extern void omni_events_delete_all(const int64 *jobs, int count);

@@ -6,7 +6,7 @@ SET client_min_messages = warning;
 
 BEGIN;
 CREATE EXTENSION pgtap;
-SELECT plan(105);
+SELECT plan(104);
 
 -- All there is of ours in the catalogs, except for what is pgTAP's, by kind and name
 CREATE VIEW pg_temp.ours AS
@@ -95,6 +95,9 @@ SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_job')$$, $$VALUE
 	('sent_at', 'timestamp with time zone', false),
 	('finished_at', 'timestamp with time zone', false),
 	('attempts', 'integer', true),
+	('may_have_arrived', 'boolean', false),
+	('few_failures', 'integer', false),
+	('recoveries', 'integer', false),
 	('merged_into', 'bigint', false),
 	('renewed_at', 'timestamp with time zone', false),
 	('retry_of', 'bigint', false),
@@ -113,6 +116,7 @@ SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_event')$$, $$VAL
 	('event', 'text', true),
 	('attempt', 'integer', false),
 	('http_status', 'integer', false),
+	('sqlstate', 'text', false),
 	('duration', 'interval', false),
 	('detail', 'text', false)$$,
 	'omni_refresh_event has the columns of its documentation');
@@ -165,7 +169,7 @@ LANGUAGE sql AS $$
 			role, coalesce(to_regrole(role::text)::oid, 1), now(), now(), 1)
 		RETURNING id, requested_by, requested_by_oid, requested_at)
 	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event)
-	SELECT id, requested_by, requested_by_oid, requested_at, 'requested' FROM job
+	SELECT id, requested_by, requested_by_oid, requested_at, 'sending' FROM job
 $$;
 
 SELECT lives_ok(format('SELECT pg_temp.add_job(''x'', status => %L)', status),
@@ -192,12 +196,12 @@ CREATE FUNCTION pg_temp.add_event(event text) RETURNS void LANGUAGE sql AS $$
 	SELECT max(id), 'x', 1, now(), event FROM omni_refresh_job
 $$;
 SELECT lives_ok(format('SELECT pg_temp.add_event(%L)', event), format('An event can be %L', event))
-FROM unnest('{requested,sending,accepted,attempt_failed,refused,rate_limited,merged,released,canceled,
+FROM unnest('{sending,accepted,attempt_failed,refused,rate_limited,merged,released,canceled,
 	recovered,waiting,changed,completed,failed,unknown}'::text[]) AS event;
 SELECT throws_ok(format('SELECT pg_temp.add_event(%L)', event), '23514', NULL, format('An event cannot be %L', event))
 FROM unnest('{"",pending,running,sent}'::text[]) AS event;
 
-SELECT is(count(*), 16::bigint, 'There are jobs with events') FROM omni_refresh_event WHERE event = 'requested';
+SELECT is(count(*), 16::bigint, 'There are jobs with events') FROM omni_refresh_event WHERE event = 'sending';
 DELETE FROM omni_refresh_job WHERE id % 2 = 0;
 SELECT is_empty('SELECT FROM omni_refresh_event WHERE job % 2 = 0', 'With a job go its events');
 SELECT isnt_empty('SELECT FROM omni_refresh_event WHERE job % 2 = 1', 'but not those of other jobs');

@@ -136,7 +136,7 @@ for my $case ([ 'answer', { status => 503 } ], [ 'answer', { status => 500 } ], 
 	}
 	wait_for("what fails is tried again: $name", "status = 'accepted' AND attempts = 3 AND error IS NULL FROM omni_refresh_job WHERE id = $id");
 	my $event = ($extras->{status} // 0) == 429 ? 'rate_limited' : 'attempt_failed';
-	is(story($id), "requested sending $event sending $event sending accepted", '... as the events tell');
+	is(story($id), "sending $event sending $event sending accepted", '... as the events tell');
 }
 clear();
 $omni->fault('answer', status => 503, headers => { 'Retry-After' => 3000 });
@@ -155,7 +155,7 @@ for my $case ([ 404, 'No such model' ], [ 403, '' ], [ 401, '' ], [ 400, '' ], [
 	$omni->fault('answer', status => $status);
 	my $id = queue();
 	wait_for("a refusal is final: $status", "status = 'failed' AND attempts = 1 FROM omni_refresh_job WHERE id = $id");
-	is(story($id), 'requested sending refused failed', '... as the events tell');
+	is(story($id), 'sending refused failed', '... as the events tell');
 }
 
 clear(retry_for => 0);
@@ -182,7 +182,7 @@ for my $fault ('hang_middle', 'close', 'worker')
 		queue_elsewhere();
 	}
 	wait_for("a refusal after an attempt that may have arrived: $fault", "status = 'unknown' AND attempts = 2 AND error ~ '^42704' FROM omni_refresh_job WHERE id = $id");
-	like(story($id), qr/^requested sending (recovered|attempt_failed) sending refused unknown$/, '... as the events tell');
+	like(story($id), qr/^sending (recovered|attempt_failed) sending refused unknown$/, '... as the events tell');
 	sql(q{ALTER SERVER omni OPTIONS (DROP timeout)});
 }
 clear();
@@ -213,7 +213,7 @@ my %why = (leaving => '42704: role "leaving" was dropped$', revoked => '42501: '
 for my $role (sort keys %why)
 {
 	like(sql("SELECT status || ' ' || error FROM omni_refresh_job WHERE id = $ids{$role}"), qr/^failed $why{$role}/, "... unless the requester may no longer: $role");
-	is(story($ids{$role}), 'requested failed', '... as the events tell');
+	is(story($ids{$role}), 'failed', '... as the events tell');
 }
 is($omni->stats->{requests}, 0, '... of which nothing is sent');
 
@@ -292,7 +292,7 @@ for my $times (1 .. 4)
 queue_elsewhere();
 all_done();
 is(status($id), 'unknown', 'three times it is sent again, and then nobody knows');
-is(story($id), 'requested sending recovered sending recovered sending recovered sending unknown', '... as the events tell');
+is(story($id), 'sending recovered sending recovered sending recovered sending unknown', '... as the events tell');
 is(sql("SELECT attempts FROM omni_refresh_job WHERE id = $id"), '4', '... and the attempts');
 is($omni->stats->{requests}, 4, '... and Omni');
 
@@ -304,7 +304,7 @@ $node->stop('immediate');
 $node->start;
 queue_elsewhere();
 all_done('what was on its way when the server crashed');
-is(status($id) . ' ' . story($id), 'accepted requested sending recovered sending accepted', '... is sent again');
+is(status($id) . ' ' . story($id), 'accepted sending recovered sending accepted', '... is sent again');
 
 # What is another database's
 
@@ -331,7 +331,7 @@ is($omni->stats->{requests}, 1, '... are one request');
 is(sql(q{SELECT string_agg(status || n, ' ' ORDER BY status) FROM (SELECT status, count(*) AS n FROM omni_refresh_job GROUP BY 1) AS s}),
 	'accepted1 merged99999', '... that carries out the others');
 is(sql(q{SELECT string_agg(event || n, ' ' ORDER BY event) FROM (SELECT event, count(*) AS n FROM omni_refresh_event
-		WHERE event <> 'merged' GROUP BY 1) AS s}), 'accepted1 requested1 sending1', '... as its events tell');
+		WHERE event <> 'merged' GROUP BY 1) AS s}), 'accepted1 sending1', '... as its events tell');
 is(sql(q{SELECT sum(name[2]::int - name[1]::int + 1) FROM omni_refresh_event,
 		regexp_match(detail, '^carries out jobs (\d+) (?:to|and) (\d+), too$') AS name WHERE event = 'merged'}),
 	'99999', '... which name them all');

@@ -141,7 +141,7 @@ sub change
 
 	$omni->fault('answer', status => 503, body => '', headers => { 'Retry-After' => 1 });
 	my $call = OmniFault::begin($node, $refresh, user => 'alice');
-	OmniFault::poll_story($node, 'pending: requested sending attempt_failed', "$name between two attempts");
+	OmniFault::poll_story($node, 'pending: sending attempt_failed', "$name between two attempts");
 	$node->safe_psql('postgres', $change);
 	OmniFault::finish($call);
 	like($call->{sqlstate}, $state, '... is noticed') or diag($call->{err});

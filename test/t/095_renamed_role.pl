@@ -77,7 +77,7 @@ like(as('lodger', "SELECT status FROM omni_refresh_wait($called)"), qr/^accepted
 
 $omni->fault('answer', status => 503, body => '', headers => { 'Retry-After' => 1 });
 my $call = OmniFault::begin($node, 'SELECT status FROM omni_refresh()', user => 'cargo');
-OmniFault::poll_story($node, 'pending: requested sending attempt_failed', 'a call waits for its next attempt');
+OmniFault::poll_story($node, 'pending: sending attempt_failed', 'a call waits for its next attempt');
 sql('ALTER ROLE cargo RENAME TO hauler');
 OmniFault::finish($call);
 is($call->{status}, 0, '... which is made, though the role was renamed') or diag($call->{err});
