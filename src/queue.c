@@ -260,8 +260,8 @@ static OmniStatement select_sets = {
  */
 static OmniStatement unite_jobs = {
 	.table = &omni_job_table,
-	.text = "SELECT bool_or(hard), array_agg(DISTINCT name) FILTER (WHERE is_schema AND name IS NOT NULL),"
-	"  array_agg(DISTINCT name) FILTER (WHERE NOT is_schema AND name IS NOT NULL),"
+	.text = "SELECT bool_or(hard), array_agg(DISTINCT name COLLATE \"C\") FILTER (WHERE is_schema AND name IS NOT NULL),"
+	"  array_agg(DISTINCT name COLLATE \"C\") FILTER (WHERE NOT is_schema AND name IS NOT NULL),"
 	"  CASE WHEN every(reset_at IS NOT NULL) THEN max(reset_at) END, max(coalesce(renewed_at, requested_at))"
 	" FROM %s LEFT JOIN LATERAL"
 	"  (SELECT true, unnest(schemas) UNION ALL SELECT false, unnest(tables)) AS names (is_schema, name) ON NOT $2"
@@ -423,7 +423,7 @@ static Datum text_array(List *texts);
 static void set_heads(Datum *values, const OmniHead *heads, int count);
 static void set_any_free(Datum *value, const OmniHead *heads, int count);
 static MergeSet *read_sets(uint64 nrows, int *count);
-static int	merge_set(const MergeSet *set, int *patience);
+static int	merge_set(const MergeSet *set);
 static bool widen(OmniJob *carrier, const OmniRowValues *row);
 static int	merge_into(const OmniJob *carrier, const int64 *ids, int count);
 static char *jobs_text(const int64 *ids, int count);
@@ -767,7 +767,6 @@ omni_queue_merge(OmniHead *heads, int nheads)
 {
 	Datum		values[DUE_OF_HEADS_NARGS];
 	int			limit = Max(MERGE_LIMIT / nheads, MERGE_LEAST);
-	int			patience = MERGE_LIMIT / 20;
 	MergeSet   *sets;
 	int			nsets;
 
@@ -782,7 +781,7 @@ omni_queue_merge(OmniHead *heads, int nheads)
 								 * twice */
 	for (int i = 0; i < nsets; i++)
 	{
-		int			n = merge_set(&sets[i], &patience);
+		int			n = merge_set(&sets[i]);
 
 		for (int j = 0; j < nheads; j++)
 		{
@@ -815,41 +814,24 @@ read_sets(uint64 nrows, int *count)
 }
 
 /*
- * Widen the oldest job of a set, and merge the others into it; returns how many were
- * merged.  If the set does not fit into one request, use several carriers; *patience
- * limits how often to try a smaller number.  Stop at a carrier that another session has
- * locked, and leave the rest of the set unmerged.
+ * Widen the oldest job of a set, and merge the others into it; returns how many were merged.
+ * What would be too long for one request becomes the whole model, or else the jobs would be
+ * compared again and again, as long as they wait.  If another session has locked the carrier, leave the
+ * set unmerged.
  */
 static int
-merge_set(const MergeSet *set, int *patience)
+merge_set(const MergeSet *set)
 {
-	const int64 *ids = set->ids;
-	int			merged = 0;
-	int			next;
+	OmniRowValues row = {0};
+	OmniJob		carrier = {
+		.id = set->ids[0],.request.server = set->place.server,.request.role = set->place.role
+	};
 
-	for (int first = 0; first < set->count - 1; first = next)
-	{
-		OmniRowValues row = {0};
-		OmniJob		carrier = {
-			.id = ids[first],.request.server = set->place.server,.request.role = set->place.role
-		};
-		int			n = set->count - first;
-
-		next = first + 1;
-		while (n > 1 && !unite(&ids[first], n, set->whole, &row))
-		{
-			n /= 2;
-			if (--*patience <= 0)
-				return merged;
-		}
-		if (n == 1)
-			continue;
-		if (!widen(&carrier, &row))
-			return merged;
-		merged += merge_into(&carrier, &ids[first + 1], n - 1);
-		next = first + n;
-	}
-	return merged;
+	if (!unite(set->ids, set->count, set->whole, &row))
+		(void) unite(set->ids, set->count, true, &row);
+	if (!widen(&carrier, &row))
+		return 0;
+	return merge_into(&carrier, &set->ids[1], set->count - 1);
 }
 
 /*

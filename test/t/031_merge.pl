@@ -169,14 +169,34 @@ for my $n (0, 1)
 	is($node->safe_psql('postgres', q{SELECT count(*) FROM omni_refresh_job WHERE status = 'canceled'}), '1', '... but not what was canceled');
 }
 
-# Lists that would be too long together stay apart.
+# Lists that would be too long together become a soft refresh of the whole model.
 
 ($model) = clear(1);
 $node->safe_psql('postgres', "SET omni_refresh.enabled = on;
 	SELECT count(omni_refresh_on_commit('$model', schemas => ARRAY(SELECT n || '_' || i || repeat('x', 90) FROM generate_series(1, 50) AS i))) FROM generate_series(1, 2) AS n");
 enable('on');
 ok($node->poll_query_until('postgres', $all_done), 'lists that would be too long together');
-is($node->safe_psql('postgres', q{SELECT string_agg(attempts::text, ' ') FROM omni_refresh_job}), '1 1', '... stay apart');
+is($node->safe_psql('postgres', q{SELECT string_agg(concat_ws(' ', attempts, hard, schemas IS NULL), ', ' ORDER BY id) FROM omni_refresh_job}), '1 f t, 0 f f',
+	'... become a soft refresh of the whole model');
+is_deeply({ OmniMerge::sent($omni) }, { "$model " => ['soft'] }, '... which is what is sent');
+
+# ... however many there are, so that nobody else's calls wait for what is done about them.
+
+($model) = clear(1);
+$node->safe_psql('postgres', "SET omni_refresh.enabled = on; SET ROLE one;
+	SELECT count(omni_refresh_on_commit('$model', $_ => ARRAY(SELECT 'schema_of_tenant_' || n || '_' || i || '_' || md5(i::text) FROM generate_series(1, 110) AS i)))
+	FROM generate_series(1, 300) AS n") for 'schemas', 'tables';
+enable('on');
+my $slowest = 0;
+for (1 .. 10)
+{
+	my $took = OmniLife::timed(sub { $node->safe_psql('postgres', "SET omni_refresh.enabled = on; SET ROLE two; SELECT FROM omni_refresh('$model', schemas => '{of_two}')") });
+	$slowest = $took if $took > $slowest;
+}
+note("the slowest call beside them took $slowest s");
+ok($node->poll_query_until('postgres', $all_done), 'six hundred long lists');
+cmp_ok(scalar(() = grep { ($_->{query} // '') !~ /of_two/ } $omni->requests(qr/refresh$/)), '<=', 4, '... make a few requests');
+is($node->safe_psql('postgres', q{SELECT count(*) FROM omni_refresh_job WHERE requested_by = 'one' AND status NOT IN ('merged', 'accepted')}), '0', '... for all of them');
 
 # A great many pairs
 
