@@ -4,8 +4,8 @@
  *		When the worker reads its queue, and the transaction in which it does.
  *
  * A queued job stays in its table until its request can be sent at once.  The worker reads
- * the queue when a commit has set the flag of its slot, when a job is due, and when a server
- * has room for more jobs in flight.  It then polls the running jobs that are due, and takes
+ * the queue when a commit has set the flag of its slot, when a job is due, and when there is
+ * room for more jobs in flight.  It then polls the running jobs that are due, and takes
  * a step of a round of the queue: round.c puts queued jobs in flight.  Before that, it
  * settles what an earlier worker has left behind.
  *
@@ -157,8 +157,8 @@ omni_dispatch_delay(void)
 }
 
 /*
- * Decide what finished work means for the queue: read it in the next turn if the server has
- * room for more jobs now, or a refresh has ended for which resets may have waited; and when
+ * Decide what finished work means for the queue: read it in the next turn if the role has room
+ * for more jobs at the server now, or a refresh has ended for which resets may have waited; and when
  * the job is due again if it is to be tried again or polled.
  */
 void
@@ -168,7 +168,7 @@ omni_dispatch_finished(const OmniWork *work)
 
 	if (dispatch.queue_left &&
 		((!work->kind->has_caller &&
-		  omni_works_count(work->kind, &work->job.request.server) <= omni_max_in_flight * 3 / 4 + 1) ||
+		  omni_works_count(work->kind, &work->job.request) <= omni_max_in_flight * 3 / 4 + 1) ||
 		 (omni_round_any_held() && !outcome->again && work->kind->has_job &&
 		  omni_job_kinds[work->job.request.kind].holds_resets)))
 	{
@@ -364,7 +364,7 @@ is_enabled(void)
 					"  WHERE setrole = 0 AND setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())"
 					"   AND option_name = 'omni_refresh.enabled'),"
 					" (SELECT setting FROM pg_settings WHERE name = 'omni_refresh.enabled' AND source = 'command line'),"
-					" (SELECT setting FROM pg_file_settings WHERE lower(name) = 'omni_refresh.enabled' AND error IS NULL"
+					" (SELECT setting FROM pg_file_settings WHERE lower(name COLLATE \"C\") = 'omni_refresh.enabled' AND error IS NULL"
 					"  ORDER BY seqno DESC LIMIT 1))", true, 1) != SPI_OK_SELECT || SPI_processed != 1)
 		elog(ERROR, "could not read the setting \"omni_refresh.enabled\"");
 	value = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1);

@@ -121,7 +121,7 @@ extern void omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error
 
 extern bool omni_work_has_room(const OmniWorkKind *kind, const OmniRequest *request);
 extern int	omni_works_of_role(Oid role);
-extern int	omni_works_count(const OmniWorkKind *kind, const NameData *server);
+extern int	omni_works_count(const OmniWorkKind *kind, const OmniRequest *request);
 extern bool omni_work_is_claimed(const OmniWork *work);
 extern bool omni_works_any_claimed(void);
 extern bool omni_work_is_abandoned(const OmniWork *work);

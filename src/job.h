@@ -75,7 +75,7 @@ typedef struct OmniHead
 {
 	OmniPlace	place;
 	TimestampTz run_at;
-	bool		is_held;		/* due or not, its server or role is held */
+	bool		is_held;		/* due or not, its role is held */
 	bool		is_due;			/* and not held */
 	bool		has_more;		/* other due jobs are behind it */
 	bool		any_free;		/* no refresh holds some of its due resets */
@@ -85,10 +85,9 @@ typedef struct OmniHead
 /* What is held at the moment */
 typedef struct OmniHeld
 {
-	List	   *servers;		/* names of servers with enough in flight */
 	List	   *roles;			/* roles with enough in flight, as "OID", and
-								 * roles throttled at a server, as "OID
-								 * server" */
+								 * roles that are throttled or have enough in
+								 * flight at a server, as "OID server" */
 } OmniHeld;
 
 /* A job as its row has it */

@@ -144,8 +144,8 @@ static OmniStatement select_copies = {
 /*
  * The heads behind a place in the index ($5 to $7), until there are enough of them ($8)
  * or of those that are due ($9); of one role and server at most so many that are due
- * ($10).  Nothing is taken of servers that have enough in flight ($11), and of roles at
- * servers whose rate limit is reached ($12, "role server"): these have one head each.
+ * ($10).  Nothing is taken of roles that are held ($11), be it at a server ("role server") or
+ * at all ("role"): these have one head each.
  * A head of which two jobs or more of a kind are due may have something to merge.
  *
  * Resets come first in the index.  So if the first row of a head is a refresh, there are no
@@ -161,7 +161,7 @@ static OmniStatement select_heads = {
 	"   CASE WHEN next.role = head.role AND next.server = head.server THEN due_of_server ELSE 0 END + next.is_due::int"
 	"  FROM head, LATERAL ("
 	"   SELECT role, server, model, is_held, job.* FROM ("
-	"    SELECT *, server = ANY ($11) OR concat_ws(' ', role, server) = ANY ($12) OR role::text = ANY ($12) AS is_held FROM ("
+	"    SELECT *, concat_ws(' ', role, server) = ANY ($11) OR role::text = ANY ($11) AS is_held FROM ("
 	"     SELECT requested_by_oid AS role, server, model_id AS model, kind, run_at, " DUE " AS is_due"
 	"     FROM %s AS job WHERE " QUEUED " AND (" LANE ") > (head.role, head.server,"
 	"      CASE WHEN head.is_held OR due_of_server >= $10 THEN 'ffffffff-ffff-ffff-ffff-ffffffffffff' ELSE head.model END)"
@@ -185,9 +185,9 @@ static OmniStatement select_heads = {
 	" SELECT role, server, model, run_at, held_since, free > 0, is_due, is_held, is_due AND (free > 1 OR"
 	"  (SELECT count(*) FROM " DUE_OF_KIND("", HOLDS_RESETS, "head.role", "head.server", "head.model", "2") " AS two) = 2)"
 	" FROM head WHERE number > 0 ORDER BY number",
-	.nargs = 12,
+	.nargs = 11,
 	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDOID, TEXTOID, UUIDOID,
-	INT8OID, INT8OID, INT8OID, TEXTARRAYOID, TEXTARRAYOID}
+	INT8OID, INT8OID, INT8OID, TEXTARRAYOID}
 };
 
 /*
@@ -593,14 +593,13 @@ text_array(List *texts)
 
 /*
  * Return the heads of the queue behind a place: at most "limit" heads, of which at most
- * due_limit are due.  A server or role that *held names yields at most one head, whose
- * is_due is false.  Sets *count.  The result is palloc'd.
+ * due_limit are due.  A role that *held names yields at most one head, whose is_due is false.  Sets *count.  The result is palloc'd.
  */
 OmniHead *
 omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit, int due_limit, int due_limit_of_server,
 				 int *count)
 {
-	Datum		values[12];
+	Datum		values[11];
 	OmniHead   *heads;
 
 	set_free(values);
@@ -610,8 +609,7 @@ omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit, int du
 	values[7] = Int64GetDatum(limit);
 	values[8] = Int64GetDatum(due_limit);
 	values[9] = Int64GetDatum(due_limit_of_server);
-	values[10] = text_array(held->servers);
-	values[11] = text_array(held->roles);
+	values[10] = text_array(held->roles);
 	*count = omni_run(&select_heads, values, NULL);
 
 	heads = palloc0(Max(*count, 1) * sizeof(OmniHead));
