@@ -735,6 +735,7 @@ ask(OmniWatch *watch)
 {
 	char	   *changes = omni_words_text(&look.words);
 
+	omni_watch_delete_copies(watch);
 	if (look.watched->disturbed && look.gone == 0 && look.altered == 0)
 	{
 		omni_watch_owe_all(watch, false);

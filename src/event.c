@@ -216,7 +216,7 @@ omni_events_write(void)
 		OmniRowValues *row = lfirst(cell);
 
 		if (!is_requested(row) || is_next(new, &nnew, row->values[OMNI_EVENT_job]))
-			(void) omni_write_insert(&write, row);
+			omni_write_insert(&write, row);
 	}
 	omni_write_end(&write);
 }

@@ -63,6 +63,7 @@ extern void omni_watch_owe_all(OmniWatch *watch, bool hard);
 extern void omni_watch_write(const OmniWatch *watch);
 extern bool omni_watch_data(const pg_uuid_t *id, int64 *data, int64 *seen, bool *is_new);
 extern void omni_watch_delete(const OmniWatch *watch);
+extern void omni_watch_delete_copies(const OmniWatch *watch);
 extern bool omni_watch_any(void);
 extern bool omni_watch_is_active(const OmniWatch *watch);
 extern Oid	omni_watch_owner(void);
