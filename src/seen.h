@@ -8,10 +8,14 @@
 #ifndef OMNI_SEEN_H
 #define OMNI_SEEN_H
 
+#include "access/transam.h"
 #include "nodes/pg_list.h"
 
 #include "api.h"
 #include "difference.h"
+
+/* The OID after which relations are looked at: those before it are the system's */
+#define OMNI_SEEN_START		(FirstNormalObjectId - 1)
 
 /* A watch, as its row has it */
 typedef struct OmniWatch
