@@ -182,11 +182,15 @@ static OmniStatement select_memory = {
 	.argtypes = {UUIDOID}
 };
 
+/* Do not wait for a row that another session has locked: calls would wait, too. */
+#define RELATION	"watch = $1 AND schema = $2 AND relation = $3"
+#define LOCKED_RELATION \
+	RELATION " AND EXISTS (SELECT FROM %s WHERE " RELATION " FOR UPDATE NOWAIT)"
+
 static OmniStatement update_relation = {
 	.table = &omni_seen_table,
 	.must = true,
-	.text = "UPDATE %s SET leaf = $4, columns = $5, types = $6, readers = $7"
-	" WHERE watch = $1 AND schema = $2 AND relation = $3",
+	.text = "UPDATE %s SET leaf = $4, columns = $5, types = $6, readers = $7 WHERE " LOCKED_RELATION,
 	.nargs = 7,
 	.argtypes = {UUIDOID, TEXTOID, TEXTOID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID}
 };
@@ -194,7 +198,7 @@ static OmniStatement update_relation = {
 static OmniStatement delete_relation = {
 	.table = &omni_seen_table,
 	.must = true,
-	.text = "DELETE FROM %s WHERE watch = $1 AND schema = $2 AND relation = $3",
+	.text = "DELETE FROM %s WHERE " LOCKED_RELATION,
 	.nargs = 3,
 	.argtypes = {UUIDOID, TEXTOID, TEXTOID}
 };
