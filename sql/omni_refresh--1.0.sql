@@ -207,9 +207,13 @@ COMMENT ON INDEX omni_refresh_event_job_idx IS 'the events of a job';
 /*
  * The watches.  A dump contains them, but not what they remember: a watch is active only in
  * the database that it was made in.  The last columns are the worker's.
+ *
+ * There is one watch for a server, model and branch, but no constraint says so: a dump that is
+ * restored over what is there, perhaps with triggers disabled, must not fail because of it.
+ * With no key to tell rows apart, logical replication publishes them as a whole.
  */
 CREATE TABLE omni_refresh_watch (
-	id				pg_catalog.uuid NOT NULL CONSTRAINT omni_refresh_watch_pkey PRIMARY KEY,
+	id				pg_catalog.uuid NOT NULL,
 	server			pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
 	model_id		pg_catalog.uuid NOT NULL,
 	branch_id		pg_catalog.uuid,
@@ -228,9 +232,9 @@ CREATE TABLE omni_refresh_watch (
 	unfinished		boolean NOT NULL DEFAULT false,
 	failures		int NOT NULL DEFAULT 0,
 	quiet			interval,
-	data_seen		bigint,
-	CONSTRAINT omni_refresh_watch_key UNIQUE NULLS NOT DISTINCT (server, model_id, branch_id)
+	data_seen		bigint
 );
+ALTER TABLE omni_refresh_watch REPLICA IDENTITY FULL;
 COMMENT ON TABLE omni_refresh_watch IS 'the models that are refreshed by themselves when tables or columns have changed';
 COMMENT ON COLUMN omni_refresh_watch.id IS 'identifies the watch in omni_refresh_watch_seen; another one with each omni_refresh_watch()';
 COMMENT ON COLUMN omni_refresh_watch.server IS 'the foreign server that names the Omni instance';
@@ -299,15 +303,18 @@ COMMENT ON TRIGGER omni_refresh_job_truncate_events ON omni_refresh_job IS 'dele
 /*
  * Keep out what logical replication applies: the jobs are another database's, which
  * may have the same OID as this one, and as both number their jobs from 1, changes would
- * be applied to jobs of this database.  The triggers fire with session_replication_role =
+ * be applied to jobs of this database.  The triggers act with session_replication_role =
  * replica only, as in an apply or table synchronization worker.  TRUNCATE has no row triggers:
  * it could only be made to fail, which would stop the subscription.
+ *
+ * The trigger of the watches also keeps out a copy of a watch that is there, as pg_restore
+ * inserts it.
  */
 CREATE FUNCTION omni_refresh_keep_out()
 	RETURNS pg_catalog.trigger
 	AS 'MODULE_PATHNAME', 'omni_refresh_keep_out'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
-COMMENT ON FUNCTION omni_refresh_keep_out() IS 'keeps out changes that logical replication applies';
+COMMENT ON FUNCTION omni_refresh_keep_out() IS 'keeps out changes that logical replication applies, and copies of watches';
 CREATE TRIGGER omni_refresh_job_keep_out BEFORE INSERT OR UPDATE OR DELETE ON omni_refresh_job
 	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
 CREATE TRIGGER omni_refresh_event_keep_out BEFORE INSERT OR UPDATE OR DELETE ON omni_refresh_event
@@ -318,9 +325,9 @@ CREATE TRIGGER omni_refresh_watch_keep_out BEFORE INSERT OR UPDATE OR DELETE ON 
 	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
 CREATE TRIGGER omni_refresh_watch_seen_keep_out BEFORE INSERT OR UPDATE OR DELETE ON omni_refresh_watch_seen
 	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
-COMMENT ON TRIGGER omni_refresh_watch_keep_out ON omni_refresh_watch IS 'keeps out changes of watches that logical replication applies';
+COMMENT ON TRIGGER omni_refresh_watch_keep_out ON omni_refresh_watch IS 'keeps out changes of watches that logical replication applies, and copies of those that exist';
 COMMENT ON TRIGGER omni_refresh_watch_seen_keep_out ON omni_refresh_watch_seen IS 'keeps out changes of what watches remember that logical replication applies';
-ALTER TABLE omni_refresh_watch ENABLE REPLICA TRIGGER omni_refresh_watch_keep_out;
+ALTER TABLE omni_refresh_watch ENABLE ALWAYS TRIGGER omni_refresh_watch_keep_out;
 ALTER TABLE omni_refresh_watch_seen ENABLE REPLICA TRIGGER omni_refresh_watch_seen_keep_out;
 ALTER TABLE omni_refresh_job ENABLE REPLICA TRIGGER omni_refresh_job_keep_out;
 ALTER TABLE omni_refresh_event ENABLE REPLICA TRIGGER omni_refresh_event_keep_out;

@@ -149,7 +149,7 @@ omni_events_write(void)
 	omni_events_begin();
 	omni_write_begin(&write, &omni_event_table, NULL);
 	foreach(cell, events)
-		(void) omni_write_insert(&write, lfirst(cell));
+		omni_write_insert(&write, lfirst(cell));
 	omni_write_end(&write);
 }
 

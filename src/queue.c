@@ -319,6 +319,7 @@ static OmniStatement lock_old = {
 
 static OmniStatement delete_jobs = {
 	.table = &omni_job_table,
+	.must = true,
 	.text = "DELETE FROM %s WHERE id = ANY ($1)",
 	.nargs = 1,
 	.argtypes = {INT8ARRAYOID}

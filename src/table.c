@@ -287,7 +287,18 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 	omni_as_before(&before);
 	if (code < 0)
 		elog(ERROR, "SPI_execute_snapshot failed: %s", SPI_result_code_string(code));
+	if (statement->must && SPI_processed == 0)
+		omni_not_written(statement->table);
 	return SPI_processed;
+}
+
+/* Raise an error about a row that a statement should have written, and has not. */
+void
+omni_not_written(const OmniTable *table)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_TRIGGERED_ACTION_EXCEPTION),
+			 errmsg("a trigger of table \"%s\" kept a row from being written", table->name)));
 }
 
 /* Plan a statement, unless it has a plan for the present name of its table. */

@@ -189,6 +189,7 @@ typedef struct OmniStatement
 	bool		read;			/* read-only, with the latest snapshot */
 	bool		latest;			/* with the latest snapshot, though it locks
 								 * rows */
+	bool		must;			/* writes a row that exists: an error if not */
 	const char *text;
 	int			nargs;
 	Oid			argtypes[13];
@@ -226,6 +227,7 @@ extern uint64 omni_run(OmniStatement *statement, Datum *values, const char *null
 extern void omni_check_table(OmniTable *table);
 extern void omni_as_owner(OmniTable *table, OmniOwner *before);
 extern void omni_as_before(const OmniOwner *before);
+pg_noreturn extern void omni_not_written(const OmniTable *table);
 pg_noreturn extern void omni_table_differs(const OmniTable *table, const char *detail);
 extern TupleDesc omni_table_rowtype(OmniTable *table);
 extern NameData omni_name(Datum text);
