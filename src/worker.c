@@ -252,6 +252,7 @@ static bool
 turn(void)
 {
 	long		delay;
+	long		notify;
 	bool		again;
 
 	CHECK_FOR_INTERRUPTS();
@@ -265,7 +266,12 @@ turn(void)
 
 	omni_watches_due();
 	delay = move_on();
-	omni_notify_listeners();
+	notify = omni_notify_listeners();
+	if (notify >= 0)
+	{
+		delay = Min(delay, notify);
+		worker.busy_at = omni_clock();
+	}
 	omni_report_left_out();
 	delay = Min(delay, prune());
 	delay = Min(delay, omni_watches_delay());

@@ -17,7 +17,9 @@
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
 #include "utils/timeout.h"
+#include "utils/timestamp.h"
 
+#include "clock.h"
 #include "compat.h"
 #include "job.h"
 #include "workerslot.h"
@@ -26,10 +28,26 @@
 /* In ms; no transaction of the worker's takes this long unless something is wrong */
 #define STATEMENT_LIMIT		30000
 
-static bool to_notify = false;	/* committed notices wait to be sent */
+/*
+ * How long the transaction that notifies listeners may wait for a lock, which stalls all calls; and
+ * how long, in ms, to wait at most until it is tried again, if another session is in the way
+ */
+#define NOTIFY_LOCK_LIMIT	"20ms"
+#define NOTIFY_DELAY_MAX	1000
 
+/* The transactions that notify listeners; times of omni_clock() */
+typedef struct Notifying
+{
+	int			failures;		/* in a row */
+	int64		failing_since;	/* if any */
+	int64		next;			/* no try before it */
+	int64		told_at;		/* the last line in the log, or 0 */
+} Notifying;
+
+static Notifying notifying;
+
+static void keep_notices(OmniTransacted result, const OmniError *error);
 static bool send_notices(void *unused);
-
 
 /*
  * Run a function in a transaction, with SPI and a snapshot.  Roll back and return NOT_NOW if
@@ -85,7 +103,7 @@ omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 
 	MemoryContextSwitchTo(context);
 	if (result == COMMITTED)
-		to_notify = omni_notify_committed();
+		omni_notify_committed();
 	return result;
 }
 
@@ -97,26 +115,61 @@ omni_error_set_locked(OmniError *error)
 				   "another session holds a lock on the tables of omni_refresh");
 }
 
-/* Send the notices of transactions that have committed, in a transaction of their own. */
-void
+/*
+ * Send the notices of transactions that have committed, in transactions of their own.  Returns
+ * how long to wait, in ms, until it is time to try again, or -1 if nothing is left.
+ */
+long
 omni_notify_listeners(void)
 {
 	OmniError	error;
 
-	if (!to_notify)
+	while (omni_notify_left(NULL) > 0 && notifying.next <= omni_clock())
+	{
+		OmniTransacted result = omni_transact(send_notices, NULL, false, &error);
+
+		if (result == COMMITTED)
+		{
+			omni_notify_sent();
+			notifying.failures = 0;
+		}
+		else
+			keep_notices(result, &error);
+	}
+	return omni_notify_left(NULL) > 0 ? omni_clock_until(notifying.next) : -1;
+}
+
+/* Notices could not be sent: try again later.  Tell so once a minute, and if it lasts. */
+static void
+keep_notices(OmniTransacted result, const OmniError *error)
+{
+	int64		now = omni_clock();
+	int			longest = result == NOT_NOW ? NOTIFY_DELAY_MAX : OMNI_LOCAL_DELAY_MAX;
+	int			dropped;
+	int			left = omni_notify_left(&dropped);
+
+	if (notifying.failures == 0)
+		notifying.failing_since = now;
+	notifying.next = now + OMNI_MS(Min(OMNI_LOCAL_DELAY << Min(notifying.failures, 10), longest));
+	notifying.failures++;
+	if ((notifying.told_at != 0 && now - notifying.told_at < USECS_PER_MINUTE) ||
+		(result == NOT_NOW && now - notifying.failing_since < OMNI_MS(NOTIFY_DELAY_MAX)))
 		return;
-	if (omni_transact(send_notices, NULL, false, &error) == FAILED)
-		ereport(LOG,
-				(errcode(error.sqlstate),
-				 errmsg("could not notify listeners of omni_refresh: %s", error.message)));
-	omni_notify_end();
-	to_notify = false;
+	notifying.told_at = now;
+	ereport(LOG,
+			(errcode(error->sqlstate),
+			 errmsg("could not notify listeners of omni_refresh, will try again: %s", error->message),
+			 errdetail_internal("Notices to be sent: %d; dropped, since there were too many: %d.%s", left, dropped,
+								error->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE ?
+								"  The transaction of another session that has executed NOTIFY is still being committed; it may wait for a synchronous standby." : "")));
 }
 
 /* The body of the transaction. */
 static bool
 send_notices(void *unused)
 {
+	(void) set_config_option("lock_timeout", NOTIFY_LOCK_LIMIT, PGC_SUSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
 	omni_notify_send();
 	return true;
 }

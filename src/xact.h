@@ -28,6 +28,6 @@ typedef enum OmniTransacted
 extern OmniTransacted omni_transact(bool (*body) (void *), void *arg, bool flush,
 									OmniError *error);
 extern void omni_error_set_locked(OmniError *error);
-extern void omni_notify_listeners(void);
+extern long omni_notify_listeners(void);
 
 #endif							/* OMNI_XACT_H */

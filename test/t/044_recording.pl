@@ -1,0 +1,82 @@
+# Listeners that cannot be notified at once are notified later; calls go on meanwhile, and the log says
+# once what is in the way.
+
+use strict;
+use warnings FATAL => 'all';
+
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+use OmniAPI;
+use OmniFault;
+use OmniLife;
+
+my $omni = OmniAPI->start;
+my $node = OmniFault::node('recording', conf => "max_wal_senders = 2\n");
+
+END
+{
+	my $rc = $?;
+	$omni->stop if $omni;
+	$? = $rc;
+}
+
+OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0);
+$node->safe_psql('postgres', 'CREATE DATABASE neighbour TEMPLATE postgres');
+my $model = $omni->model;
+my $refresh = "SELECT status FROM omni_refresh('$model')";
+is(OmniFault::call($node, $refresh)->{out}, 'accepted', 'there is a worker');
+
+# How many lines of the log match
+sub lines
+{
+	my ($offset, $pattern) = @_;
+
+	return scalar(() = slurp_file($node->logfile, $offset) =~ /$pattern/g);
+}
+
+# A transaction with NOTIFY that waits for a standby which is not there
+my $listener = OmniLife::session($node, 'postgres');
+$listener->query('LISTEN omni_refresh');
+is(OmniFault::call($node, $refresh, db => 'neighbour')->{out}, 'accepted', 'the other database has a worker');
+$offset = -s $node->logfile;
+$node->append_conf('postgresql.conf', q{synchronous_standby_names = 'nobody'});
+$node->reload;
+$node->poll_query_until('postgres', q{SELECT current_setting('synchronous_standby_names') = 'nobody'}) or die;
+my $notifier = OmniLife::session($node, 'postgres');
+$notifier->send('BEGIN; CREATE TABLE a (); NOTIFY x; COMMIT');
+$node->poll_query_until('postgres', "SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'") or die;
+
+my $first = $node->safe_psql('postgres', 'SELECT max(id) + 1 FROM omni_refresh_job');
+my $seconds = 0;
+for my $n (1 .. 8)
+{
+	my $call = OmniFault::call($node, $refresh, db => $n % 4 == 0 ? 'neighbour' : 'postgres');
+
+	is("$call->{out}$call->{err}", 'accepted', 'a call goes on while nobody can be notified');
+	$seconds += $call->{seconds};
+}
+cmp_ok($seconds, '<', 15, '... and does not wait for that');
+$node->wait_for_log(qr/could not notify listeners of omni_refresh, will try again: /, $offset);
+is(OmniFault::call($node, $refresh)->{out}, 'accepted', '... nor after the log has told so');
+cmp_ok(lines($offset, qr/could not notify listeners/), '<=', 2, '... in one line of each database');
+
+$node->append_conf('postgresql.conf', q{synchronous_standby_names = ''});
+$node->reload;
+$notifier->answer;
+my $last = $node->safe_psql('postgres', 'SELECT max(id) FROM omni_refresh_job');
+my %told;
+my $until = time + 60;
+while (time < $until && keys %told < $last - $first + 1)
+{
+	my ($out) = $listener->query('SELECT 1');
+
+	$told{$_}++ for $out =~ /"id": (\d+), "status": "accepted"/g;
+}
+is(join(' ', sort { $a <=> $b } keys %told), join(' ', $first .. $last), 'listeners are notified afterwards of each job');
+is(join(' ', grep { $_ != 1 } values %told), '', '... once');
+unlike(slurp_file($node->logfile, $offset), qr/notices dropped/, '... and of none in vain');
+
+$_->quit for $listener, $notifier;
+$node->stop;
+done_testing();
