@@ -395,6 +395,8 @@ refuse_without_place(OmniWork *work, int64 when, bool blocked)
 							"Omni has asked for a pause with this key; others may be using it, too.");
 		else
 			omni_error_hint(&error,
+							work->target.rate_limit == 1 ?
+							"The option \"rate_limit\" of the server allows %d request a minute with one key, from all databases." :
 							"The option \"rate_limit\" of the server allows %d requests a minute with one key, from all databases.",
 							work->target.rate_limit);
 	}
