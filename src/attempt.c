@@ -21,6 +21,7 @@
 #include "compat.h"
 #include "counter.h"
 #include "dispatch.h"
+#include "fault.h"
 #include "inflight.h"
 #include "omni_refresh.h"
 #include "report.h"
@@ -37,7 +38,7 @@ typedef struct SharedTransaction
 	/* The body: for some work, or for all that takes part if only is NULL */
 	bool		(*body) (void *only);
 	bool		flush;			/* as in omni_transact() */
-	/* Act on the result; *error is set if that is FAILED. */
+	/* Act on the result; *error is set unless that is COMMITTED. */
 	void		(*finish) (OmniWork *work, OmniTransacted result, const OmniError *error);
 } SharedTransaction;
 
@@ -53,15 +54,18 @@ static bool check_role(OmniWork *work, OmniError *error);
 static bool resolve_server(OmniWork *work, OmniError *error);
 static void refuse_without_target(OmniWork *work, const OmniError *error);
 static void reserve_place(OmniWork *work);
+static void give_place_back(OmniWork *work);
 static void refuse_without_place(OmniWork *work, int64 when, bool blocked);
 static void refuse(OmniWork *work);
 static void finish_begin(OmniWork *work, OmniTransacted result, const OmniError *error);
 static bool is_about_resources(int sqlstate);
+static int	for_caller(int sqlstate);
 static bool is_late(const OmniWork *work);
 static void not_begun(OmniWork *work, const OmniError *error);
 static void begun(OmniWork *work);
 static void wait_for_row(OmniWork *work);
 static void send_request(OmniWork *work);
+static void not_sent(OmniWork *work, const OmniError *error);
 static bool is_wanted(void *work);
 static bool is_recording(const OmniWork *work);
 static bool record(void *only);
@@ -98,6 +102,7 @@ share_transaction(const SharedTransaction *shared)
 {
 	dlist_mutable_iter iter;
 	OmniError	error;
+	OmniError	own_error;
 	OmniTransacted result = COMMITTED;
 	int			count = 0;
 
@@ -112,13 +117,17 @@ share_transaction(const SharedTransaction *shared)
 	dlist_foreach_modify(iter, &omni_works)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
-		OmniTransacted own = result;
 
 		if (!shared->takes_part(work))
 			continue;
-		if ((own == FAILED && count > 1) || (own == NOT_NOW && !work->kind->has_job))
-			own = omni_transact(shared->body, work, shared->flush, &error);
-		shared->finish(work, own, &error);
+		if ((result == FAILED && count > 1) || (result == NOT_NOW && !work->kind->has_job))
+		{
+			OmniTransacted own = omni_transact(shared->body, work, shared->flush, &own_error);
+
+			shared->finish(work, own, &own_error);
+		}
+		else
+			shared->finish(work, result, &error);
 	}
 	return result;
 }
@@ -172,7 +181,9 @@ begin(void *only)
 		if (!omni_tables_lock())
 			return false;
 		omni_dispatch_settle();
+		OMNI_FAULT_POINT("begin: settled");
 		lock_rows(only);
+		OMNI_FAULT_POINT("begin: rows locked");
 	}
 	dlist_foreach(iter, &omni_works)
 	{
@@ -181,6 +192,7 @@ begin(void *only)
 		if (work->beginning && (only == NULL || only == work))
 			begin_one(work);
 	}
+	OMNI_FAULT_POINT("begin: done");
 	return true;
 }
 
@@ -233,6 +245,7 @@ begin_one(OmniWork *work)
 {
 	OmniError	error;
 
+	give_place_back(work);		/* of a transaction that was rolled back */
 	omni_work_forget_attempt(work);
 	work->concluded = false;
 	work->delayed_until = 0;
@@ -250,6 +263,7 @@ begin_one(OmniWork *work)
 		work->kind->prepare(work);
 	if (work->concluded)
 		return;
+	OMNI_FAULT_POINT("begin: prepared");
 	if (find_target(work, &error))
 		reserve_place(work);
 	else
@@ -353,10 +367,12 @@ reserve_place(OmniWork *work)
 	int64		when = omni_rate_take(work->rate_id, work->kind->class, work->target.rate_limit,
 									  &blocked);
 
+	OMNI_FAULT_POINT("begin: place reserved");
 	if (when != 0)
 		omni_count(&work->job.request.server, OMNI_COUNT_THROTTLED, 1);
 	if (when == 0)
 	{
+		work->has_place = true;
 		if (work->kind->begin != NULL && !work->kind->begin(work))
 			work->row = OMNI_ROW_GONE;
 	}
@@ -370,6 +386,15 @@ reserve_place(OmniWork *work)
 	}
 	else
 		refuse_without_place(work, when, blocked);
+}
+
+/* Give back the place of a request that is not sent. */
+static void
+give_place_back(OmniWork *work)
+{
+	if (work->has_place)
+		omni_rate_give_back(work->rate_id, work->kind->class);
+	work->has_place = false;
 }
 
 /*
@@ -418,25 +443,28 @@ static void
 finish_begin(OmniWork *work, OmniTransacted result, const OmniError *error)
 {
 	if (result == COMMITTED)
+	{
 		begun(work);
-	else if (!work->kind->has_caller &&
-			 (result == NOT_NOW || is_about_resources(error->sqlstate)))
+		return;
+	}
+	give_place_back(work);
+	if (!work->kind->has_caller &&
+		(result == NOT_NOW || is_about_resources(error->sqlstate)))
 	{
 		omni_work_end(work);	/* the job stays in its table */
 		omni_dispatch_pause(result == NOT_NOW ? OMNI_LOCAL_DELAY : OMNI_LOCAL_DELAY_MAX / 10);
 	}
-	else if (result == FAILED)
+	else if (result == FAILED && (work->step == NEW || !is_about_resources(error->sqlstate)))
 		not_begun(work, error);
 	else if (is_late(work))
 	{
 		OmniError	late;
 
-		omni_error_set(&late, ERRCODE_LOCK_NOT_AVAILABLE,
-					   "could not record the request in time");
-		omni_error_detail(&late, work->step == NEW ?
-						  "Another session holds a lock on the tables of omni_refresh.  Nothing was sent." :
-						  "Another session holds a lock on the tables of omni_refresh.");
-		omni_error_hint(&late, "Look for the lock in pg_locks.");
+		omni_error_set(&late, for_caller(error->sqlstate), "could not record the request in time");
+		omni_error_detail(&late, work->step == NEW ? "%c%s.  Nothing was sent." : "%c%s.",
+						  pg_ascii_toupper(error->message[0]), &error->message[1]);
+		if (error->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)
+			omni_error_hint(&late, "Look for the lock in pg_locks.");
 		not_begun(work, &late);
 	}
 }
@@ -449,6 +477,13 @@ is_about_resources(int sqlstate)
 
 	return category == ERRCODE_INSUFFICIENT_RESOURCES ||
 		category == ERRCODE_OPERATOR_INTERVENTION || category == ERRCODE_SYSTEM_ERROR;
+}
+
+/* Return the code of an error of the worker's for a caller, whose own query nobody has canceled. */
+static int
+for_caller(int sqlstate)
+{
+	return sqlstate == ERRCODE_QUERY_CANCELED ? ERRCODE_CONNECTION_FAILURE : sqlstate;
 }
 
 /* Return whether an attempt has waited too long for locks on the tables. */
@@ -594,6 +629,7 @@ send_request(OmniWork *work)
 
 	if (omni_work_is_abandoned(work))	/* libcurl may be too old to ask later */
 	{
+		give_place_back(work);
 		withdraw(work);
 		return;
 	}
@@ -603,17 +639,42 @@ send_request(OmniWork *work)
 	{
 		MemoryContextSwitchTo(work->attempt);
 		request.body = omni_api_job_body(&work->job.request);
-		work->transfer = omni_http_start(&request);
 		omni_rate_sent(NameStr(work->job.request.server), work->kind->class);
+		OMNI_FAULT_POINT("send: counted");
+		work->transfer = omni_http_start(&request);
+		work->has_place = false;
 	}
 	PG_CATCH();
 	{
 		omni_error_catch(&error, context);
-		omni_work_conclude(work, OMNI_NAME_FAILED, &error);
-		work->step = ANSWERED;
+		not_sent(work, &error);
 	}
 	PG_END_TRY();
 	MemoryContextSwitchTo(context);
+}
+
+/*
+ * A request could not be sent, for lack of memory for example: conclude the work, but try a
+ * queued job or poll again if that is not its fault.
+ */
+static void
+not_sent(OmniWork *work, const OmniError *error)
+{
+	OmniOutcome *outcome = &work->outcome;
+
+	give_place_back(work);
+	omni_work_forget_attempt(work);
+	omni_work_conclude(work, OMNI_NAME_FAILED, error);
+	if (!work->kind->has_caller && is_about_resources(error->sqlstate) &&
+		omni_clock() < work->deadline)
+	{
+		outcome->status = work->kind->resting;
+		outcome->quiet = !work->kind->has_row;
+		outcome->attempt_event = OMNI_NAME_ATTEMPT_FAILED;
+		outcome->again = true;
+		outcome->delay = OMNI_MS(OMNI_LOCAL_DELAY_MAX / 10);
+	}
+	work->step = ANSWERED;
 }
 
 /* Callback of OmniHttpRequest: return whether the request is still to be sent. */
@@ -664,26 +725,36 @@ record(void *only)
 		work->row = OMNI_ROW_OURS;
 		if (exists && work->kind->has_job)
 			work->row = omni_job_record(&work->job, &work->outcome);
+		OMNI_FAULT_POINT("record: recorded");
 		if (work->outcome.attempted && work->row != OMNI_ROW_LOCKED)
 			count_request(work);
 	}
+	OMNI_FAULT_POINT("record: done");
 	return true;
 }
 
-/* Decide what the answer to an attempt means, unless an earlier try to record it did. */
+/*
+ * Decide what the answer to an attempt means, unless an earlier try to record it did.  An
+ * error leaves the decision to the next try.
+ */
 static void
 decide(OmniWork *work)
 {
 	const OmniAnswer *answer = work->transfer != NULL ? &work->transfer->answer : NULL;
 
-	if (!work->concluded && answer->withdrawn)
-		withdraw(work);
 	if (work->concluded)
 		return;
+	if (answer->withdrawn)
+	{
+		withdraw(work);
+		return;
+	}
 
-	work->concluded = true;
+	OMNI_FAULT_POINT("record: to judge");
 	work->kind->judge(work, answer);
+	OMNI_FAULT_POINT("record: judged");
 	work->outcome.attempted = true;
+	work->concluded = true;
 }
 
 /* Count a request whose outcome is recorded in this transaction. */
@@ -727,7 +798,13 @@ finish_record(OmniWork *work, OmniTransacted result, const OmniError *error)
 	if (result != COMMITTED)
 		record_later(work, result, error);
 	else if (work->row == OMNI_ROW_LOCKED)
-		record_later(work, NOT_NOW, error);
+	{
+		OmniError	locked;
+
+		omni_error_set(&locked, ERRCODE_LOCK_NOT_AVAILABLE,
+					   "another session holds a lock on its row");
+		record_later(work, NOT_NOW, &locked);
+	}
 	else
 		finished(work);
 }
@@ -761,28 +838,18 @@ static void
 record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
 {
 	int			delay = OMNI_LOCAL_DELAY;
-	OmniError	error;
 
 	if (result == FAILED)
-	{
-		error = *why;
 		delay = Min(OMNI_LOCAL_DELAY << Min(work->write_failures, 10), OMNI_LOCAL_DELAY_MAX);
-	}
-	else if (work->row == OMNI_ROW_LOCKED)
-		omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
-					   "another session holds a lock on its row");
-	else
-		omni_error_set_locked(&error);
-
 	if (work->write_failures == 0)
 		ereport(LOG,
-				(errcode(error.sqlstate),
+				(errcode(why->sqlstate),
 				 errmsg("could not record the outcome of job " INT64_FORMAT ", will try again: %s",
-						work->job.id, error.message)));
+						work->job.id, why->message)));
 	work->write_at = omni_clock() + OMNI_MS(delay);
 	work->write_failures++;
 	if (work->segment != NULL && omni_clock() >= work->deadline)
-		reply_unrecorded(work, &error);
+		reply_unrecorded(work, why);
 }
 
 /* Reply to a caller whose deadline has come before its outcome could be recorded. */
@@ -791,12 +858,13 @@ reply_unrecorded(OmniWork *work, const OmniError *why)
 {
 	OmniError	error;
 
-	omni_error_set(&error, why->sqlstate,
+	omni_error_set(&error, for_caller(why->sqlstate),
 				   "could not record the outcome of job " INT64_FORMAT ": %s",
 				   work->job.id, why->message);
 	omni_error_hint(&error, "The outcome will be recorded as soon as possible.");
 	omni_call_finish(work->segment, work->job.id, &error);
 	work->segment = NULL;
+	work->call = NULL;
 }
 
 /* Conclude an abandoned call whose next request was not sent. */

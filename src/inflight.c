@@ -95,6 +95,7 @@ omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error)
 	if (work->segment != NULL)
 		omni_call_finish(work->segment, job_id, error);
 	work->segment = NULL;
+	work->call = NULL;
 	omni_work_end(work);
 }
 

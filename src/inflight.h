@@ -70,7 +70,7 @@ struct OmniWork
 	OmniStep	step;
 	dsm_segment *segment;		/* of a call or look-up; NULL once the caller
 								 * has its reply */
-	OmniCall   *call;			/* in that segment */
+	OmniCall   *call;			/* in that segment, or NULL */
 
 	/* times of omni_clock() */
 	int64		taken_at;		/* when it was put in flight */
@@ -87,6 +87,7 @@ struct OmniWork
 
 	/* over all attempts */
 	bool		may_have_arrived;	/* one ended without an answer */
+	int			few_failures;	/* see omni_job_few_failures() */
 	OmniError	best_error;		/* the most telling error ... */
 	int			best_weight;	/* ... and how much it tells */
 	int			write_failures; /* to record the outcome, in a row */
@@ -95,10 +96,12 @@ struct OmniWork
 	MemoryContext attempt;		/* within context; holds what follows */
 	OmniTarget	target;
 	uint64		rate_id;		/* of the API key, for rate.c */
+	bool		has_place;		/* within its rate limit, and has not used it */
 	char	   *url;
 	OmniTransfer *transfer;		/* NULL before the request is sent */
 	int64		delayed_until;	/* by the rate limit; 0 if it is not */
-	bool		concluded;		/* outcome is set */
+	bool		concluded;		/* outcome is set; not sooner, or an error
+								 * would leave half of one */
 	OmniOutcome outcome;
 };
 

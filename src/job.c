@@ -29,6 +29,7 @@
 #include "clock.h"
 #include "compat.h"
 #include "counter.h"
+#include "fault.h"
 #include "job.h"
 #include "row.h"
 
@@ -140,6 +141,7 @@ omni_job_begin(OmniJob *job, const char *url)
 	if (job->attempts == 0)
 		omni_event_add_requested(job);
 	omni_event_add(job, &sending);
+	OMNI_FAULT_POINT("begin: recorded");
 	return true;
 }
 
@@ -355,6 +357,7 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 	};
 	OmniEvent	end = {.occurred_at = now,.event = outcome->status};
 
+	Assert(outcome->status != NULL);
 	omni_set(&row, OMNI_JOB_status, CStringGetTextDatum(outcome->status));
 	if (outcome->has_job_id)
 		omni_set(&row, OMNI_JOB_job_id, UUIDPGetDatum(&outcome->job_id));
@@ -368,6 +371,7 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		omni_set_null(&row, OMNI_JOB_error);
 
 	result = update(job->id, is_unfinished, &row);
+	OMNI_FAULT_POINT("record: row updated");
 	if (result != OMNI_ROW_OURS)
 		return result;
 	if (at_end)

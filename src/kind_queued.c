@@ -8,6 +8,7 @@
 #include "postgres.h"
 
 #include "clock.h"
+#include "fault.h"
 #include "kind.h"
 #include "sent.h"
 #include "setting.h"
@@ -33,12 +34,14 @@ const OmniWorkKind omni_queued_kind = {
 	.judge = judge
 };
 
-/* Find out from the events whether an earlier attempt may have reached Omni. */
+/* Find out from the events what became of earlier attempts. */
 static void
 prepare(OmniWork *work)
 {
-	if (work->job.attempts > 0)
-		work->may_have_arrived = omni_job_may_have_arrived(work->job.id);
+	if (work->job.attempts == 0)
+		return;
+	work->may_have_arrived = omni_job_may_have_arrived(work->job.id);
+	work->few_failures = omni_job_few_failures(work->job.id);
 }
 
 static void
@@ -54,6 +57,7 @@ static void
 judge(OmniWork *work, const OmniAnswer *answer)
 {
 	omni_api_job_outcome(&work->job.request, work->target.key, answer, &work->outcome);
+	OMNI_FAULT_POINT("record: answer read");
 	omni_kind_consider_retry(work);
 	omni_kind_follow(work);
 }

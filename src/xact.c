@@ -10,8 +10,11 @@
  */
 #include "postgres.h"
 
+#include <signal.h>
+
 #include "access/xact.h"
 #include "executor/spi.h"
+#include "miscadmin.h"
 #include "pgstat.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
@@ -21,6 +24,7 @@
 
 #include "clock.h"
 #include "compat.h"
+#include "fault.h"
 #include "job.h"
 #include "workerslot.h"
 #include "xact.h"
@@ -46,13 +50,37 @@ typedef struct Notifying
 
 static Notifying notifying;
 
+static void set_cancel(int how);
 static void keep_notices(OmniTransacted result, const OmniError *error);
 static bool send_notices(void *unused);
 
 /*
+ * Keep pg_cancel_backend() from having any effect outside transactions: an error between a
+ * commit and what follows it would leave work in flight at a step that is behind it.
+ */
+void
+omni_block_cancel(void)
+{
+	set_cancel(SIG_BLOCK);
+	QueryCancelPending = false;
+}
+
+/* Block or unblock the signal that cancels a query, which timeouts raise, too. */
+static void
+set_cancel(int how)
+{
+	sigset_t	set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGINT);
+	sigprocmask(how, &set, NULL);
+}
+
+
+/*
  * Run a function in a transaction, with SPI and a snapshot.  Roll back and return NOT_NOW if
  * the function returns false or raises an error that other sessions have caused, FAILED if it
- * raises any other error.  Sets *error if an error was raised.  With flush, what the function
+ * raises any other error.  Sets *error unless it returns COMMITTED.  With flush, what the function
  * did is on this server's disk afterwards; do not wait for a standby, since a dead one must
  * not block the worker.
  *
@@ -70,6 +98,7 @@ omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 		SetCurrentStatementStartTimestamp();
 		StartTransactionCommand();
 		omni_worker_hold();
+		set_cancel(SIG_UNBLOCK);
 		SetConfigOption("synchronous_commit", flush ? "local" : "off",
 						PGC_SUSET, PGC_S_OVERRIDE);
 		enable_timeout_after(STATEMENT_TIMEOUT, STATEMENT_LIMIT);
@@ -80,6 +109,7 @@ omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 		result = body(arg) ? COMMITTED : NOT_NOW;
 		if (result == COMMITTED)
 			omni_events_write();
+		OMNI_FAULT_POINT("to commit");
 		PopActiveSnapshot();
 		SPI_finish();
 		disable_timeout(STATEMENT_TIMEOUT, false);
@@ -87,13 +117,19 @@ omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 		if (result == COMMITTED)
 			CommitTransactionCommand();
 		else
+		{
 			AbortCurrentTransaction();
+			omni_error_set(error, ERRCODE_LOCK_NOT_AVAILABLE,
+						   "another session holds a lock on the tables of omni_refresh");
+		}
+		omni_block_cancel();
 	}
 	PG_CATCH();
 	{
+		omni_block_cancel();
 		disable_timeout(STATEMENT_TIMEOUT, false);
+		AbortCurrentTransaction();	/* first, since it frees memory */
 		omni_error_catch(error, context);
-		AbortCurrentTransaction();
 		omni_worker_keep();
 		result = error->sqlstate == ERRCODE_QUERY_CANCELED ||
 			error->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE ||
@@ -105,14 +141,6 @@ omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 	if (result == COMMITTED)
 		omni_notify_committed();
 	return result;
-}
-
-/* Set *error to say that another session holds a lock on the tables. */
-void
-omni_error_set_locked(OmniError *error)
-{
-	omni_error_set(error, ERRCODE_LOCK_NOT_AVAILABLE,
-				   "another session holds a lock on the tables of omni_refresh");
 }
 
 /*
