@@ -735,7 +735,8 @@ record(void *only)
 
 /*
  * Decide what the answer to an attempt means, unless an earlier try to record it did.  An
- * error leaves the decision to the next try.
+ * error leaves the decision to the next try.  The outcome must outlive this transaction, which
+ * may be rolled back.
  */
 static void
 decide(OmniWork *work)
@@ -753,6 +754,8 @@ decide(OmniWork *work)
 	OMNI_FAULT_POINT("record: to judge");
 	work->kind->judge(work, answer);
 	OMNI_FAULT_POINT("record: judged");
+	if (work->outcome.note != NULL)
+		work->outcome.note = MemoryContextStrdup(work->attempt, work->outcome.note);
 	work->outcome.attempted = true;
 	work->concluded = true;
 }

@@ -72,6 +72,7 @@ omni_work_forget_attempt(OmniWork *work)
 		explicit_bzero(work->target.key, strlen(work->target.key));
 	memset(&work->target, 0, sizeof(work->target));
 	work->transfer = NULL;
+	work->outcome.note = NULL;
 	MemoryContextReset(work->attempt);
 }
 

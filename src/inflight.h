@@ -102,7 +102,8 @@ struct OmniWork
 	int64		delayed_until;	/* by the rate limit; 0 if it is not */
 	bool		concluded;		/* outcome is set; not sooner, or an error
 								 * would leave half of one */
-	OmniOutcome outcome;
+	OmniOutcome outcome;		/* what it points to is in attempt, or lives
+								 * longer */
 };
 
 /* All work in flight, in the order in which it was put there */

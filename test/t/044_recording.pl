@@ -1,5 +1,5 @@
-# Listeners that cannot be notified at once are notified later; calls go on meanwhile, and the log says
-# once what is in the way.
+# Outcomes that cannot be recorded at once, and listeners that cannot be notified: what was to be told
+# is told later, calls go on meanwhile, and the log says once what is in the way.
 
 use strict;
 use warnings FATAL => 'all';
@@ -12,11 +12,12 @@ use OmniFault;
 use OmniLife;
 
 my $omni = OmniAPI->start;
-my $node = OmniFault::node('recording', conf => "max_wal_senders = 2\n");
+my $node = OmniFault::node('recording', conf => "omni_refresh.max_in_flight = 30\nmax_wal_senders = 2\n");
 
 END
 {
 	my $rc = $?;
+	kill 'CONT', $omni->{pid} if $omni;
 	$omni->stop if $omni;
 	$? = $rc;
 }
@@ -35,7 +36,42 @@ sub lines
 	return scalar(() = slurp_file($node->logfile, $offset) =~ /$pattern/g);
 }
 
+# Queues refreshes of different models, and returns once all were sent to a stand-in that stands still.
+sub queue_and_send
+{
+	my ($count) = @_;
+
+	kill 'STOP', $omni->{pid};
+	my $ids = $node->safe_psql('postgres', qq{
+		SELECT string_agg(id::text, ',') FROM (SELECT (omni_refresh_on_commit(gen_random_uuid())).id FROM generate_series(1, $count) OFFSET 0) AS job});
+	$node->poll_query_until('postgres', "SELECT count(*) = $count FROM omni_refresh_job WHERE id IN ($ids) AND status = 'sending'") or die;
+	return $ids;
+}
+
+# What an answer says outlives the transaction that could not record it.
+my $locker = OmniLife::session($node, 'postgres');
+for my $try (1 .. 3)
+{
+	my $offset = -s $node->logfile;
+
+	$omni->reset;
+	$omni->fault('answer', status => 200, body => '{"status": "running", "jobId": "this is no uuid"}');
+	my $id = queue_and_send(1);
+	$locker->query("BEGIN; SELECT FROM omni_refresh_job WHERE id = $id FOR UPDATE");
+	kill 'CONT', $omni->{pid};
+	$node->wait_for_log(qr/could not record the outcome of job $id, will try again: another session holds a lock on its row/, $offset);
+
+	# what comes in between uses memory
+	is(OmniFault::call($node, $refresh)->{out}, 'accepted', 'a call goes on while the row of another job is locked') for 1 .. 3;
+	$locker->query('ROLLBACK');
+	$node->poll_query_until('postgres', "SELECT status = 'accepted' FROM omni_refresh_job WHERE id = $id") or die;
+	is($node->safe_psql('postgres', "SELECT detail FROM omni_refresh_event WHERE job = $id ORDER BY id DESC LIMIT 1"),
+		q{Omni's jobId is no uuid, so that the job cannot be followed; it reads this is no uuid.},
+		'what Omni has answered is recorded once the row is free');
+}
+
 # A transaction with NOTIFY that waits for a standby which is not there
+$omni->reset;
 my $listener = OmniLife::session($node, 'postgres');
 $listener->query('LISTEN omni_refresh');
 is(OmniFault::call($node, $refresh, db => 'neighbour')->{out}, 'accepted', 'the other database has a worker');
@@ -77,6 +113,6 @@ is(join(' ', sort { $a <=> $b } keys %told), join(' ', $first .. $last), 'listen
 is(join(' ', grep { $_ != 1 } values %told), '', '... once');
 unlike(slurp_file($node->logfile, $offset), qr/notices dropped/, '... and of none in vain');
 
-$_->quit for $listener, $notifier;
+$_->quit for $locker, $listener, $notifier;
 $node->stop;
 done_testing();
