@@ -75,6 +75,7 @@ static OmniCounter counter_of_outcome(const OmniWork *work);
 static void finish_record(OmniWork *work, OmniTransacted result, const OmniError *error);
 static void finished(OmniWork *work);
 static void record_later(OmniWork *work, OmniTransacted result, const OmniError *why);
+static bool is_news(int sqlstate);
 static void reply_unrecorded(OmniWork *work, const OmniError *why);
 static void withdraw(OmniWork *work);
 
@@ -844,7 +845,7 @@ record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
 
 	if (result == FAILED)
 		delay = Min(OMNI_LOCAL_DELAY << Min(work->write_failures, 10), OMNI_LOCAL_DELAY_MAX);
-	if (work->write_failures == 0)
+	if (is_news(why->sqlstate))
 		ereport(LOG,
 				(errcode(why->sqlstate),
 				 errmsg("could not record the outcome of job " INT64_FORMAT ", will try again: %s",
@@ -853,6 +854,28 @@ record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
 	work->write_failures++;
 	if (work->segment != NULL && omni_clock() >= work->deadline)
 		reply_unrecorded(work, why);
+}
+
+/*
+ * Return whether to tell that an outcome cannot be recorded: not if others cannot, either, and
+ * the log has told so.  Of several reasons, tell another one a minute.
+ */
+static bool
+is_news(int sqlstate)
+{
+	static int	told = 0;
+	static int64 told_at = 0;
+	int64		now = omni_clock();
+	bool		stalled = false;
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &omni_works)
+		stalled |= dlist_container(OmniWork, node, iter.cur)->write_failures > 0;
+	if (stalled && (sqlstate == told || now - told_at < 60 * USECS_PER_SEC))
+		return false;
+	told = sqlstate;
+	told_at = now;
+	return true;
 }
 
 /* Reply to a caller whose deadline has come before its outcome could be recorded. */

@@ -70,6 +70,21 @@ for my $try (1 .. 3)
 		'what Omni has answered is recorded once the row is free');
 }
 
+# Tables that are locked when many answers come: one line
+my $offset = -s $node->logfile;
+$omni->reset;
+$omni->fault('answer', times => -1, status => 200, body => '{"status": "completed"}');
+my $ids = queue_and_send(20);
+$locker->query('BEGIN; LOCK TABLE omni_refresh_job IN SHARE MODE');
+kill 'CONT', $omni->{pid};
+$node->wait_for_log(qr/could not record the outcome of job \d+, will try again: another session holds a lock on the tables/, $offset);
+$omni->wait_for_requests(20);
+my $call = OmniFault::call($node, $refresh);	# fails after five seconds of attempts to record
+is($call->{sqlstate}, '55P03', 'a call cannot begin while the tables are locked');
+$locker->query('COMMIT');
+$node->poll_query_until('postgres', "SELECT count(*) = 20 FROM omni_refresh_job WHERE id IN ($ids) AND status = 'completed'") or die;
+is(lines($offset, qr/could not record the outcome/), 1, 'the log has one line about outcomes that cannot be recorded');
+
 # A transaction with NOTIFY that waits for a standby which is not there
 $omni->reset;
 my $listener = OmniLife::session($node, 'postgres');
