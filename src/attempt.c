@@ -55,7 +55,9 @@ static bool resolve_server(OmniWork *work, OmniError *error);
 static void refuse_without_target(OmniWork *work, const OmniError *error);
 static void reserve_place(OmniWork *work);
 static void give_place_back(OmniWork *work);
-static void refuse_without_place(OmniWork *work, int64 when, bool blocked);
+static bool is_too_late(const OmniWork *work);
+static void conclude_too_late(OmniWork *work, bool was_throttled);
+static void conclude_without_place(OmniWork *work, int64 when, bool blocked);
 static void refuse(OmniWork *work);
 static void finish_begin(OmniWork *work, OmniTransacted result, const OmniError *error);
 static bool is_about_resources(int sqlstate);
@@ -245,6 +247,7 @@ static void
 begin_one(OmniWork *work)
 {
 	OmniError	error;
+	bool		was_throttled = work->delayed_until != 0;
 
 	give_place_back(work);		/* of a transaction that was rolled back */
 	omni_work_forget_attempt(work);
@@ -264,6 +267,12 @@ begin_one(OmniWork *work)
 		work->kind->prepare(work);
 	if (work->concluded)
 		return;
+	if (is_too_late(work))
+	{
+		conclude_too_late(work, was_throttled);
+		refuse(work);
+		return;
+	}
 	OMNI_FAULT_POINT("begin: prepared");
 	if (find_target(work, &error))
 		reserve_place(work);
@@ -386,7 +395,10 @@ reserve_place(OmniWork *work)
 			omni_throttle(work, when);
 	}
 	else
-		refuse_without_place(work, when, blocked);
+	{
+		conclude_without_place(work, when, blocked);
+		refuse(work);
+	}
 }
 
 /* Give back the place of a request that is not sent. */
@@ -398,12 +410,45 @@ give_place_back(OmniWork *work)
 	work->has_place = false;
 }
 
+/* Return whether the deadline of a call has come, so that nothing is sent any more. */
+static bool
+is_too_late(const OmniWork *work)
+{
+	return work->kind->has_caller && omni_clock() >= work->deadline;
+}
+
+/*
+ * Conclude a call that is not sent since its deadline has come: with the error of the last
+ * attempt if there was one, else with what it has waited for.
+ */
+static void
+conclude_too_late(OmniWork *work, bool was_throttled)
+{
+	OmniError	error = work->best_error;
+
+	if (was_throttled)
+	{
+		conclude_without_place(work, omni_clock(), false);
+		return;
+	}
+	if (error.sqlstate == 0)
+	{
+		omni_error_set(&error, ERRCODE_CONNECTION_FAILURE,
+					   "\"omni_refresh.call_timeout\" was over before the request to server \"%s\" could be sent",
+					   NameStr(work->job.request.server));
+		omni_error_detail(&error, "It waited for %s, and was not sent.",
+						  work->taken_at >= work->deadline ? "the background worker to take it" :
+						  work->waited_for);
+	}
+	omni_work_conclude(work, OMNI_NAME_FAILED, &error);
+}
+
 /*
  * Conclude a call that may not be sent before a time of omni_clock() that is too late: with
  * the error of the last attempt, if there was one.
  */
 static void
-refuse_without_place(OmniWork *work, int64 when, bool blocked)
+conclude_without_place(OmniWork *work, int64 when, bool blocked)
 {
 	OmniError	error = work->best_error;
 
@@ -426,9 +471,7 @@ refuse_without_place(OmniWork *work, int64 when, bool blocked)
 							"The option \"rate_limit\" of the server allows %d requests a minute with one key, from all databases.",
 							work->target.rate_limit);
 	}
-	omni_work_conclude(work, work->job.attempts == 0 ? OMNI_NAME_CANCELED : OMNI_NAME_FAILED,
-					   &error);
-	refuse(work);
+	omni_work_conclude(work, OMNI_NAME_FAILED, &error);
 }
 
 /* Record a conclusion, for kinds that are recorded. */
@@ -449,6 +492,8 @@ finish_begin(OmniWork *work, OmniTransacted result, const OmniError *error)
 		return;
 	}
 	give_place_back(work);
+	if (error->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)
+		work->waited_for = "a lock on the tables of omni_refresh";
 	if (!work->kind->has_caller &&
 		(result == NOT_NOW || is_about_resources(error->sqlstate)))
 	{
@@ -579,6 +624,7 @@ wait_for_row(OmniWork *work)
 	if (omni_clock() < work->deadline)
 	{
 		work->run_at = omni_clock() + OMNI_MS(OMNI_LOCAL_DELAY);
+		work->waited_for = "a lock on the row of its job";
 		return;
 	}
 	omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
@@ -628,7 +674,7 @@ send_request(OmniWork *work)
 	};
 	OmniError	error;
 
-	if (omni_work_is_abandoned(work))	/* libcurl may be too old to ask later */
+	if (!is_wanted(work))		/* libcurl may be too old to ask later */
 	{
 		give_place_back(work);
 		withdraw(work);
@@ -682,7 +728,7 @@ not_sent(OmniWork *work, const OmniError *error)
 static bool
 is_wanted(void *work)
 {
-	return !omni_work_is_abandoned(work);
+	return !omni_work_is_abandoned(work) && !is_too_late(work);
 }
 
 /* Record the outcomes of attempts, and finish the work. */
@@ -893,12 +939,15 @@ reply_unrecorded(OmniWork *work, const OmniError *why)
 	work->call = NULL;
 }
 
-/* Conclude an abandoned call whose next request was not sent. */
+/* Conclude a call whose next request was not sent, since it is abandoned or too late. */
 static void
 withdraw(OmniWork *work)
 {
 	OmniError	error = work->outcome.error;	/* of the last attempt, if any */
 
-	omni_work_conclude(work, OMNI_NAME_CANCELED, &error);
+	if (omni_work_is_abandoned(work))
+		omni_work_conclude(work, OMNI_NAME_CANCELED, &error);
+	else
+		conclude_too_late(work, false);
 	work->step = ANSWERED;
 }

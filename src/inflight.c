@@ -28,6 +28,7 @@ omni_work_begin(const OmniWorkKind *kind)
 	work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
 										  ALLOCSET_SMALL_SIZES);
 	work->kind = kind;
+	work->waited_for = "the background worker";
 	work->taken_at = omni_clock();
 	dlist_push_tail(&omni_works, &work->node);
 	return work;

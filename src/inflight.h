@@ -74,8 +74,8 @@ struct OmniWork
 
 	/* times of omni_clock() */
 	int64		taken_at;		/* when it was put in flight */
-	int64		deadline;		/* no attempt begins after it, except the
-								 * first one of a queued job */
+	int64		deadline;		/* nothing is sent after it, except the first
+								 * request of a queued job */
 	int64		run_at;			/* if PENDING: of the next attempt */
 	int64		write_at;		/* if ANSWERED: of the next try to record the
 								 * outcome */
@@ -91,6 +91,8 @@ struct OmniWork
 	OmniError	best_error;		/* the most telling error ... */
 	int			best_weight;	/* ... and how much it tells */
 	int			write_failures; /* to record the outcome, in a row */
+	const char *waited_for;		/* what a call has waited for last, if it was
+								 * taken in time; a constant */
 
 	/* the attempt that is about to begin, or has begun */
 	MemoryContext attempt;		/* within context; holds what follows */
