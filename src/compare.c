@@ -620,7 +620,8 @@ go_on(void)
 	OmniTransacted result;
 
 	pgstat_report_activity(STATE_RUNNING, "comparing tables and columns with what Omni was told");
-	omni_error_set_locked(&error);
+	omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
+				   "another session holds a lock on rows of the memory of a watch");
 	omni_words_copy(&look.words, &before.words, context);
 	result = transact(take_step, watched, &error);
 	if (result == COMMITTED)

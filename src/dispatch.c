@@ -24,6 +24,7 @@
 
 #include "clock.h"
 #include "dispatch.h"
+#include "fault.h"
 #include "kind.h"
 #include "polls.h"
 #include "report.h"
@@ -193,7 +194,6 @@ read_queue(void)
 	OmniError	error;
 	OmniTransacted result;
 
-	omni_error_set_locked(&error);
 	result = omni_transact(claim, NULL, false, &error);
 	if (result != COMMITTED)
 	{
@@ -269,6 +269,8 @@ give_up_reading(OmniTransacted result, const OmniError *error, int64 began)
 	dispatch.failures++;
 	dispatch.for_new = true;
 	dispatch.running_left = true;
+	dispatch.queue_left = true;
+	omni_polls_restart();
 	omni_round_restart(false);
 }
 
@@ -285,12 +287,16 @@ claim(void *unused)
 
 	if (!omni_tables_find() || !omni_tables_lock())
 		return false;
+	OMNI_FAULT_POINT("look: tables locked");
 	omni_dispatch_settle();
+	OMNI_FAULT_POINT("look: settled");
 	enabled = is_enabled();
+	OMNI_FAULT_POINT("look: enabled");
 
 	dispatch.running_left |= dispatch.for_new;
 	if (dispatch.running_left)
 		more = poll_running(enabled, &next_poll);
+	OMNI_FAULT_POINT("look: polls claimed");
 
 	if (dispatch.for_new)
 	{
@@ -306,6 +312,7 @@ claim(void *unused)
 			!(dispatch.settled_all || dispatch.settled_now);
 
 	schedule(enabled, more, any_locked, Min(next_due, next_poll));
+	OMNI_FAULT_POINT("look: done");
 	return true;
 }
 

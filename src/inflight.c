@@ -28,6 +28,7 @@ omni_work_begin(const OmniWorkKind *kind)
 	work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
 										  ALLOCSET_SMALL_SIZES);
 	work->kind = kind;
+	work->waited_for = "the background worker";
 	work->taken_at = omni_clock();
 	dlist_push_tail(&omni_works, &work->node);
 	return work;
@@ -72,6 +73,7 @@ omni_work_forget_attempt(OmniWork *work)
 		explicit_bzero(work->target.key, strlen(work->target.key));
 	memset(&work->target, 0, sizeof(work->target));
 	work->transfer = NULL;
+	work->outcome.note = NULL;
 	MemoryContextReset(work->attempt);
 }
 
@@ -95,6 +97,7 @@ omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error)
 	if (work->segment != NULL)
 		omni_call_finish(work->segment, job_id, error);
 	work->segment = NULL;
+	work->call = NULL;
 	omni_work_end(work);
 }
 

@@ -29,6 +29,7 @@
 #include "clock.h"
 #include "compat.h"
 #include "counter.h"
+#include "fault.h"
 #include "job.h"
 #include "row.h"
 
@@ -138,6 +139,7 @@ omni_job_begin(OmniJob *job, const char *url)
 			return false;
 	}
 	omni_event_add(job, &sending);
+	OMNI_FAULT_POINT("begin: recorded");
 	return true;
 }
 
@@ -353,6 +355,7 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 	};
 	OmniEvent	end = {.occurred_at = now,.event = outcome->status};
 
+	Assert(outcome->status != NULL);
 	omni_set(&row, OMNI_JOB_status, CStringGetTextDatum(outcome->status));
 	if (outcome->has_job_id)
 		omni_set(&row, OMNI_JOB_job_id, UUIDPGetDatum(&outcome->job_id));
@@ -368,6 +371,7 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		note_attempt(&row, job, outcome);
 
 	result = update(job->id, is_unfinished, &row);
+	OMNI_FAULT_POINT("record: row updated");
 	if (result != OMNI_ROW_OURS)
 		return result;
 	if (at_end)

@@ -129,9 +129,10 @@ extern void omni_event_add_changed(const OmniJob *job, const char *changes);
 /* in notify.c */
 extern void omni_notify_begin(void);
 extern void omni_notify(int64 job, const char *status);
-extern bool omni_notify_committed(void);
+extern void omni_notify_committed(void);
+extern int	omni_notify_left(int *dropped);
 extern void omni_notify_send(void);
-extern void omni_notify_end(void);
+extern void omni_notify_sent(void);
 
 /* in job.c */
 extern bool omni_job_begin(OmniJob *job, const char *url);

@@ -8,6 +8,7 @@
 #include "postgres.h"
 
 #include "clock.h"
+#include "fault.h"
 #include "kind.h"
 #include "sent.h"
 #include "setting.h"
@@ -52,6 +53,7 @@ static void
 judge(OmniWork *work, const OmniAnswer *answer)
 {
 	omni_api_job_outcome(&work->job.request, work->target.key, answer, &work->outcome);
+	OMNI_FAULT_POINT("record: answer read");
 	omni_kind_consider_retry(work);
 	omni_kind_follow(work);
 }

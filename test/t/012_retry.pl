@@ -156,7 +156,7 @@ for my $db ('postgres', 'other')
 	like($call->{detail}, qr/not sent/, '... which was not sent');
 	like($call->{hint}, qr/3 requests a minute/, '... because of the limit');
 	cmp_ok($call->{seconds}, '<', 4, '... as one hears at once');
-	is(OmniFault::story($node, $db), 'canceled: canceled', '... and is on record');
+	is(OmniFault::story($node, $db), 'failed: failed', '... and is on record');
 }
 is(OmniFault::call($node, "$use generous; $refresh")->{status}, 0,
 	'a server with a higher limit has more');
