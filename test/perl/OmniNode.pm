@@ -76,6 +76,23 @@ sub stop
 	return $self->SUPER::stop(@params);
 }
 
+# A server keeps what its environment has beside the test's.
+sub start
+{
+	my ($self, @params) = @_;
+	local %ENV = (%ENV, %{ $self->{environment} // {} });
+
+	return $self->SUPER::start(@params);
+}
+
+sub restart
+{
+	my ($self, @params) = @_;
+	local %ENV = (%ENV, %{ $self->{environment} // {} });
+
+	return $self->SUPER::restart(@params);
+}
+
 # As in PostgreSQL::Test::Cluster: an error, or the end of the session, does not end the wait.
 sub poll_query_until
 {

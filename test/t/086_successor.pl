@@ -271,7 +271,7 @@ for my $preload (0, 1)
 {
 	$node->append_conf('postgresql.conf', "omni_refresh.idle_timeout = '10 min'\nmax_worker_processes = " . (2 + $preload) . "\n");
 	$node->append_conf('postgresql.conf', "shared_preload_libraries = 'omni_refresh'\n") if $preload;
-	($clock // $node)->restart;
+	$node->restart;
 	$omni->reset;
 	$id = leave_job('postgres', 5);
 	$from = length slurp_file($node->logfile);
