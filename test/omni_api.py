@@ -433,6 +433,15 @@ def delay(connection, omni, request, delay):
     return reply if connection.pause(delay) else None
 
 
+def hold(connection, omni, request, file):
+    """Answers once there is such a file."""
+    _, reply = omni.answer(request)
+    while not os.path.exists(file):
+        if not connection.pause(0.02):
+            return None
+    return reply
+
+
 def drip(connection, omni, request, delay):
     _, reply = omni.answer(request)
     for i in range(len(reply) - 1):
@@ -484,6 +493,7 @@ FAULTS = {
     "close": (close, {}),
     "close_in_headers": (close_in_headers, {}),
     "delay": (delay, {"delay": 1.0}),
+    "hold": (hold, {"file": ""}),
     "drip": (drip, {"delay": 0.1}),
     "huge": (huge, {"size": 100 << 20}),
 }

@@ -21,11 +21,14 @@ my $library;
 # Compiles the library. Returns false if the compiler cannot.
 sub build
 {
+	return 1 if defined $library;
 	my $source = File::Spec->rel2abs(dirname(__FILE__) . '/../shim/clock.c');
 	my $compiler = $ENV{CC} // 'cc';
 
-	$library = File::Spec->rel2abs(PostgreSQL::Test::Utils::tempdir) . '/clock.so';
-	return system("$compiler -shared -fPIC -o '$library' '$source' -ldl >/dev/null 2>&1") == 0;
+	my $file = File::Spec->rel2abs(PostgreSQL::Test::Utils::tempdir) . '/clock.so';
+	return 0 if system("$compiler -shared -fPIC -o '$file' '$source' -ldl >/dev/null 2>&1") != 0;
+	$library = $file;
+	return 1;
 }
 
 # Starts a server that has the true time. The options are those of OmniFault::node().
@@ -36,25 +39,11 @@ sub new
 
 	$self->{file} = File::Spec->rel2abs(PostgreSQL::Test::Utils::tempdir) . "/$name.clock";
 	$self->write;
-	$self->preload(sub { $self->{node} = OmniFault::node($name, %options) });
+	my %environment = (OMNI_CLOCK => $self->{file}, LD_PRELOAD => join ' ', $library, $ENV{LD_PRELOAD} // ());
+	local @ENV{ keys %environment } = values %environment;
+	$self->{node} = OmniFault::node($name, %options);
+	$self->{node}{environment} = \%environment;
 	return $self;
-}
-
-# Starts the server anew, with the clocks as they are set.
-sub restart
-{
-	my ($self) = @_;
-
-	return $self->preload(sub { $self->{node}->restart });
-}
-
-sub preload
-{
-	my ($self, $start) = @_;
-	local $ENV{OMNI_CLOCK} = $self->{file};
-	local $ENV{LD_PRELOAD} = join ' ', $library, $ENV{LD_PRELOAD} // ();
-
-	return $start->();
 }
 
 sub node { return $_[0]{node} }

@@ -31,6 +31,7 @@ sub session
 	open(my $err, '>>', $self->{err}) or die;
 	pipe(my $in, $self->{in}) or die;
 	$self->{in}->autoflush;
+	$self->{owner} = $$;
 	$self->{psql} = fork // die;
 	if ($self->{psql} == 0)
 	{

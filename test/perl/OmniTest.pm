@@ -72,7 +72,7 @@ sub sql
 {
 	my ($self, $sql, $database, $role) = @_;
 	return $self->node->safe_psql($database // 'postgres', $sql,
-		extra_params => defined $role ? [ '-U', $role ] : []);
+		defined $role ? (extra_params => [ '-U', $role ]) : ());
 }
 
 # Runs statements; returns what they print and what they say, as in

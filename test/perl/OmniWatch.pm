@@ -4,8 +4,8 @@
 #	is($watch->told('CREATE TABLE sales.t1 (id int)'), 'added sales.t1', '...');
 #	is($watch->asked, 'soft sales/t1', '...');
 #
-# There is one node, made by OmniFault::node(), one OmniAPI, and a watch of the superuser's whose
-# delay is a second. Since nothing tells that a watch has found nothing, each told() ends with a
+# There is one node, whose time passes fast while a test waits if test/shim/clock.c can be compiled, one
+# OmniAPI, and a watch of the superuser's whose delay is a second. Since nothing tells that a watch has found nothing, each told() ends with a
 # table of its own, which the watch finds in any case.
 
 package OmniWatch;
@@ -14,20 +14,24 @@ use strict;
 use warnings FATAL => 'all';
 
 use OmniAPI;
+use OmniClock;
 use OmniFault;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-# Options: conf, as OmniFault::node() has it, or node, and the arguments of omni_refresh_watch().
+# Options: conf, as OmniFault::node() has it, or node, whose time passes as ever, and the arguments of omni_refresh_watch().
 sub new
 {
 	my ($class, $name, %options) = @_;
 	my $conf = delete $options{conf} // '';
 	my $node = delete $options{node};
+	my @node = ($name, conf => "omni_refresh.min_interval = 0\nmax_prepared_transactions = 4\nclient_min_messages = warning\n$conf");
+	my $clock = !$node && OmniClock::build() ? OmniClock->new(@node) : undef;
 	my $self = bless {
 		omni => OmniAPI->start,
-		node => $node // OmniFault::node($name, conf => "omni_refresh.min_interval = 0\nmax_prepared_transactions = 4\nclient_min_messages = warning\n$conf"),
+		clock => $clock,
+		node => $node // ($clock ? $clock->node : OmniFault::node(@node)),
 		options => { delay => '1 s', %options },
 		marks => 0,
 	}, $class;
@@ -68,12 +72,31 @@ sub set
 	return;
 }
 
+# Waits until a query returns true, for which time passes by the second.
+sub until
+{
+	my ($self, $query) = @_;
+	my $end = time + $PostgreSQL::Test::Utils::timeout_default;
+	my $worker;
+
+	while ($self->sql($query) ne 't')
+	{
+		return 0 if time > $end;
+		select(undef, undef, undef, 0.03);
+		next if !$self->{clock};
+		$self->{clock}->pass(1);
+		# the kernel, by whose clock the worker sleeps, has another one
+		kill 'HUP', $worker if $worker = OmniFault::worker($self->node);
+	}
+	return 1;
+}
+
 # Waits until no job is unfinished and no watch owes anything.
 sub settle
 {
 	my ($self) = @_;
 
-	$self->node->poll_query_until('postgres', q{
+	$self->until(q{
 		SELECT NOT EXISTS (SELECT FROM omni_refresh_watch WHERE owed_hard IS NOT NULL OR unfinished)
 			AND NOT EXISTS (SELECT FROM omni_refresh_job WHERE status IN ('pending', 'sending', 'running'))})
 		or die 'not settled';
@@ -98,7 +121,7 @@ sub marked
 
 	$mark //= 'm' . ++$self->{marks};
 	$self->sql("CREATE TABLE mark.$mark ()");
-	$self->node->poll_query_until('postgres', "SELECT EXISTS (SELECT FROM omni_refresh_event WHERE event = 'changed' AND detail ~ 'mark.$mark\\y')")
+	$self->until("SELECT EXISTS (SELECT FROM omni_refresh_event WHERE event = 'changed' AND detail ~ 'mark.$mark\\y')")
 		or die "$mark was not seen";
 	$self->settle;
 	my @told = split /\n/, $self->sql("SELECT detail FROM omni_refresh_event
@@ -140,7 +163,7 @@ sub removed
 {
 	my ($self) = @_;
 
-	$self->node->poll_query_until('postgres', "SELECT EXISTS (SELECT FROM omni_refresh_job WHERE hard AND id > $self->{hard} AND status = 'accepted')")
+	$self->until("SELECT EXISTS (SELECT FROM omni_refresh_job WHERE hard AND id > $self->{hard} AND status = 'accepted')")
 		or die 'no hard refresh';
 	$self->settle;
 	my $told = $self->sql("SELECT string_agg(detail, '; ' ORDER BY e.id) FROM omni_refresh_event AS e JOIN omni_refresh_job AS j ON j.id = job

@@ -4,6 +4,7 @@
 use strict;
 use warnings FATAL => 'all';
 
+use OmniLife;
 use OmniTest;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -75,6 +76,7 @@ is("$stdout$stderr", 'ERROR:  57014: canceling statement due to user request',
 $omni->fault('none');
 ok(wait_for_status($id, 'unknown'), 'whether Omni has heard of its job is not known');
 like($test->events($id), qr/^sending attempt 1\n.*\nunknown[^\n]*$/s, 'as the events say');
+OmniLife::until_true('the stand-in has seen the end of it', sub { $omni->stats->{in_flight} == 0 });
 is((grep { $_->{status} eq 'hang' } $omni->requests), 1, 'it is not sent again');
 
 $omni->reset;

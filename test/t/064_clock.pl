@@ -232,7 +232,8 @@ sub prepare_busy
 	}
 	$omni->set(refresh_status => 'completed');
 	$omni->fault('hang', path => $busy{hanging}{model}, times => -1);
-	$omni->fault('delay', path => $busy{slow}{model}, delay => $pause / 2);
+	$busy{answer} = PostgreSQL::Test::Utils::tempdir . '/answer';
+	$omni->fault('hold', path => $busy{slow}{model}, file => $busy{answer});
 	$omni->fault('answer', path => $busy{retried}{model}, status => 504, headers => { 'Retry-After' => $pause });
 	$omni->fault('answer', path => $busy{paused}{model}, status => 429, headers => { 'Retry-After' => $pause });
 
@@ -247,6 +248,16 @@ sub prepare_busy
 	}
 	until_ready('requests that are not answered', sub { requests($busy{slow}{model}) && requests($busy{hanging}{model}) });
 	return \%busy;
+}
+
+# Sets the clock, and then has the slow answer come.
+sub set_back
+{
+	my ($clock, $busy, $step) = @_;
+
+	$clock->step($step);
+	append_to_file($busy->{answer}, '');
+	return;
 }
 
 # What becomes of all that, when the clock was set back at a time
@@ -407,7 +418,7 @@ for my $this (@back)
 	prepare_rate($clock);
 	$this->{busy} = prepare_busy($clock);
 	my $workers = prepare_idle($clock, 'leaving', 'postgres');
-	$clock->step($this->{step});
+	set_back($clock, $this->{busy}, $this->{step});
 	$this->{since} = time;
 	is(OmniFault::worker($clock->node, $_), $workers->{$_}, "$when: an idle worker is there: $_") for 'leaving', 'postgres';
 	$this->{limited} = [ begin_limited($clock, $this->{busy}) ];
@@ -495,7 +506,7 @@ my @pending = (model(), model());
 insert($forward, 'leaving', $pending[0], run_at => 'clock_timestamp()');
 insert($forward, 'leaving', $pending[1], run_at => "clock_timestamp() + '$pause s'");
 my $running = insert($forward, 'leaving', model(), run_at => 'clock_timestamp()', job_id => $busy->{endless}{job_id});
-$forward->step(-$far);
+set_back($forward, $busy, -$far);
 $since = time;
 is(sql($forward, 'leaving', 'SELECT omni_refresh_wake()'), 't', "$when: a worker begins with what it finds");
 my @limited = begin_limited($forward, $busy);

@@ -78,8 +78,7 @@ sub is_there
 # statement, the function would see what is later than the tables.
 sub quiet
 {
-	return $node->poll_query_until('postgres', "SELECT NOT EXISTS (SELECT FROM omni_refresh_changes('$model'))")
-		&& $node->poll_query_until('postgres', q{
+	return $watch->until("SELECT NOT EXISTS (SELECT FROM omni_refresh_changes('$model'))") && $watch->until(q{
 		SELECT NOT EXISTS (SELECT FROM omni_refresh_watch WHERE owed_hard IS NOT NULL OR unfinished)
 			AND NOT EXISTS (SELECT FROM omni_refresh_job WHERE status IN ('pending', 'sending', 'running'))});
 }

@@ -28,7 +28,7 @@ sub looked_after
 {
 	my ($on, $time) = @_;
 
-	$on->poll_query_until('postgres', "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE query ~ '^looking whether data' AND state = 'idle' AND state_change > '$time')
+	$on->until("SELECT EXISTS (SELECT FROM pg_stat_activity WHERE query ~ '^looking whether data' AND state = 'idle' AND state_change > '$time')
 			OR EXISTS (SELECT FROM omni_refresh_job WHERE requested_at > '$time')")
 		or die 'no look';
 	return;
@@ -37,7 +37,7 @@ sub looked_after
 # Waits for a look that was under way, one that finds a change, one that finds it quiet, and one more.
 sub looked
 {
-	looked_after($node, $watch->sql($now)) for 1 .. 4;
+	looked_after($watch, $watch->sql($now)) for 1 .. 4;
 	$watch->settle;
 	return;
 }
@@ -159,7 +159,7 @@ SKIP:
 		{
 			my $time = $slow->sql($now);
 			$clock->pass(601);
-			looked_after($slow->node, $time);
+			looked_after($slow, $time);
 		}
 		$slow->settle;
 		return $slow->sql($count) - $had;
