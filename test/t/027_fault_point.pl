@@ -243,7 +243,7 @@ SKIP:
 
 		# Without memory to begin it, or to read the answer, it also may end otherwise; and in a worker that ends, as lost.
 		push @ends, "$megabytes MB: $call->{sqlstate} $end"
-			if "$call->{sqlstate} $end" !~ /^(?:22023 failed|53200 (?:failed)?|08006 unknown|08007 (?:unknown|failed|canceled))$/;
+			if "$call->{sqlstate} $end" !~ /^(?:22023 failed|53200 (?:failed)?|08006 (?:unknown|failed)|08007 (?:unknown|failed|canceled))$/;
 	}
 	is(join("\n", @ends), '', 'a worker without memory records an answer once it has some');
 	unlike(slurp_file($node->logfile), qr/terminated by signal|PANIC|TRAP/, '... and the server is up');
