@@ -249,7 +249,7 @@ give_up_reading(OmniTransacted result, const OmniError *error, int64 began)
 	}
 
 	/*
-	 * check_table() of table.c writes to the log itself about a table that
+	 * omni_check_table() of table.c writes to the log itself about a table that
 	 * was altered
 	 */
 	if (!dispatch.complained && error->sqlstate != ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE &&

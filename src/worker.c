@@ -218,7 +218,7 @@ prune(void)
 	worker.prune_more = false;
 
 	/*
-	 * check_table() of table.c writes to the log itself about a table that
+	 * omni_check_table() of table.c writes to the log itself about a table that
 	 * was altered
 	 */
 	if (omni_transact(prune_some, NULL, false, &error) == FAILED &&
