@@ -218,8 +218,8 @@ prune(void)
 	worker.prune_more = false;
 
 	/*
-	 * omni_check_table() of table.c writes to the log itself about a table that
-	 * was altered
+	 * omni_check_table() of table.c writes to the log itself about a table
+	 * that was altered
 	 */
 	if (omni_transact(prune_some, NULL, false, &error) == FAILED &&
 		error.sqlstate != ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE)
