@@ -311,7 +311,7 @@ static bool
 may_manage(const OmniWatch *watch)
 {
 	Oid			role = omni_watch_is_active(watch) ? watch->request.role :
-		get_role_oid(NameStr(watch->request.requested_by), true);
+	get_role_oid(NameStr(watch->request.requested_by), true);
 
 	return has_privs_of_role(GetUserId(), omni_watch_owner()) ||
 		(OidIsValid(role) && has_privs_of_role(GetUserId(), role));

@@ -208,8 +208,8 @@ prune(void)
 		worker.prune_more = false;	/* begin anew in the next round */
 
 	/*
-	 * check_table() of table.c writes to the log itself about a table that
-	 * was altered
+	 * omni_check_table() of table.c writes to the log itself about a table
+	 * that was altered
 	 */
 	if (result == FAILED &&
 		error.sqlstate != ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE)
