@@ -18,7 +18,7 @@
  *
  * No process watches the start of a worker for queued jobs: one that a commit, the launcher
  * or a worker that ends has requested.  The worker takes the slot over as soon as its
- * process exists.  If it does not within OMNI_UNWATCHED_START, the next process that looks
+ * process exists.  If it does not within UNWATCHED_START, the next process that looks
  * for the slot frees it.
  *
  * A worker that ends with work left, for whatever reason, hands the slot over to its
@@ -32,6 +32,7 @@
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "catalog/pg_database.h"
 #include "miscadmin.h"
 #include "postmaster/bgworker.h"
@@ -50,7 +51,7 @@
 #include "workerslot.h"
 
 /* Raise the number with each change of the structs below, or of OmniCall */
-#define SHARED_NAME			"omni_refresh layout 8"
+#define SHARED_NAME			"omni_refresh layout 9"
 
 /* Keep the total under 20 kB, which PostgreSQL 16 and older have to spare */
 #define MAX_DATABASES		96
@@ -58,6 +59,18 @@
 
 /* How many workers a call starts before it gives up */
 #define MAX_STARTS			3
+
+/* How long an unwatched start of a worker may take before it counts as failed, in ms */
+#define UNWATCHED_START		5000
+
+/* How long a worker waits at a time for another one to leave, as a setting */
+#define ATTACH_ROUND		"1s"
+
+/* A database is taken to lack a worker for this long after its last try to start one, in ms */
+#define LACK_LASTS			2000
+
+/* Tell the workers so at most this often, in ms */
+#define LACK_ROUND			100
 
 /* How long a successor rests, in ms: the least, doubled after each worker that ended early */
 #define REST_MIN			1000
@@ -97,6 +110,8 @@ typedef struct Slot
 	int			rest;			/* of the last successor in ms, 0 if there was
 								 * none */
 	int64		rest_until;		/* by omni_clock() */
+	bool		blocked;		/* the worker that starts waits for another
+								 * one to leave */
 	uint64		generation;		/* never used twice */
 	int			first;			/* oldest entry of the ring */
 	int			count;			/* entries in use */
@@ -134,6 +149,7 @@ static void init_shared(OMNI_SHARED_INIT_ARGS);
 static Slot *find_slot(Oid database);
 static Slot *make_slot(Oid database, SlotState state, int owner);
 static void free_slot(Slot *slot);
+static void empty_ring(Slot *slot);
 static void set_state(Slot *slot, SlotState state, int owner);
 static bool start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handle);
 static OmniHandOver ensure_worker(Oid database, int flags, bool at_once, bool leave_at_once,
@@ -141,6 +157,7 @@ static OmniHandOver ensure_worker(Oid database, int flags, bool at_once, bool le
 static OmniHandOver start_in_slot(Oid database, int owner, const StartInfo *info,
 								  BackgroundWorkerHandle **handle, Slot **slot);
 static bool is_mine(const Slot *slot);
+static bool acquire_lock(void);
 static bool rests(long *left);
 static void end_rest(Slot *slot);
 static void wake_callers(const Slot *slot);
@@ -213,8 +230,6 @@ omni_worker_hand_over(OmniWaiter *waiter)
 				omni_set_latch(slot->owner);
 		}
 	}
-	if (result == HANDED_OVER && slot->owner == NOBODY)
-		result = HANDED_OVER_UNWATCHED;
 	LWLockRelease(&shared->lock);
 	return result;
 }
@@ -254,7 +269,35 @@ omni_worker_explain(OmniHandOver result, const OmniError *start_error, OmniError
 	}
 }
 
-/* Wait until a ring that was full has room. */
+/*
+ * Return, palloc'd, what a call waits for: whether a worker has taken it or not, the beginning of a
+ * sentence about that worker.
+ */
+char *
+omni_worker_describe(bool taken)
+{
+	Slot	   *slot;
+	bool		running;
+	bool		blocked;
+	int			pid = 0;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(MyDatabaseId);
+	running = slot != NULL && slot->state == SLOT_RUNNING;
+	blocked = slot != NULL && slot->blocked;
+	if (running)
+		pid = ProcGlobal->allProcs[slot->owner].pid;
+	LWLockRelease(&shared->lock);
+
+	if (blocked)
+		return pstrdup("The worker has not started, since one of another version of the library still serves older sessions");
+	if (!running)
+		return pstrdup("The worker has not started");
+	return psprintf(taken ? "The worker (PID %d) has taken the call and not replied" :
+					"The worker (PID %d) has not taken the call", pid);
+}
+
+/* Wait until a ring that was full has room, for a while. */
 void
 omni_worker_wait_for_room(void)
 {
@@ -262,7 +305,7 @@ omni_worker_wait_for_room(void)
 
 	if (wait_event == 0)
 		wait_event = WaitEventExtensionNew("OmniRefreshRing");
-	ConditionVariableSleep(&shared->room, wait_event);
+	(void) ConditionVariableTimedSleep(&shared->room, OMNI_LOOK_ROUND, wait_event);
 }
 
 /*
@@ -453,7 +496,7 @@ static bool
 start_has_failed(const Slot *slot)
 {
 	return slot->state == SLOT_STARTING && slot->owner == NOBODY &&
-		omni_clock() - slot->made_at >= OMNI_MS(OMNI_UNWATCHED_START);
+		omni_clock() - slot->made_at >= OMNI_MS(UNWATCHED_START);
 }
 
 /*
@@ -619,8 +662,8 @@ omni_not_in_worker(void)
 }
 
 /*
- * Make this process the worker of its database.  Waits for up to lock_timeout for
- * another worker to leave, then raises an error.  Needs a transaction.
+ * Make this process the worker of its database.  Waits for another worker to leave, for a
+ * while; returns false if it has not left.
  *
  * The lock is held for the life of the process.  It is of the advisory kind,
  * which survives aborted transactions, with a fourth field that the SQL
@@ -629,13 +672,21 @@ omni_not_in_worker(void)
  * *has_work_for_next is called when this worker leaves: whether the next worker would
  * have anything to do.  It must raise no error.
  */
-void
+bool
 omni_worker_attach(bool (*has_work_for_next) (void))
 {
 	Slot	   *slot;
 
 	SET_LOCKTAG_ADVISORY(worker_lock, MyDatabaseId, 0x6f6d6e69, 0x72667368, 0x4f52);	/* "omnirfsh" */
-	(void) LockAcquire(&worker_lock, ExclusiveLock, true, false);
+	if (!acquire_lock())
+	{
+		LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+		slot = find_slot(worker_database);
+		if (slot != NULL && slot->state == SLOT_STARTING)
+			slot->blocked = true;
+		LWLockRelease(&shared->lock);
+		return false;
+	}
 	has_work = has_work_for_next;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
@@ -650,6 +701,41 @@ omni_worker_attach(bool (*has_work_for_next) (void))
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
 				 errmsg("too many databases use omni_refresh at once")));
+	return true;
+}
+
+/*
+ * Acquire the lock of the worker for this session, in a transaction of its own.  Wait in the
+ * lock's queue, where the other worker sees it.  Returns false after ATTACH_ROUND.
+ */
+static bool
+acquire_lock(void)
+{
+	MemoryContext context = CurrentMemoryContext;
+	volatile bool acquired = false;
+
+	SetConfigOption("lock_timeout", ATTACH_ROUND, PGC_SUSET, PGC_S_OVERRIDE);
+	StartTransactionCommand();
+	PG_TRY();
+	{
+		(void) LockAcquire(&worker_lock, ExclusiveLock, true, false);
+		acquired = true;
+	}
+	PG_CATCH();
+	{
+		if (geterrcode() != ERRCODE_LOCK_NOT_AVAILABLE)
+			PG_RE_THROW();
+		MemoryContextSwitchTo(context);
+		FlushErrorState();
+	}
+	PG_END_TRY();
+	if (acquired)
+		CommitTransactionCommand();
+	else
+		AbortCurrentTransaction();
+	MemoryContextSwitchTo(context);
+	SetConfigOption("lock_timeout", OMNI_LOCK_TIMEOUT, PGC_SUSET, PGC_S_OVERRIDE);
+	return acquired;
 }
 
 /*
@@ -823,8 +909,7 @@ leave_to_launcher(Slot *slot)
 {
 	if (shared->launcher == NOBODY)
 		return false;
-	wake_callers(slot);
-	slot->count = 0;
+	empty_ring(slot);
 	slot->generation = ++shared->generation;
 	set_state(slot, SLOT_LACKING, NOBODY);
 	omni_set_latch(shared->launcher);
@@ -863,11 +948,28 @@ omni_worker_take_flag(int flag)
 	return is_set;
 }
 
-/* Remove the oldest call from the ring.  Returns its segment, or DSM_HANDLE_INVALID. */
+/* Return the segment of the oldest call in the ring, or DSM_HANDLE_INVALID. */
 dsm_handle
 omni_worker_next_call(void)
 {
 	dsm_handle	handle = DSM_HANDLE_INVALID;
+	Slot	   *slot;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(worker_database);
+	if (slot != NULL && slot->count > 0)
+		handle = slot->ring[slot->first].handle;
+	LWLockRelease(&shared->lock);
+	return handle;
+}
+
+/*
+ * Remove the oldest call from the ring, which this worker has taken; or, if it is to be tried
+ * again, make it the newest one.
+ */
+void
+omni_worker_remove_call(bool again)
+{
 	bool		was_full = false;
 	Slot	   *slot;
 
@@ -875,16 +977,19 @@ omni_worker_next_call(void)
 	slot = find_slot(worker_database);
 	if (slot != NULL && slot->count > 0)
 	{
-		handle = slot->ring[slot->first].handle;
-		was_full = slot->count == RING_SIZE;
+		RingEntry	oldest = slot->ring[slot->first];
+
+		was_full = slot->count == RING_SIZE && !again;
 		slot->first = (slot->first + 1) % RING_SIZE;
-		slot->count--;
+		if (again)
+			slot->ring[(slot->first + slot->count - 1) % RING_SIZE] = oldest;
+		else
+			slot->count--;
 	}
 	LWLockRelease(&shared->lock);
 
 	if (was_full)
 		ConditionVariableBroadcast(&shared->room);
-	return handle;
 }
 
 /*
@@ -953,12 +1058,22 @@ make_slot(Oid database, SlotState state, int owner)
 	return NULL;
 }
 
-/* Free a slot.  The callers in its ring hand over their calls anew. */
 static void
 free_slot(Slot *slot)
 {
-	wake_callers(slot);
+	empty_ring(slot);
 	slot->state = SLOT_FREE;
+}
+
+/*
+ * Empty the ring of a slot that ends: the callers in it, and those who wait for room, hand over their
+ * calls anew.  Called with the lock held.
+ */
+static void
+empty_ring(Slot *slot)
+{
+	wake_callers(slot);
+	slot->count = 0;
 	ConditionVariableBroadcast(&shared->room);
 }
 
@@ -976,6 +1091,7 @@ set_state(Slot *slot, SlotState state, int owner)
 {
 	slot->state = state;
 	slot->owner = owner;
+	slot->blocked = false;
 	slot->made_at = omni_clock();
 }
 
