@@ -749,14 +749,25 @@ omni_worker_hold(void)
 }
 
 /*
- * Before the end of the transaction, or after it if there was an error: make sure that the
- * session holds this lock, and no advisory lock that a trigger may have taken.  If another
- * worker has acquired the lock in between, this one ends.
+ * Before the end of the transaction, while omni_worker_hold() still holds this lock: make sure
+ * that the session holds it, and no advisory lock that a trigger may have taken.
  */
 void
 omni_worker_keep(void)
 {
 	LockReleaseSession(USER_LOCKMETHOD);
+	omni_worker_keep_after_error();
+}
+
+/*
+ * After an error has ended the transaction: make sure that the session holds this lock.
+ * Release no other one, which could only be done with this one, and would hand it to another worker that
+ * waits for it; the next transaction does so.  If another worker has acquired the lock, since a
+ * trigger has released it, this one ends.
+ */
+void
+omni_worker_keep_after_error(void)
+{
 	if (LockAcquire(&worker_lock, ExclusiveLock, true, true) == LOCKACQUIRE_NOT_AVAIL)
 		ereport(FATAL,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),

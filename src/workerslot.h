@@ -69,6 +69,7 @@ extern void omni_worker_turn_back(void);
 extern bool omni_worker_attach(bool (*has_work) (void));
 extern void omni_worker_hold(void);
 extern void omni_worker_keep(void);
+extern void omni_worker_keep_after_error(void);
 extern bool omni_worker_is_unwanted(bool *again);
 extern bool omni_worker_leave_if_idle(void);
 extern bool omni_worker_take_flag(int flag);
