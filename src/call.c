@@ -174,7 +174,7 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 				wait_for_latch(OMNI_LOOK_ROUND);
 			else if (result == RING_FULL)
 				omni_worker_wait_for_room();
-			else if (result == NO_WORKER &&
+			else if ((result == NO_WORKER || result == NO_SLOT) &&
 					 omni_clock() - began < OMNI_MS(START_PATIENCE))
 				wait_for_latch(START_RETRY);
 			else

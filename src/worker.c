@@ -61,6 +61,13 @@
 /* How long a worker that is not for a call waits for another one to leave, in ms */
 #define ATTACH_PATIENCE		5000
 
+/*
+ * Where other databases lack a worker, leave if there is nothing to do for at least this long, in
+ * ms, and come back after no more than that
+ */
+#define YIELD_LEAST			1000
+#define YIELD_MOST			60000
+
 /* How many calls may be in flight, each with a file descriptor; the others stay in the ring */
 #define MAX_CALLS			(max_safe_fds / 2)
 
@@ -307,7 +314,8 @@ turn(void)
 
 	if (dlist_is_empty(&omni_works) && !omni_dispatch_any_left() && !omni_watches_any_left())
 	{
-		long		idle_left = omni_clock_until(worker.busy_at + OMNI_MS(omni_idle_timeout));
+		long		idle_left = omni_worker_others_lack() ? 0 :
+		omni_clock_until(worker.busy_at + OMNI_MS(omni_idle_timeout));
 
 		if (idle_left <= 0 && omni_clock() - omni_dispatch_read_at() > OMNI_MS(CHECK_ROUND))
 			omni_dispatch_soon();	/* once more: COMMIT PREPARED sets no flag */
@@ -316,6 +324,10 @@ turn(void)
 		pgstat_report_activity(STATE_IDLE, NULL);
 		delay = Min(idle_left, delay);
 	}
+	else if (dlist_is_empty(&omni_works) && !omni_watches_any_left() &&
+			 omni_dispatch_delay() >= YIELD_LEAST && omni_worker_others_lack() &&
+			 omni_worker_yield(Min(omni_dispatch_delay(), YIELD_MOST)))
+		return false;
 	if (worker.check_at <= omni_clock())
 	{
 		bool		unwanted = omni_worker_is_unwanted(&again);

@@ -25,8 +25,12 @@
  * successor.  The successor rests before it connects to the database, the longer the more
  * workers have ended early in a row, so that a worker that cannot run, or a start that cannot
  * succeed, does not keep the server busy.  A call does not wait for the end of the rest, but
- * ends it.  While all worker processes are in use, the launcher, if there is one, tries again
- * to start any worker.
+ * ends it.
+ *
+ * While all worker processes are in use, the launcher, if there is one, tries again
+ * to start any worker: the slot of a database that lacks one says so.  Where another database
+ * needs that slot, the launcher must look into all databases instead.  While any database lacks
+ * a worker, idle workers leave at once; with a launcher, so do workers that only wait.
  *
  *-------------------------------------------------------------------------
  */
@@ -125,6 +129,10 @@ typedef struct Shared
 	int			launcher;		/* its PGPROC, or NOBODY */
 	ConditionVariable room;		/* some ring was full and no longer is */
 	int64		complained_at;	/* see omni_worker_may_complain() */
+	int64		lacked_at;		/* the last time a worker could not start, by
+								 * omni_clock(), or 0 */
+	bool		forgotten;		/* there was no slot for a database that lacks
+								 * a worker */
 	Slot		slots[MAX_DATABASES];
 } Shared;
 
@@ -157,8 +165,10 @@ static OmniHandOver ensure_worker(Oid database, int flags, bool at_once, bool le
 static OmniHandOver start_in_slot(Oid database, int owner, const StartInfo *info,
 								  BackgroundWorkerHandle **handle, Slot **slot);
 static bool is_mine(const Slot *slot);
+static void note_lack(void);
+static bool others_lack(void);
 static bool acquire_lock(void);
-static bool rests(long *left);
+static bool rests(long *left, bool *leave);
 static void end_rest(Slot *slot);
 static void wake_callers(const Slot *slot);
 static OmniHandOver start_successor(Slot *slot, bool in_order);
@@ -254,7 +264,7 @@ omni_worker_explain(OmniHandOver result, const OmniError *start_error, OmniError
 		omni_error_set(error, ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
 					   "too many databases use omni_refresh at once");
 		omni_error_detail(error, "At most %d databases can have a background worker at a time.", MAX_DATABASES);
-		omni_error_hint(error, "Try again when a worker has left; the setting \"omni_refresh.idle_timeout\" says when it does.");
+		omni_error_hint(error, "Try again later: a worker leaves for another database as soon as it has nothing to do.");
 	}
 	else
 	{
@@ -363,14 +373,22 @@ ensure_worker(Oid database, int flags, bool at_once, bool leave_at_once,
 }
 
 /*
- * Start the worker of a database for the launcher.  If the database has one already,
- * *handle stays unchanged.  Returns false if no worker is available at the moment.
+ * Start the worker of a database for the launcher.  If the database has one already, or its
+ * worker rests, *handle stays unchanged.  Returns false if no worker is available at the moment.
  */
 bool
 omni_worker_launch(Oid database, BackgroundWorkerHandle **handle)
 {
-	omni_workerslots_attach();
-	return ensure_worker(database, 0, false, true, handle) == HANDED_OVER;
+	StartInfo	info = {.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = true};
+	OmniHandOver result = HANDED_OVER;
+	Slot	   *slot;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(database);
+	if (slot == NULL || (slot->state == SLOT_LACKING && slot->rest_until <= omni_clock()))
+		result = start_in_slot(database, NOBODY, &info, handle, &slot);
+	LWLockRelease(&shared->lock);
+	return result == HANDED_OVER;
 }
 
 /* Become the process that starts the workers that could not be started at once. */
@@ -394,26 +412,51 @@ forget_launcher(int code, Datum arg)
 }
 
 /*
- * In the launcher: start the workers that databases lack.  Returns how long to wait for the
- * next try, in ms, or -1 if no database lacks one.
+ * In the launcher: start the workers that databases lack, first where one has been lacking for
+ * longest.  Returns how long to wait for the next try, in ms, or -1 if no database lacks one.
  */
 long
 omni_worker_launch_lacking(void)
 {
 	StartInfo	info = {.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = true};
-	long		delay = -1;
+	bool		any_rests = false;
+	Slot	   *next;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	for (int i = 0; i < MAX_DATABASES; i++)
+	do
 	{
-		Slot	   *slot = &shared->slots[i];
+		next = NULL;
+		for (int i = 0; i < MAX_DATABASES; i++)
+		{
+			Slot	   *slot = &shared->slots[i];
 
-		if (slot->state == SLOT_LACKING && (slot->rest_until > omni_clock() ||
-											start_in_slot(slot->database, NOBODY, &info, NULL, &slot) != HANDED_OVER))
-			delay = LAUNCH_AGAIN;
-	}
+			if (slot->state != SLOT_LACKING)
+				continue;
+			if (slot->rest_until > omni_clock())
+				any_rests = true;
+			else if (next == NULL || slot->made_at < next->made_at)
+				next = slot;
+		}
+	} while (next != NULL &&
+			 start_in_slot(next->database, NOBODY, &info, NULL, &next) == HANDED_OVER);
 	LWLockRelease(&shared->lock);
-	return delay;
+	return next != NULL || any_rests ? LAUNCH_AGAIN : -1;
+}
+
+/*
+ * In the launcher: return whether a database that lacks a worker has no slot, since the last
+ * call of this function.
+ */
+bool
+omni_worker_take_forgotten(void)
+{
+	bool		forgotten;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	forgotten = shared->forgotten;
+	shared->forgotten = false;
+	LWLockRelease(&shared->lock);
+	return forgotten;
 }
 
 /* Return whether this database has a worker, running, starting or resting. */
@@ -469,7 +512,8 @@ omni_worker_may_complain(int64 round)
 
 /*
  * Start a worker in *slot, which is SLOT_LACKING, or in a new slot if *slot is NULL.  If that
- * fails, and there is a launcher, it tries again.  Called with the lock held.
+ * fails, and there is a launcher, it tries again; the launcher itself knows what it has not
+ * started.  Called with the lock held.
  */
 static OmniHandOver
 start_in_slot(Oid database, int owner, const StartInfo *info, BackgroundWorkerHandle **handle,
@@ -480,15 +524,49 @@ start_in_slot(Oid database, int owner, const StartInfo *info, BackgroundWorkerHa
 	if (is_new)
 		*slot = make_slot(database, SLOT_STARTING, owner);
 	if (*slot == NULL)
+	{
+		note_lack();
 		return NO_SLOT;
+	}
 	if (!start_worker(database, info, handle))
 	{
-		if (is_new && !leave_to_launcher(*slot))
+		if (is_new && (shared->launcher == omni_my_proc() || !leave_to_launcher(*slot)))
 			free_slot(*slot);
+		note_lack();
 		return NO_WORKER;
 	}
+	if ((*slot)->rest == 0)
+		(*slot)->rest_until = 0;	/* it has only waited for a job to be due */
+	shared->lacked_at = 0;		/* who still lacks one says so again */
 	set_state(*slot, SLOT_STARTING, owner);
 	return HANDED_OVER;
+}
+
+/*
+ * A worker could not be started: have workers that only wait leave.  Called with the lock held,
+ * as the next function.
+ */
+static void
+note_lack(void)
+{
+	int64		now = omni_clock();
+
+	if (shared->lacked_at != 0 && now - shared->lacked_at < OMNI_MS(LACK_ROUND))
+		return;
+	shared->lacked_at = now;
+	for (int i = 0; i < MAX_DATABASES; i++)
+	{
+		const Slot *slot = &shared->slots[i];
+
+		if (slot->state == SLOT_RUNNING || slot->state == SLOT_RESTING)
+			omni_set_latch(slot->owner);
+	}
+}
+
+static bool
+others_lack(void)
+{
+	return shared->lacked_at != 0 && omni_clock() - shared->lacked_at < OMNI_MS(LACK_LASTS);
 }
 
 /* Return whether an unwatched start has taken too long.  Called with the lock held. */
@@ -501,8 +579,8 @@ start_has_failed(const Slot *slot)
 
 /*
  * Register a worker with the postmaster.  Returns false if none is available.  With a
- * handle, the latch of this process is set when the worker starts and when it ends;
- * without one, nothing is allocated and no error raised.
+ * handle, or in the launcher, the latch of this process is set when the worker starts and when
+ * it ends; without one, nothing is allocated and no error raised.
  */
 static bool
 start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handle)
@@ -518,7 +596,7 @@ start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handl
 	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
 	worker.bgw_restart_time = BGW_NEVER_RESTART;
 	worker.bgw_main_arg = ObjectIdGetDatum(database);
-	if (handle != NULL)
+	if (handle != NULL || shared->launcher == omni_my_proc())
 		worker.bgw_notify_pid = MyProcPid;
 	memcpy(worker.bgw_extra, info, sizeof(*info));
 	return RegisterDynamicBackgroundWorker(&worker, handle);
@@ -558,13 +636,15 @@ omni_worker_begin(dsm_handle *call)
 /*
  * Before the worker connects to its database: take over the slot if no process watches this
  * start, and rest as long as the slot says.  Returns false if the database has another worker,
- * which is then to read the queue.
+ * which is then to read the queue; or if another database lacks a worker, and the launcher starts
+ * this one again later.
  */
 bool
 omni_worker_take_slot(void)
 {
 	Slot	   *slot;
 	bool		taken;
+	bool		leave = false;
 	long		left;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
@@ -588,19 +668,22 @@ omni_worker_take_slot(void)
 	}
 	LWLockRelease(&shared->lock);
 
-	while (taken && rests(&left))
+	while (taken && rests(&left, &leave))
 	{
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | WL_TIMEOUT, left,
 						 WaitEventExtensionNew("OmniRefreshRest"));
 		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
 	}
-	return taken;
+	return taken && !leave;
 }
 
-/* Return whether this worker has to rest, and for how long; if no longer, end the rest. */
+/*
+ * Return whether this worker has to rest, and for how long; if no longer, end the rest.  Sets
+ * *leave instead if another database lacks a worker.
+ */
 static bool
-rests(long *left)
+rests(long *left, bool *leave)
 {
 	Slot	   *slot;
 	bool		resting;
@@ -614,6 +697,11 @@ rests(long *left)
 		resting = *left > 0;
 		if (!resting)
 			end_rest(slot);
+		else if (others_lack() && leave_to_launcher(slot))
+		{
+			*leave = true;
+			resting = false;
+		}
 	}
 	LWLockRelease(&shared->lock);
 	return resting;
@@ -845,6 +933,44 @@ omni_worker_leave_if_idle(void)
 	return idle;
 }
 
+/* Return whether any database lacks a worker. */
+bool
+omni_worker_others_lack(void)
+{
+	bool		lack;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	lack = others_lack();
+	LWLockRelease(&shared->lock);
+	return lack;
+}
+
+/*
+ * This worker has nothing to do for some ms, and another database lacks a worker: have the
+ * launcher start the next one after that time.  Returns whether this worker must leave; not if
+ * there is no launcher, or a call or a wake-up has arrived.
+ */
+bool
+omni_worker_yield(long wait)
+{
+	Slot	   *slot;
+	bool		yields;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(worker_database);
+	yields = is_mine(slot) && slot->count == 0 && slot->flags == 0 &&
+		shared->launcher != NOBODY;
+	if (yields)
+	{
+		LockReleaseSession(USER_LOCKMETHOD);
+		slot->rest = 0;
+		slot->rest_until = omni_clock() + OMNI_MS(wait);
+		(void) leave_to_launcher(slot);
+	}
+	LWLockRelease(&shared->lock);
+	return yields;
+}
+
 /*
  * before_shmem_exit callback: on every way out, free the slot if it is this worker's, and
  * start a successor if any work is left, or if that is not known.  ShutdownPostgres(), which
@@ -1045,28 +1171,39 @@ find_slot(Oid database)
 	return NULL;
 }
 
-/* Make a slot for a database.  Returns NULL if all are in use. */
+/*
+ * Make a slot for a database, if need be of one that lacks a worker, which the launcher then
+ * has to find.  Returns NULL if all are in use by workers.
+ */
 static Slot *
 make_slot(Oid database, SlotState state, int owner)
 {
-	for (int i = 0; i < MAX_DATABASES; i++)
-	{
-		Slot	   *slot = &shared->slots[i];
+	Slot	   *slot = NULL;
 
-		if (slot->state == SLOT_FREE)
-		{
-			set_state(slot, state, owner);
-			slot->database = database;
-			slot->flags = 0;
-			slot->rest = 0;
-			slot->rest_until = 0;
-			slot->generation = ++shared->generation;
-			slot->first = 0;
-			slot->count = 0;
-			return slot;
-		}
+	for (int i = 0; i < MAX_DATABASES && (slot == NULL || slot->state != SLOT_FREE); i++)
+	{
+		Slot	   *other = &shared->slots[i];
+
+		if (other->state == SLOT_FREE || (other->state == SLOT_LACKING && slot == NULL))
+			slot = other;
 	}
-	return NULL;
+	if ((slot == NULL || slot->state == SLOT_LACKING) && shared->launcher != NOBODY)
+	{
+		shared->forgotten = true;
+		omni_set_latch(shared->launcher);
+	}
+	if (slot == NULL)
+		return NULL;
+
+	set_state(slot, state, owner);
+	slot->database = database;
+	slot->flags = 0;
+	slot->rest = 0;
+	slot->rest_until = 0;
+	slot->generation = ++shared->generation;
+	slot->first = 0;
+	slot->count = 0;
+	return slot;
 }
 
 static void

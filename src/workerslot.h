@@ -60,6 +60,7 @@ extern bool omni_worker_exists(void);
 extern void omni_launcher_attach(void);
 extern bool omni_worker_launch(Oid database, BackgroundWorkerHandle **handle);
 extern long omni_worker_launch_lacking(void);
+extern bool omni_worker_take_forgotten(void);
 
 /* in the worker */
 extern void omni_not_in_worker(void);
@@ -72,6 +73,8 @@ extern void omni_worker_keep(void);
 extern void omni_worker_keep_after_error(void);
 extern bool omni_worker_is_unwanted(bool *again);
 extern bool omni_worker_leave_if_idle(void);
+extern bool omni_worker_others_lack(void);
+extern bool omni_worker_yield(long wait);
 extern bool omni_worker_take_flag(int flag);
 extern dsm_handle omni_worker_next_call(void);
 extern void omni_worker_remove_call(bool again);
