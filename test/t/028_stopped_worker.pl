@@ -12,7 +12,8 @@ use OmniFault;
 use OmniLife;
 
 my $omni = OmniAPI->start;
-my $node = OmniFault::node('stopped', conf => "shared_preload_libraries = 'omni_refresh'\n"
+# The worker, both launchers, and no process more: a worker cannot start its successor itself
+my $node = OmniFault::node('stopped', conf => "shared_preload_libraries = 'omni_refresh'\nmax_worker_processes = 3\n"
 	. "max_connections = 150\ndynamic_shared_memory_type = posix\n");
 my $refresh = q{SELECT status FROM omni_refresh('} . $omni->model . q{');};
 my $stopped;
