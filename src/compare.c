@@ -1052,7 +1052,7 @@ is_reset_due(Watched *watched, int64 data)
 }
 
 /*
- * Write an error to the log, at most once a minute.  omni_check_table() writes about a
+ * Write an error to the log, at most once a minute.  omni_check_table() of table.c writes about a
  * table that was altered itself.
  */
 static void
