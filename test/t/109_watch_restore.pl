@@ -66,13 +66,15 @@ dump_as('triggers.sql', '--data-only', '--disable-triggers');
 for my $case (
 	[ 'pg_restore', '--data-only' ],
 	[ 'pg_restore', '--data-only', '--single-transaction', '--exit-on-error' ],
+	[ 'pg_restore', '--data-only', '-j', '2', '--exit-on-error' ],
 	[ 'psql', '-Xq1v', 'ON_ERROR_STOP=1' ],
+	[ 'psql', '-Xq1v', 'ON_ERROR_STOP=1', '-c', 'SET session_replication_role = replica' ],
 	[ 'pg_restore', '--data-only', '--disable-triggers', '--single-transaction', '--exit-on-error' ],
 	[ 'pg_restore', '--data-only', '--disable-triggers' ],
 	[ 'psql', '-Xq1v', 'ON_ERROR_STOP=1', '-c', 'SET client_min_messages = warning' ])
 {
 	my ($program, @options) = @$case;
-	for my $dump (@options > 2 && $program eq 'psql' ? 'triggers' : ('replaced', 'current'))
+	for my $dump ("@options" =~ /client_min_messages/ ? 'triggers' : ('replaced', 'current'))
 	{
 		my $name = "@$case over the watch, $dump";
 		my $orders = $watch->sql('SELECT count(*) FROM sales.orders');
