@@ -818,7 +818,12 @@ read_reset(const OmniRequest *request, const char *key,
 			 getKeyJsonValueFromContainer(&json->root, "success", strlen("success"),
 										  &success) == NULL ||
 			 success.type != jbvBool)
-		set_malformed(request, outcome, "The answer is JSON, but does not have the expected form.");
+	{
+		if (why != NULL)
+			set_unreadable(request, key, answer, NULL, outcome);
+		else
+			set_malformed(request, outcome, "The answer is JSON, but does not have the expected form.");
+	}
 	else if (success.val.boolean)
 		outcome->status = OMNI_NAME_COMPLETED;
 	else

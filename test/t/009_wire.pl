@@ -111,7 +111,7 @@ for my $case (
 	[ 'another encoding than UTF-8', 'not valid UTF-8', 200, qq({"note": "caf\x{dce9}", "status": "running"}) ],
 	[ 'a NUL', 'NUL byte', 202, "{\"status\": \"running\", \"note\": \"\0\"}" ],
 	[ 'half a surrogate pair in the status', 'd800', 200, qq({"jobId": "$id", "status": "\\ud800"}) ],
-	[ 'a NUL in the status', 'u0000', 201, qq({"jobId": "$id", "status": "runn\\u0000ing"}) ],
+	[ 'a NUL in the status', 'u0000', 200, qq({"jobId": "$id", "status": "runn\\u0000ing"}) ],
 	[ 'many levels', '32 levels', 200, '{"status": "running", "a": ' . '[' x 40 . ']' x 40 . '}' ],
 	[ 'an encoding that is not one', 'encoded as "compress"', 200, $running, encoding => 'compress' ],
 	[ 'gzip that is none', 'encoded as "gzip"', 200, $running, headers => { 'Content-Encoding' => 'gzip' } ])
@@ -185,7 +185,7 @@ for my $interim (100, 102, 103)
 		like($call->{hint}, qr/Omni may have got the request/, '... so that nobody knows');
 		is(value('SELECT count(*) FROM omni_refresh_event WHERE http_status IS NOT NULL AND job = (SELECT max(id) FROM omni_refresh_job)'), '0',
 			'... and has no status');
-		cmp_ok(scalar(() = $omni->requests), '>', 1, '... nor a Retry-After');
+		cmp_ok(scalar(() = $omni->requests), '>', 1, '... nor a Retry-After') if !$hang;
 	}
 	$omni->reset;
 	$omni->fault('raw', data => $line . "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: " . length($running) . "\r\n\r\n$running");
