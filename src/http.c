@@ -108,6 +108,7 @@ typedef struct Connection
 	int			port;
 	int			local_port;
 	int			transfers;		/* number of transfers that use it now */
+	bool		closing;		/* the server takes no more requests on it */
 } Connection;
 
 /* The state of libcurl and of the event loop.  The arrays are malloc'd. */
@@ -217,6 +218,13 @@ omni_http_start(const OmniHttpRequest *request)
 	SETOPT(CURLOPT_DEBUGFUNCTION, note_text);
 	SETOPT(CURLOPT_DEBUGDATA, transfer);
 	SETOPT(CURLOPT_VERBOSE, 1L);
+
+	/*
+	 * Without this, libcurl would take any request on a used connection for
+	 * one that it may send again, and not tell of a refused stream.  It has
+	 * no other effect on HTTP.  A libcurl without RTSP does not know it.
+	 */
+	(void) curl_easy_setopt(transfer->easy, CURLOPT_RTSP_REQUEST, (long) CURL_RTSPREQ_RECEIVE);
 
 	/* The request */
 	SETOPT(CURLOPT_URL, request->url);
@@ -577,7 +585,8 @@ allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 	if (connection != NULL)
 	{
 		/* with HTTP/2, unread data may belong to another transfer */
-		if (connection->used && connection->transfers == 0 && has_ended(connection->socket))
+		if (connection->closing || (connection->used && connection->transfers == 0 &&
+									has_ended(connection->socket)))
 		{
 			/* otherwise libcurl would keep an HTTP/2 connection open */
 			curl_easy_setopt(transfer->easy, CURLOPT_FORBID_REUSE, 1L);
@@ -601,16 +610,19 @@ note_timer(CURLM *unused, long timeout, void *arg)
 }
 
 /*
- * libcurl callback: note from libcurl's log what it does not tell in another way.  One is that
- * the server has refused a stream of HTTP/2, by REFUSED_STREAM or GOAWAY, so that it has not
- * processed the request, which libcurl is about to send again.  If a version of libcurl words it
- * differently, the request is one whose answer was lost.  The other is that the server asks for a
- * certificate.
+ * libcurl callback: note from libcurl's log what it does not tell in another way, and do without
+ * it if a version of libcurl words it differently:
+ *
+ * - the server has refused a stream of HTTP/2, by REFUSED_STREAM or GOAWAY, so that it has not
+ * processed the request, which libcurl is about to send again; otherwise its answer is lost
+ * - by GOAWAY, the server takes no more streams on the connection
+ * - the server asks for a certificate
  */
 static int
 note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg)
 {
 	static const char *const certificate[] = {"handshake, Request CERT", NULL};
+	static const char *const goaway[] = {"GOAWAY, error=", NULL};
 	static const char refused[] = "REFUSED_STREAM";
 	Transfer   *transfer = arg;
 	char		text[128];
@@ -624,6 +636,11 @@ note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg)
 	{
 		leave_connection(transfer);
 		transfer->begun = false;
+	}
+	else if (mentions(text, goaway))
+	{
+		for (int i = 0; i < loop.nconnections; i++)
+			loop.connections[i].closing |= loop.connections[i].number == transfer->connection;
 	}
 	else if (mentions(text, certificate))
 		transfer->asked_for_certificate = true;
@@ -831,7 +848,8 @@ fill_answer(Transfer *transfer, CURLcode code)
 		code = CURLE_PARTIAL_FILE;
 		strlcpy(transfer->error, transfer->in_headers ?
 				"The connection was closed within the headers of the answer" :
-				"The connection was closed after an interim answer",
+				status != 0 ? "The connection was closed after an interim answer" :
+				"The connection was closed without an answer",
 				sizeof(transfer->error));
 	}
 	if (code != CURLE_OK)

@@ -75,6 +75,7 @@ SKIP:
 		is(scalar(() = $omni->requests(qr/refresh/)), $sent, '... and no request arrives twice');
 		cmp_ok($fronts{nginx}->connections($way), '>', 3, '... though connections end');
 		unlike(substr(slurp_file($node->logfile), $from), qr/outage/, '... which is no outage');
+		is($node->safe_psql('postgres', "SELECT count(*), detail FROM omni_refresh_event WHERE event = 'attempt_failed' GROUP BY 2"), '', '... nor a failed attempt');
 	}
 }
 
