@@ -829,7 +829,8 @@ fill_answer(Transfer *transfer, CURLcode code)
 		(request_size > 0 || code == CURLE_ABORTED_BY_CALLBACK);
 	answer->withdrawn = !transfer->begun && code == CURLE_ABORTED_BY_CALLBACK;
 	answer->elapsed = omni_clock() - transfer->started_at;
-	answer->retry_after = seconds_to_wait(transfer->retry_after, transfer->date);
+	if (answer->status != 0)
+		answer->retry_after = seconds_to_wait(transfer->retry_after, transfer->date);
 	curl_easy_getinfo(easy, CURLINFO_CONTENT_TYPE, &type);
 	answer->json = type != NULL && strcasestr(type, "json") != NULL;
 	curl_easy_getinfo(easy, CURLINFO_REDIRECT_URL, &answer->redirect_url);
