@@ -38,6 +38,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "lib/ilist.h"
 #include "miscadmin.h"
 #include "storage/latch.h"
 #include "utils/memutils.h"
@@ -67,12 +68,16 @@
 typedef struct Transfer
 {
 	OmniTransfer public;
+	dlist_node	node;			/* in loop.transfers */
 	CURL	   *easy;
 	struct curl_slist *headers;
 	int64		started_at;		/* by omni_clock() */
 	bool		begun;			/* the request was sent, or is about to be */
-	bool		stale;			/* it was not, since its connection was closed */
+	bool		stale;			/* it was not, or the server has refused it,
+								 * since its connection was closed */
+	bool		fresh;			/* it was started over on a new connection */
 	uint64		connection;		/* number of its connection; 0: none */
+	unsigned long stream;		/* its stream there, if that is HTTP/2 */
 	bool		http_proxy;		/* it uses an HTTP proxy */
 	bool		socks_proxy;	/* it uses a SOCKS proxy */
 	char	   *ca_file;		/* NULL: the system's */
@@ -108,6 +113,7 @@ typedef struct Connection
 	int			port;
 	int			local_port;
 	int			transfers;		/* number of transfers that use it now */
+	unsigned long requests;		/* number of requests sent on it */
 	bool		closing;		/* the server takes no more requests on it */
 } Connection;
 
@@ -120,6 +126,7 @@ typedef struct EventLoop
 	int64		looked_at;		/* when all transfers were last acted on, in
 								 * ms by omni_clock() */
 	int			running;		/* number of transfers that are not done */
+	dlist_head	transfers;		/* all, also those that are done */
 
 	/* the sockets to wait for */
 	Watch	   *watches;
@@ -135,7 +142,7 @@ typedef struct EventLoop
 	uint64		last_connection;	/* the highest number given */
 } EventLoop;
 
-static EventLoop loop = {.timer = -1};
+static EventLoop loop = {.timer = -1,.transfers = DLIST_STATIC_INIT(loop.transfers)};
 
 static void start_libcurl(void);
 static void add_header(Transfer *transfer, const char *header);
@@ -153,6 +160,7 @@ static int	allow_request(void *arg, char *host, char *local_host, int port, int 
 static int	note_timer(CURLM *unused, long timeout, void *arg);
 static int	note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg);
 static size_t note_header(char *line, size_t size, size_t count, void *arg);
+static void note_goaway(uint64 number, unsigned long last_stream);
 static void keep_header(const char *line, size_t length, const char *name, char *value);
 static size_t keep_body(char *data, size_t size, size_t count, void *arg);
 static bool is_connecting(void);
@@ -202,6 +210,7 @@ omni_http_start(const OmniHttpRequest *request)
 	transfer->release.func = release_transfer;
 	transfer->release.arg = transfer;
 	MemoryContextRegisterResetCallback(CurrentMemoryContext, &transfer->release);
+	dlist_push_tail(&loop.transfers, &transfer->node);
 
 	transfer->easy = curl_easy_init();
 	if (transfer->easy == NULL)
@@ -396,6 +405,7 @@ release_transfer(void *arg)
 {
 	Transfer   *transfer = arg;
 
+	dlist_delete(&transfer->node);
 	leave_connection(transfer);
 	if (transfer->easy != NULL)
 	{
@@ -596,8 +606,10 @@ allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 		connection->used = true;
 		connection->transfers++;
 		transfer->connection = connection->number;
+		transfer->stream = 2 * connection->requests++ + 1;
 	}
 	transfer->begun = true;
+	transfer->stale = false;
 	return 0;
 }
 
@@ -622,11 +634,12 @@ static int
 note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg)
 {
 	static const char *const certificate[] = {"handshake, Request CERT", NULL};
-	static const char *const goaway[] = {"GOAWAY, error=", NULL};
 	static const char refused[] = "REFUSED_STREAM";
+	static const char last_stream[] = "last_stream=";
 	Transfer   *transfer = arg;
 	char		text[128];
 	size_t		length = Min(size, sizeof(text) - 1);
+	const char *last;
 
 	if (type != CURLINFO_TEXT)
 		return 0;
@@ -637,14 +650,37 @@ note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg)
 		leave_connection(transfer);
 		transfer->begun = false;
 	}
-	else if (mentions(text, goaway))
-	{
-		for (int i = 0; i < loop.nconnections; i++)
-			loop.connections[i].closing |= loop.connections[i].number == transfer->connection;
-	}
+	else if (strstr(text, "GOAWAY") != NULL && (last = strstr(text, last_stream)) != NULL)
+		note_goaway(transfer->connection, strtoul(last + strlen(last_stream), NULL, 10));
 	else if (mentions(text, certificate))
 		transfer->asked_for_certificate = true;
 	return 0;
+}
+
+/*
+ * Note that a server has announced the last stream of a connection that it processes.  libcurl
+ * sends the requests of later streams again, or ends them without an answer.
+ */
+static void
+note_goaway(uint64 number, unsigned long last_stream)
+{
+	dlist_iter	iter;
+
+	if (number == 0)
+		return;
+	for (int i = 0; i < loop.nconnections; i++)
+		loop.connections[i].closing |= loop.connections[i].number == number;
+	dlist_foreach(iter, &loop.transfers)
+	{
+		Transfer   *transfer = dlist_container(Transfer, node, iter.cur);
+
+		if (transfer->connection == number && transfer->stream > last_stream)
+		{
+			leave_connection(transfer);
+			transfer->begun = false;
+			transfer->stale = !transfer->fresh;
+		}
+	}
 }
 
 /*
@@ -772,7 +808,7 @@ collect_done(void)
 
 		curl_easy_getinfo(message->easy_handle, CURLINFO_PRIVATE, (char **) &transfer);
 		leave_connection(transfer);
-		if (transfer->stale && start_over(transfer))
+		if (transfer->stale && code != CURLE_OPERATION_TIMEDOUT && start_over(transfer))
 			continue;
 		fill_answer(transfer, code);
 		curl_multi_remove_handle(loop.multi, transfer->easy);
@@ -786,6 +822,7 @@ start_over(Transfer *transfer)
 {
 	curl_multi_remove_handle(loop.multi, transfer->easy);
 	transfer->stale = false;
+	transfer->fresh = true;
 	transfer->error[0] = '\0';
 	return curl_easy_setopt(transfer->easy, CURLOPT_FORBID_REUSE, 0L) == CURLE_OK &&
 		curl_easy_setopt(transfer->easy, CURLOPT_FRESH_CONNECT, 1L) == CURLE_OK &&

@@ -171,7 +171,13 @@ def listen(handle, tls=None):
     def run(sock):
         with contextlib.suppress(OSError):
             if tls:
-                sock = tls.wrap_socket(sock, server_side=True)
+                sock = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                try:
+                    sock.do_handshake()
+                except ssl.SSLError:        # let the client read the alert, not a reset
+                    while socket.socket.recv(sock, 65536):
+                        pass
+                    raise
             handle(sock)
         with contextlib.suppress(OSError):
             sock.close()
