@@ -84,22 +84,27 @@ ok($node->poll_query_until('postgres', q{SELECT count(*) = 0 FROM omni_refresh_j
 $node->safe_psql('postgres', 'CREATE DATABASE closed');
 $node->safe_psql('closed', 'CREATE EXTENSION omni_refresh');
 OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0, db => 'closed');
-my $script = "SET omni_refresh.on_failure = warning;\nSET omni_refresh.call_timeout = '10 s';\n$refresh";
+my $script = "SET omni_refresh.on_failure = warning;\nSET omni_refresh.call_timeout = '10 s';\n"
+	. "SELECT pg_advisory_lock_shared(1), pg_advisory_unlock_shared(1);\n$refresh";
+my $gate = OmniLife::session($node, 'closed');
 for my $try (1 .. 3)
 {
-	$node->safe_psql('closed', q{SELECT omni_refresh_on_commit(gen_random_uuid());
+	$gate->query(q{SELECT pg_advisory_lock(1); SELECT omni_refresh_on_commit(gen_random_uuid());
 		UPDATE omni_refresh_job SET run_at = now() + interval '30 min' WHERE status = 'pending'});
-	my $bench = OmniLife::bench($node, 'closed', $script, '-c', 60, '-t', 10);
-	$node->poll_query_until('postgres', q{SELECT count(*) >= 60 FROM pg_stat_activity WHERE datname = 'closed' AND backend_type = 'client backend'});
+	my $bench = OmniLife::bench($node, 'closed', $script, '-c', 60, '-t', 1);
+	$node->poll_query_until('postgres', q{SELECT count(*) = 60 FROM pg_stat_activity WHERE datname = 'closed' AND wait_event = 'advisory'});
 	$node->safe_psql('postgres', q{ALTER DATABASE closed ALLOW_CONNECTIONS false;
-		SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = 'closed' AND backend_type = 'omni_refresh worker';
-		SELECT pg_sleep(1.5);
-		ALTER DATABASE closed ALLOW_CONNECTIONS true});
+		SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = 'closed' AND backend_type = 'omni_refresh worker'});
+	$gate->query('SELECT pg_advisory_unlock(1)');
+	$node->safe_psql('postgres', 'SELECT pg_sleep(1.5); ALTER DATABASE closed ALLOW_CONNECTIONS true');
 	is(OmniLife::benched($bench), 0, 'sixty sessions whose database is closed for a moment come to their end');
 }
+$gate->quit;
 
 # Fewer file descriptors than calls: none is lost, and the worker stays.
 
+$node->safe_psql('postgres', 'DROP DATABASE closed WITH (FORCE)');
+$node->append_conf('postgresql.conf', "max_worker_processes = 8\nlog_min_messages = debug1\n");
 $node->stop;
 system("prlimit --pid $$ --nofile=130:") == 0 or die;
 $node->start;
