@@ -230,7 +230,7 @@ check_certificate(ReturnSetInfo *result, const OmniProbe *probed)
 		say(result, "tls", true, NULL, "issued by %s", probed->issuer);
 	else
 		say(result, "tls", days >= DAYS_LEFT, days >= DAYS_LEFT ? NULL : "Have the certificate renewed.",
-			"issued by %s, valid for %d %s", probed->issuer, days, days == 1 ? "day" : "days");
+			days == 1 ? "issued by %s, valid for %d day" : "issued by %s, valid for %d days", probed->issuer, days);
 }
 
 /* Check the model that the server names.  Returns whether Omni has it. */
@@ -431,8 +431,7 @@ check_watch(ReturnSetInfo *result, const OmniWatch *watch)
 	}
 	else if (watch->failures > 0)
 	{
-		problem = watch->failures == 1 ?
-			psprintf("its last job has failed: job " INT64_FORMAT, omni_job_carrier(watch->job)) :
+		problem = watch->failures == 1 ? psprintf("its last job, job " INT64_FORMAT ", has failed", omni_job_carrier(watch->job)) :
 			psprintf("%d jobs in a row have failed, the last one is job " INT64_FORMAT, watch->failures, omni_job_carrier(watch->job));
 		hint = "Read the events of that job.";
 	}
