@@ -20,6 +20,9 @@
  * older versions (such as 7.88) miss a TLS connection whose closing alert is still unread,
  * and newer ones (such as 8.22) an HTTP/2 connection that the server has asked to close.
  *
+ * libcurl sends a request a second time only if the server has said that it did not process it,
+ * by refusing its HTTP/2 stream.
+ *
  * This file does not depend on Omni's API or on the tables.
  *
  *-------------------------------------------------------------------------
@@ -32,6 +35,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "lib/ilist.h"
 #include "miscadmin.h"
 #include "storage/latch.h"
 #include "utils/memutils.h"
@@ -48,16 +52,26 @@
  */
 #define MAX_CONNECTIONS		64
 
+/* How often to call libcurl while it connects, in ms: see is_connecting() */
+#define CONNECT_INTERVAL	250
+
+/* Argument of drive(): act on all transfers */
+#define EVERYTHING			(-1)
+
 /* A transfer.  The public part comes first, so that both have the same address. */
 typedef struct Transfer
 {
 	OmniTransfer public;
+	dlist_node	node;			/* in loop.transfers */
 	CURL	   *easy;
 	struct curl_slist *headers;
 	int64		started_at;		/* by omni_clock() */
 	bool		begun;			/* the request was sent, or is about to be */
-	bool		stale;			/* it was not, since its connection was closed */
+	bool		stale;			/* it was not, or the server has refused it,
+								 * since its connection was closed */
+	bool		fresh;			/* it was started over on a new connection */
 	uint64		connection;		/* number of its connection; 0: none */
+	unsigned long stream;		/* its stream there, if that is HTTP/2 */
 	bool		http_proxy;		/* it uses an HTTP proxy */
 	bool		socks_proxy;	/* it uses a SOCKS proxy */
 	char	   *ca_file;		/* NULL: the system's */
@@ -89,6 +103,8 @@ typedef struct Connection
 	int			port;
 	int			local_port;
 	int			transfers;		/* number of transfers that use it now */
+	unsigned long requests;		/* number of requests sent on it */
+	bool		closing;		/* the server takes no more requests on it */
 } Connection;
 
 /* The state of libcurl and of the event loop.  The arrays are malloc'd. */
@@ -97,6 +113,10 @@ typedef struct EventLoop
 	CURLM	   *multi;			/* NULL until the first request */
 	int64		timer;			/* when libcurl wants to be called, in ms by
 								 * omni_clock(); -1: never */
+	int64		looked_at;		/* when all transfers were last acted on, in
+								 * ms by omni_clock() */
+	int			running;		/* number of transfers that are not done */
+	dlist_head	transfers;		/* all, also those that are done */
 
 	/* the sockets to wait for */
 	Watch	   *watches;
@@ -112,7 +132,7 @@ typedef struct EventLoop
 	uint64		last_connection;	/* the highest number given */
 } EventLoop;
 
-static EventLoop loop = {.timer = -1};
+static EventLoop loop = {.timer = -1,.transfers = DLIST_STATIC_INIT(loop.transfers)};
 
 static void start_libcurl(void);
 static void add_header(Transfer *transfer, const char *header);
@@ -128,8 +148,11 @@ static bool has_ended(curl_socket_t socket);
 static void leave_connection(Transfer *transfer);
 static int	allow_request(void *arg, char *host, char *local_host, int port, int local_port);
 static int	note_timer(CURLM *unused, long timeout, void *arg);
+static int	note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg);
 static size_t note_header(char *line, size_t size, size_t count, void *arg);
+static void note_goaway(uint64 number, unsigned long last_stream);
 static size_t keep_body(char *data, size_t size, size_t count, void *arg);
+static bool is_connecting(void);
 static void drive(curl_socket_t socket, int mask);
 static void collect_done(void);
 static bool start_over(Transfer *transfer);
@@ -175,6 +198,7 @@ omni_http_start(const OmniHttpRequest *request)
 	transfer->release.func = release_transfer;
 	transfer->release.arg = transfer;
 	MemoryContextRegisterResetCallback(CurrentMemoryContext, &transfer->release);
+	dlist_push_tail(&loop.transfers, &transfer->node);
 
 	transfer->easy = curl_easy_init();
 	if (transfer->easy == NULL)
@@ -188,6 +212,16 @@ omni_http_start(const OmniHttpRequest *request)
 	SETOPT(CURLOPT_HEADERDATA, transfer);
 	SETOPT(CURLOPT_WRITEFUNCTION, keep_body);
 	SETOPT(CURLOPT_WRITEDATA, transfer);
+	SETOPT(CURLOPT_DEBUGFUNCTION, note_text);
+	SETOPT(CURLOPT_DEBUGDATA, transfer);
+	SETOPT(CURLOPT_VERBOSE, 1L);
+
+	/*
+	 * Without this, libcurl would take any request on a used connection for
+	 * one that it may send again, and not tell of a refused stream.  It has
+	 * no other effect on HTTP.  A libcurl without RTSP does not know it.
+	 */
+	(void) curl_easy_setopt(transfer->easy, CURLOPT_RTSP_REQUEST, (long) CURL_RTSPREQ_RECEIVE);
 
 	/* The request */
 	SETOPT(CURLOPT_URL, request->url);
@@ -282,6 +316,8 @@ omni_http_wait(long timeout, uint32 wait_event)
 		if (timeout < 0 || until_timer < timeout)
 			timeout = until_timer;
 	}
+	if (is_connecting() && (timeout < 0 || timeout > CONNECT_INTERVAL))
+		timeout = CONNECT_INTERVAL;
 
 	if (loop.wait_set == NULL || loop.watches_changed)
 		make_wait_set();
@@ -308,6 +344,8 @@ omni_http_wait(long timeout, uint32 wait_event)
 		loop.timer = -1;
 		drive(CURL_SOCKET_TIMEOUT, 0);
 	}
+	if (is_connecting() && omni_clock() / 1000 - loop.looked_at >= CONNECT_INTERVAL)
+		drive(CURL_SOCKET_TIMEOUT, EVERYTHING);
 	if (loop.multi != NULL)
 		collect_done();
 }
@@ -351,6 +389,7 @@ release_transfer(void *arg)
 {
 	Transfer   *transfer = arg;
 
+	dlist_delete(&transfer->node);
 	leave_connection(transfer);
 	if (transfer->easy != NULL)
 	{
@@ -524,9 +563,10 @@ leave_connection(Transfer *transfer)
 }
 
 /*
- * libcurl callback: allow a request to be sent, once, if it is still wanted and its connection
- * is still open.  Without this, libcurl would silently send a request again when the server
- * closes a used connection without an answer.
+ * libcurl callback: allow a request to be sent if it is still wanted and its connection is still
+ * open.  Allow it once, unless note_text() has learned that it was refused unprocessed.  Without
+ * this, libcurl would silently send a request again when the server closes a used connection
+ * without an answer.
  */
 static int
 allow_request(void *arg, char *host, char *local_host, int port, int local_port)
@@ -539,7 +579,8 @@ allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 	if (connection != NULL)
 	{
 		/* with HTTP/2, unread data may belong to another transfer */
-		if (connection->used && connection->transfers == 0 && has_ended(connection->socket))
+		if (connection->closing || (connection->used && connection->transfers == 0 &&
+									has_ended(connection->socket)))
 		{
 			/* otherwise libcurl would keep an HTTP/2 connection open */
 			curl_easy_setopt(transfer->easy, CURLOPT_FORBID_REUSE, 1L);
@@ -549,8 +590,10 @@ allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 		connection->used = true;
 		connection->transfers++;
 		transfer->connection = connection->number;
+		transfer->stream = 2 * connection->requests++ + 1;
 	}
 	transfer->begun = true;
+	transfer->stale = false;
 	return 0;
 }
 
@@ -560,6 +603,64 @@ note_timer(CURLM *unused, long timeout, void *arg)
 {
 	loop.timer = timeout < 0 ? -1 : omni_clock() / 1000 + timeout;
 	return 0;
+}
+
+/*
+ * libcurl callback: note from libcurl's log what it does not tell in another way, and do without
+ * it if a version of libcurl words it differently:
+ *
+ * - the server has refused a stream of HTTP/2, by REFUSED_STREAM or GOAWAY, so that it has not
+ * processed the request, which libcurl is about to send again; otherwise its answer is lost
+ * - by GOAWAY, the server takes no more streams on the connection
+ */
+static int
+note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg)
+{
+	static const char refused[] = "REFUSED_STREAM";
+	static const char last_stream[] = "last_stream=";
+	Transfer   *transfer = arg;
+	char		text[128];
+	size_t		length = Min(size, sizeof(text) - 1);
+	const char *last;
+
+	if (type != CURLINFO_TEXT)
+		return 0;
+	memcpy(text, data, length);
+	text[length] = '\0';
+	if (strncmp(text, refused, strlen(refused)) == 0)
+	{
+		leave_connection(transfer);
+		transfer->begun = false;
+	}
+	else if (strstr(text, "GOAWAY") != NULL && (last = strstr(text, last_stream)) != NULL)
+		note_goaway(transfer->connection, strtoul(last + strlen(last_stream), NULL, 10));
+	return 0;
+}
+
+/*
+ * Note that a server has announced the last stream of a connection that it processes.  libcurl
+ * sends the requests of later streams again, or ends them without an answer.
+ */
+static void
+note_goaway(uint64 number, unsigned long last_stream)
+{
+	dlist_iter	iter;
+
+	if (number == 0)
+		return;
+	for (int i = 0; i < loop.nconnections; i++)
+		loop.connections[i].closing |= loop.connections[i].number == number;
+	dlist_foreach(iter, &loop.transfers)
+	{
+		Transfer   *transfer = dlist_container(Transfer, node, iter.cur);
+
+		if (transfer->connection == number && transfer->stream > last_stream)
+		{
+			leave_connection(transfer);
+			transfer->begun = false;
+			transfer->stale = !transfer->fresh;
+		}
+	}
 }
 
 /*
@@ -608,7 +709,25 @@ keep_body(char *data, size_t size, size_t count, void *arg)
 }
 
 /*
- * Let libcurl act on one socket, or on its timers.  Block all signals meanwhile, so that a
+ * Return whether libcurl is connecting: it has a socket on which no request was sent.  Then call
+ * it from time to time.  When it gives up one address of a host and tries the next one, some
+ * versions (such as 7.88) do not name the new socket by note_socket().
+ */
+static bool
+is_connecting(void)
+{
+	if (loop.running == 0)
+		return false;
+	for (int i = 0; i < loop.nconnections; i++)
+	{
+		if (!loop.connections[i].used)
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Let libcurl act on one socket, on its timers, or on everything.  Block all signals meanwhile, so that a
  * thread it starts for a name look-up inherits the mask and never runs our handlers.
  */
 static void
@@ -616,11 +735,16 @@ drive(curl_socket_t socket, int mask)
 {
 	sigset_t	all;
 	sigset_t	old;
-	int			running;
 
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, &old);
-	(void) curl_multi_socket_action(loop.multi, socket, mask, &running);
+	if (mask == EVERYTHING)
+	{
+		curl_multi_act_compat(loop.multi, &loop.running);
+		loop.looked_at = omni_clock() / 1000;
+	}
+	else
+		(void) curl_multi_socket_action(loop.multi, socket, mask, &loop.running);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 }
 
@@ -637,7 +761,7 @@ collect_done(void)
 
 		curl_easy_getinfo(message->easy_handle, CURLINFO_PRIVATE, (char **) &transfer);
 		leave_connection(transfer);
-		if (transfer->stale && start_over(transfer))
+		if (transfer->stale && code != CURLE_OPERATION_TIMEDOUT && start_over(transfer))
 			continue;
 		fill_answer(transfer, code);
 		curl_multi_remove_handle(loop.multi, transfer->easy);
@@ -651,6 +775,7 @@ start_over(Transfer *transfer)
 {
 	curl_multi_remove_handle(loop.multi, transfer->easy);
 	transfer->stale = false;
+	transfer->fresh = true;
 	transfer->error[0] = '\0';
 	return curl_easy_setopt(transfer->easy, CURLOPT_FORBID_REUSE, 0L) == CURLE_OK &&
 		curl_easy_setopt(transfer->easy, CURLOPT_FRESH_CONNECT, 1L) == CURLE_OK &&
