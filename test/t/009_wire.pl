@@ -110,8 +110,8 @@ for my $case (
 	[ 'nothing of 204', 'HTTP status 204', 204, '' ],
 	[ 'another encoding than UTF-8', 'not valid UTF-8', 200, qq({"note": "caf\x{dce9}", "status": "running"}) ],
 	[ 'a NUL', 'NUL byte', 202, "{\"status\": \"running\", \"note\": \"\0\"}" ],
-	[ 'half a surrogate pair in the status', 'd800', 200, qq({"jobId": "$id", "status": "\\ud800"}) ],
-	[ 'a NUL in the status', 'u0000', 200, qq({"jobId": "$id", "status": "runn\\u0000ing"}) ],
+	[ 'half a surrogate pair in the status', 'it reads {', 200, qq({"jobId": "$id", "status": "\\ud800"}) ],
+	[ 'a NUL in the status', 'it reads {', 200, qq({"jobId": "$id", "status": "runn\\u0000ing"}) ],
 	[ 'many levels', '32 levels', 200, '{"status": "running", "a": ' . '[' x 40 . ']' x 40 . '}' ],
 	[ 'an encoding that is not one', 'encoded as "compress"', 200, $running, encoding => 'compress' ],
 	[ 'gzip that is none', 'encoded as "gzip"', 200, $running, headers => { 'Content-Encoding' => 'gzip' } ])
