@@ -34,54 +34,34 @@ COMMENT ON FOREIGN DATA WRAPPER omni_refresh IS
 	'Omni instances (servers: base_url, ...) and their API keys (user mappings: api_key_file or api_key)';
 
 /*
- * The values of some columns.  Domains check what SQL writes, at no cost for what the
- * extension itself writes without SQL.  Each statement would read a table's CHECK
- * constraint anew from the catalog.
- */
-CREATE DOMAIN omni_refresh_job_status AS pg_catalog.text
-	CONSTRAINT omni_refresh_job_status_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{pending, sending, running, completed, failed,
-		accepted, canceled, merged, unknown}'));
-CREATE DOMAIN omni_refresh_job_kind AS pg_catalog.text
-	CONSTRAINT omni_refresh_job_kind_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{schema, cache}'));
-CREATE DOMAIN omni_refresh_job_origin AS pg_catalog.text
-	CONSTRAINT omni_refresh_job_origin_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{call, on_commit, ddl, retry}'));
-CREATE DOMAIN omni_refresh_event_kind AS pg_catalog.text
-	CONSTRAINT omni_refresh_event_event_check
-	CHECK (VALUE OPERATOR(pg_catalog.=) ANY ('{requested, sending, accepted, attempt_failed, refused,
-		rate_limited, merged, released, canceled, recovered, waiting, changed,
-		completed, failed, unknown}'));
-COMMENT ON DOMAIN omni_refresh_job_status IS 'a status of a job';
-COMMENT ON DOMAIN omni_refresh_job_kind IS 'what a job asks Omni for';
-COMMENT ON DOMAIN omni_refresh_job_origin IS 'what asked for a job';
-COMMENT ON DOMAIN omni_refresh_event_kind IS 'what happened to a job';
-COMMENT ON CONSTRAINT omni_refresh_job_status_check ON DOMAIN omni_refresh_job_status IS 'the statuses';
-COMMENT ON CONSTRAINT omni_refresh_job_kind_check ON DOMAIN omni_refresh_job_kind IS 'the kinds';
-COMMENT ON CONSTRAINT omni_refresh_job_origin_check ON DOMAIN omni_refresh_job_origin IS 'the origins';
-COMMENT ON CONSTRAINT omni_refresh_event_event_check ON DOMAIN omni_refresh_event_kind IS 'the events';
-
-/*
  * The jobs.  Names are text, since a value of type name takes 64 bytes in each version of
- * a row, however short it is.  Each row is updated once or twice, soon after it is
- * inserted: with room for that on the same page, the update writes less.
+ * a row, however short it is.  So are the statuses and the like, since drivers that read a row of
+ * the table as a record know no domains; the constraints check what SQL writes, see row.c.  Each
+ * row is updated once or twice, soon after it is inserted: with room for that on the same page, the
+ * update writes less.
  */
 CREATE TABLE omni_refresh_job (
 	id				bigint GENERATED ALWAYS AS IDENTITY (SEQUENCE NAME omni_refresh_job_id_seq)
 					CONSTRAINT omni_refresh_job_pkey PRIMARY KEY,
-	status			omni_refresh_job_status NOT NULL,
+	status			pg_catalog.text NOT NULL
+					CONSTRAINT omni_refresh_job_status_check
+					CHECK (status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running, completed, failed,
+						accepted, canceled, merged, unknown}')),
 	job_id			pg_catalog.uuid,
 	model_id		pg_catalog.uuid NOT NULL,
 	branch_id		pg_catalog.uuid,
-	kind			omni_refresh_job_kind NOT NULL,
+	kind			pg_catalog.text NOT NULL
+					CONSTRAINT omni_refresh_job_kind_check
+					CHECK (kind OPERATOR(pg_catalog.=) ANY ('{schema, cache, dbt}')),
 	hard			boolean,
 	schemas			pg_catalog.text[],
 	tables			pg_catalog.text[],
 	policy			pg_catalog.text,
 	reset_at		pg_catalog.timestamptz,
 	server			pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
-	origin			omni_refresh_job_origin NOT NULL,
+	origin			pg_catalog.text NOT NULL
+					CONSTRAINT omni_refresh_job_origin_check
+					CHECK (origin OPERATOR(pg_catalog.=) ANY ('{call, on_commit, ddl, retry}')),
 	requested_by	pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
 	requested_by_oid pg_catalog.oid NOT NULL,
 	requested_at	pg_catalog.timestamptz NOT NULL,
@@ -89,23 +69,30 @@ CREATE TABLE omni_refresh_job (
 	sent_at			pg_catalog.timestamptz,
 	finished_at		pg_catalog.timestamptz,
 	attempts		int NOT NULL DEFAULT 0,
+	may_have_arrived boolean,
+	few_failures	int,
+	recoveries		int,
 	merged_into		bigint,
 	renewed_at		pg_catalog.timestamptz,
 	retry_of		bigint,
 	called_by		pg_catalog.text COLLATE pg_catalog."C",
+	called_by_oid	pg_catalog.oid,
 	application		pg_catalog.text,
 	database		pg_catalog.oid NOT NULL,
 	error			pg_catalog.text
 ) WITH (fillfactor = 50);
 COMMENT ON SEQUENCE omni_refresh_job_id_seq IS 'the numbers of the jobs';
 COMMENT ON TABLE omni_refresh_job IS 'requests to Omni, one row each';
+COMMENT ON CONSTRAINT omni_refresh_job_status_check ON omni_refresh_job IS 'the statuses';
+COMMENT ON CONSTRAINT omni_refresh_job_kind_check ON omni_refresh_job IS 'the kinds';
+COMMENT ON CONSTRAINT omni_refresh_job_origin_check ON omni_refresh_job IS 'the origins';
 COMMENT ON COLUMN omni_refresh_job.id IS 'the number of this job in this database';
 COMMENT ON COLUMN omni_refresh_job.status IS
 	'pending, sending, running; or an end: completed, failed, accepted, canceled, merged, unknown';
 COMMENT ON COLUMN omni_refresh_job.job_id IS 'Omni''s own id of the job, once Omni has accepted it';
 COMMENT ON COLUMN omni_refresh_job.model_id IS 'the model to refresh';
 COMMENT ON COLUMN omni_refresh_job.branch_id IS 'the branch of the model, where the connection is refreshed by branch';
-COMMENT ON COLUMN omni_refresh_job.kind IS 'schema: a refresh of the schema model; cache: a reset of a cache policy';
+COMMENT ON COLUMN omni_refresh_job.kind IS 'schema: a refresh of the schema model; cache: a reset of a cache policy; dbt: a dbt sync';
 COMMENT ON COLUMN omni_refresh_job.hard IS 'whether Omni is to remove what the database no longer has, too';
 COMMENT ON COLUMN omni_refresh_job.schemas IS 'refresh these schemas only';
 COMMENT ON COLUMN omni_refresh_job.tables IS 'refresh these tables only';
@@ -113,19 +100,23 @@ COMMENT ON COLUMN omni_refresh_job.policy IS 'the cache policy to reset';
 COMMENT ON COLUMN omni_refresh_job.reset_at IS 'the time the cache policy is reset to';
 COMMENT ON COLUMN omni_refresh_job.server IS 'the foreign server that names the Omni instance';
 COMMENT ON COLUMN omni_refresh_job.origin IS 'what asked for the job: call, on_commit, ddl or retry';
-COMMENT ON COLUMN omni_refresh_job.requested_by IS 'the role that asked, whose API key is used';
-COMMENT ON COLUMN omni_refresh_job.requested_by_oid IS 'the OID of that role; a later namesake is another role';
+COMMENT ON COLUMN omni_refresh_job.requested_by IS 'the name that the role had that asked, whose API key is used';
+COMMENT ON COLUMN omni_refresh_job.requested_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_job.requested_at IS 'when it was asked for';
 COMMENT ON COLUMN omni_refresh_job.run_at IS 'not to be sent before this time';
 COMMENT ON COLUMN omni_refresh_job.sent_at IS 'when the last attempt began';
 COMMENT ON COLUMN omni_refresh_job.finished_at IS 'when the job reached its end';
 COMMENT ON COLUMN omni_refresh_job.attempts IS 'how often it was sent, raised before each sending';
+COMMENT ON COLUMN omni_refresh_job.may_have_arrived IS 'whether an attempt has ended without an answer, so that Omni may have got the request';
+COMMENT ON COLUMN omni_refresh_job.few_failures IS 'how many answers in a row were of those after which only a few more attempts are made';
+COMMENT ON COLUMN omni_refresh_job.recoveries IS 'how often the job went on after the end of a worker that was sending it, since Omni last answered';
 COMMENT ON COLUMN omni_refresh_job.merged_into IS 'the job that carries this one out';
 COMMENT ON COLUMN omni_refresh_job.renewed_at IS
 	'when the newest request was made that this job carries out, too; of a reset, not before its first attempt: retries count from here';
 COMMENT ON COLUMN omni_refresh_job.retry_of IS 'the job that this one repeats';
 COMMENT ON COLUMN omni_refresh_job.called_by IS
-	'the role of the session that asked: not requested_by, but its caller, if a SECURITY DEFINER function asked';
+	'the name that the role of the session had that asked: not requested_by, but its caller, if a SECURITY DEFINER function asked';
+COMMENT ON COLUMN omni_refresh_job.called_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_job.application IS 'the application_name of that session';
 COMMENT ON COLUMN omni_refresh_job.database IS 'the OID of the database it was asked for in; copies elsewhere are never sent';
 COMMENT ON COLUMN omni_refresh_job.error IS 'the last error: SQLSTATE, message, detail and hint';
@@ -135,7 +126,7 @@ COMMENT ON COLUMN omni_refresh_job.error IS 'the last error: SQLSTATE, message, 
  * one goes from role to role and from model to model by steps, whatever else waits ...
  */
 CREATE INDEX omni_refresh_job_queue_idx ON omni_refresh_job
-	(requested_by_oid, server, model_id, kind, run_at, id)
+	(requested_by_oid, server, model_id, (kind OPERATOR(pg_catalog.<>) 'cache'), run_at, id)
 	WHERE status OPERATOR(pg_catalog.=) 'pending' AND origin OPERATOR(pg_catalog.<>) 'call';
 COMMENT ON INDEX omni_refresh_job_queue_idx IS 'the queue: jobs that are pending, and not of a call';
 
@@ -147,7 +138,7 @@ COMMENT ON INDEX omni_refresh_job_active_idx IS 'the jobs that are being carried
 
 /* ... and, of the refreshes that have not ended, the first one of a model, for which resets of its cache wait */
 CREATE INDEX omni_refresh_job_refreshing_idx ON omni_refresh_job (requested_by_oid, server, model_id, id)
-	WHERE kind OPERATOR(pg_catalog.=) 'schema' AND status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running}');
+	WHERE kind OPERATOR(pg_catalog.<>) 'cache' AND status OPERATOR(pg_catalog.=) ANY ('{pending, sending, running}');
 COMMENT ON INDEX omni_refresh_job_refreshing_idx IS 'the refreshes that have not ended, in the order of their numbers';
 
 /* what came to an end, and when: merged jobs, of which there may be many, come to none of their own */
@@ -176,23 +167,32 @@ CREATE TABLE omni_refresh_event (
 					CONSTRAINT omni_refresh_event_pkey PRIMARY KEY,
 	job				bigint NOT NULL,
 	requested_by	pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
+	requested_by_oid pg_catalog.oid NOT NULL,
 	occurred_at		pg_catalog.timestamptz NOT NULL,
-	event			omni_refresh_event_kind NOT NULL,
+	event			pg_catalog.text NOT NULL
+					CONSTRAINT omni_refresh_event_event_check
+					CHECK (event OPERATOR(pg_catalog.=) ANY ('{sending, accepted, attempt_failed, refused,
+						rate_limited, merged, released, canceled, recovered, waiting, changed,
+						completed, failed, unknown}')),
 	attempt			int,
 	http_status		int,
+	sqlstate		pg_catalog.text,
 	duration		interval,
 	detail			pg_catalog.text
 );
 COMMENT ON SEQUENCE omni_refresh_event_id_seq IS 'the numbers of the events';
 COMMENT ON TABLE omni_refresh_event IS 'the event log: one row for each thing that happened to a job';
+COMMENT ON CONSTRAINT omni_refresh_event_event_check ON omni_refresh_event IS 'the events';
 COMMENT ON COLUMN omni_refresh_event.id IS 'the number of this event in this database';
 COMMENT ON COLUMN omni_refresh_event.job IS 'the job it happened to';
-COMMENT ON COLUMN omni_refresh_event.requested_by IS 'the role that asked for the job';
+COMMENT ON COLUMN omni_refresh_event.requested_by IS 'the name that the role had that asked for the job';
+COMMENT ON COLUMN omni_refresh_event.requested_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_event.occurred_at IS 'when it happened, by the clock';
 COMMENT ON COLUMN omni_refresh_event.event IS
-	'requested, sending, accepted, attempt_failed, refused, rate_limited, merged, released, canceled, recovered, waiting, changed, completed, failed or unknown';
+	'sending, accepted, attempt_failed, refused, rate_limited, merged, released, canceled, recovered, waiting, changed, completed, failed or unknown';
 COMMENT ON COLUMN omni_refresh_event.attempt IS 'the number of the attempt it belongs to';
 COMMENT ON COLUMN omni_refresh_event.http_status IS 'the HTTP status that Omni answered with';
+COMMENT ON COLUMN omni_refresh_event.sqlstate IS 'the SQLSTATE of what went wrong';
 COMMENT ON COLUMN omni_refresh_event.duration IS 'how long the attempt took';
 COMMENT ON COLUMN omni_refresh_event.detail IS 'what there is to say about it';
 
@@ -207,9 +207,13 @@ COMMENT ON INDEX omni_refresh_event_job_idx IS 'the events of a job';
 /*
  * The watches.  A dump contains them, but not what they remember: a watch is active only in
  * the database that it was made in.  The last columns are the worker's.
+ *
+ * There is one watch for a server, model and branch, but no constraint says so: a dump that is
+ * restored over what is there, perhaps with triggers disabled, must not fail because of it.
+ * With no key to tell rows apart, logical replication publishes them as a whole.
  */
 CREATE TABLE omni_refresh_watch (
-	id				pg_catalog.uuid NOT NULL CONSTRAINT omni_refresh_watch_pkey PRIMARY KEY,
+	id				pg_catalog.uuid NOT NULL,
 	server			pg_catalog.text COLLATE pg_catalog."C" NOT NULL,
 	model_id		pg_catalog.uuid NOT NULL,
 	branch_id		pg_catalog.uuid,
@@ -228,9 +232,9 @@ CREATE TABLE omni_refresh_watch (
 	unfinished		boolean NOT NULL DEFAULT false,
 	failures		int NOT NULL DEFAULT 0,
 	quiet			interval,
-	data_seen		bigint,
-	CONSTRAINT omni_refresh_watch_key UNIQUE NULLS NOT DISTINCT (server, model_id, branch_id)
+	data_seen		bigint
 );
+ALTER TABLE omni_refresh_watch REPLICA IDENTITY FULL;
 COMMENT ON TABLE omni_refresh_watch IS 'the models that are refreshed by themselves when tables or columns have changed';
 COMMENT ON COLUMN omni_refresh_watch.id IS 'identifies the watch in omni_refresh_watch_seen; another one with each omni_refresh_watch()';
 COMMENT ON COLUMN omni_refresh_watch.server IS 'the foreign server that names the Omni instance';
@@ -241,8 +245,8 @@ COMMENT ON COLUMN omni_refresh_watch.delay IS 'how long after a change the schem
 COMMENT ON COLUMN omni_refresh_watch.removals IS
 	'for how long no DDL must have been committed before removals are asked for; NULL: they are not';
 COMMENT ON COLUMN omni_refresh_watch.cache_policy IS 'the cache policy to reset after each refresh';
-COMMENT ON COLUMN omni_refresh_watch.requested_by IS 'the role that set the watch, whose API key is used';
-COMMENT ON COLUMN omni_refresh_watch.requested_by_oid IS 'the OID of that role; a later namesake is another role';
+COMMENT ON COLUMN omni_refresh_watch.requested_by IS 'the name that the role had that set the watch, whose API key is used';
+COMMENT ON COLUMN omni_refresh_watch.requested_by_oid IS 'the OID of that role, by which it is known';
 COMMENT ON COLUMN omni_refresh_watch.requested_at IS 'when the watch was set';
 COMMENT ON COLUMN omni_refresh_watch.database IS 'the OID of the database it was set in; copies elsewhere are inactive';
 COMMENT ON COLUMN omni_refresh_watch.owed_hard IS
@@ -299,15 +303,18 @@ COMMENT ON TRIGGER omni_refresh_job_truncate_events ON omni_refresh_job IS 'dele
 /*
  * Keep out what logical replication applies: the jobs are another database's, which
  * may have the same OID as this one, and as both number their jobs from 1, changes would
- * be applied to jobs of this database.  The triggers fire with session_replication_role =
+ * be applied to jobs of this database.  The triggers act with session_replication_role =
  * replica only, as in an apply or table synchronization worker.  TRUNCATE has no row triggers:
  * it could only be made to fail, which would stop the subscription.
+ *
+ * The trigger of the watches also keeps out a copy of a watch that is there, as pg_restore
+ * inserts it.
  */
 CREATE FUNCTION omni_refresh_keep_out()
 	RETURNS pg_catalog.trigger
 	AS 'MODULE_PATHNAME', 'omni_refresh_keep_out'
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
-COMMENT ON FUNCTION omni_refresh_keep_out() IS 'keeps out changes that logical replication applies';
+COMMENT ON FUNCTION omni_refresh_keep_out() IS 'keeps out changes that logical replication applies, and copies of watches';
 CREATE TRIGGER omni_refresh_job_keep_out BEFORE INSERT OR UPDATE OR DELETE ON omni_refresh_job
 	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
 CREATE TRIGGER omni_refresh_event_keep_out BEFORE INSERT OR UPDATE OR DELETE ON omni_refresh_event
@@ -318,31 +325,32 @@ CREATE TRIGGER omni_refresh_watch_keep_out BEFORE INSERT OR UPDATE OR DELETE ON 
 	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
 CREATE TRIGGER omni_refresh_watch_seen_keep_out BEFORE INSERT OR UPDATE OR DELETE ON omni_refresh_watch_seen
 	FOR EACH ROW EXECUTE FUNCTION omni_refresh_keep_out();
-COMMENT ON TRIGGER omni_refresh_watch_keep_out ON omni_refresh_watch IS 'keeps out changes of watches that logical replication applies';
+COMMENT ON TRIGGER omni_refresh_watch_keep_out ON omni_refresh_watch IS 'keeps out changes of watches that logical replication applies, and copies of those that exist';
 COMMENT ON TRIGGER omni_refresh_watch_seen_keep_out ON omni_refresh_watch_seen IS 'keeps out changes of what watches remember that logical replication applies';
-ALTER TABLE omni_refresh_watch ENABLE REPLICA TRIGGER omni_refresh_watch_keep_out;
+ALTER TABLE omni_refresh_watch ENABLE ALWAYS TRIGGER omni_refresh_watch_keep_out;
 ALTER TABLE omni_refresh_watch_seen ENABLE REPLICA TRIGGER omni_refresh_watch_seen_keep_out;
 ALTER TABLE omni_refresh_job ENABLE REPLICA TRIGGER omni_refresh_job_keep_out;
 ALTER TABLE omni_refresh_event ENABLE REPLICA TRIGGER omni_refresh_event_keep_out;
 
 /*
  * Everyone sees the jobs requested or called by roles whose privileges they have, and the
- * events of those requested by them; monitors see all.  Each array is made once
- * a statement, and a dropped role is no error.
+ * events of those requested by them; monitors see all.  A role is its OID: its name may
+ * change, and become another role's.  Each subquery is run once a statement and hashed, so that
+ * many roles cost little, and the OID of a dropped role is no error.
  */
 ALTER TABLE omni_refresh_job ENABLE ROW LEVEL SECURITY;
 ALTER TABLE omni_refresh_event ENABLE ROW LEVEL SECURITY;
 
 CREATE POLICY omni_refresh_job_own ON omni_refresh_job FOR SELECT
-	USING (requested_by OPERATOR(pg_catalog.=) ANY (ARRAY(
-			SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE')))
-		OR called_by OPERATOR(pg_catalog.=) ANY (ARRAY(
-			SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+	USING (requested_by_oid OPERATOR(pg_catalog.=) ANY (
+			SELECT oid FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))
+		OR called_by_oid OPERATOR(pg_catalog.=) ANY (
+			SELECT oid FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE')));
 CREATE POLICY omni_refresh_job_monitor ON omni_refresh_job FOR SELECT
 	TO pg_monitor USING (true);
 CREATE POLICY omni_refresh_event_own ON omni_refresh_event FOR SELECT
-	USING (requested_by OPERATOR(pg_catalog.=) ANY (ARRAY(
-		SELECT rolname::pg_catalog.text FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE'))));
+	USING (requested_by_oid OPERATOR(pg_catalog.=) ANY (
+		SELECT oid FROM pg_catalog.pg_roles WHERE pg_catalog.pg_has_role(oid, 'USAGE')));
 CREATE POLICY omni_refresh_event_monitor ON omni_refresh_event FOR SELECT
 	TO pg_monitor USING (true);
 COMMENT ON POLICY omni_refresh_job_own ON omni_refresh_job IS 'the jobs requested or called by roles whose privileges one has';
@@ -406,6 +414,24 @@ CREATE FUNCTION omni_refresh_cache_on_commit(
 	LANGUAGE C VOLATILE PARALLEL UNSAFE;
 COMMENT ON FUNCTION omni_refresh_cache_on_commit(pg_catalog.uuid, pg_catalog.text, pg_catalog.timestamptz) IS
 	'queues the reset of a cache policy of a model (NULL: those of the server''s options), which is sent if and when the transaction commits, and returns the job';
+
+CREATE FUNCTION omni_refresh_dbt_sync(
+	model pg_catalog.uuid DEFAULT NULL,
+	branch pg_catalog.uuid DEFAULT NULL)
+	RETURNS omni_refresh_job
+	AS 'MODULE_PATHNAME', 'omni_refresh_dbt_sync'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_dbt_sync(pg_catalog.uuid, pg_catalog.uuid) IS
+	'asks Omni to compile the dbt manifest of a branch of a model anew (NULL: those of the server''s options) now, waits for its answer and returns the job';
+
+CREATE FUNCTION omni_refresh_dbt_sync_on_commit(
+	model pg_catalog.uuid DEFAULT NULL,
+	branch pg_catalog.uuid DEFAULT NULL)
+	RETURNS omni_refresh_job
+	AS 'MODULE_PATHNAME', 'omni_refresh_dbt_sync_on_commit'
+	LANGUAGE C VOLATILE PARALLEL UNSAFE;
+COMMENT ON FUNCTION omni_refresh_dbt_sync_on_commit(pg_catalog.uuid, pg_catalog.uuid) IS
+	'queues a dbt sync of a branch of a model (NULL: those of the server''s options), which is sent if and when the transaction commits, and returns the job';
 
 CREATE FUNCTION omni_refresh_wait(
 	id bigint,
@@ -742,7 +768,7 @@ COMMENT ON VIEW omni_refresh_freshness IS 'how fresh each model is: a row for ea
 COMMENT ON COLUMN omni_refresh_freshness.server IS 'the foreign server that names the Omni instance';
 COMMENT ON COLUMN omni_refresh_freshness.model_id IS 'the model';
 COMMENT ON COLUMN omni_refresh_freshness.branch_id IS 'the branch of the model, if the jobs name one';
-COMMENT ON COLUMN omni_refresh_freshness.kind IS 'schema: a refresh of the schema model; cache: a reset of a cache policy';
+COMMENT ON COLUMN omni_refresh_freshness.kind IS 'schema: a refresh of the schema model; cache: a reset of a cache policy; dbt: a dbt sync';
 COMMENT ON COLUMN omni_refresh_freshness.last_success IS 'when a job was completed or accepted last';
 COMMENT ON COLUMN omni_refresh_freshness.last_failure IS 'when a job failed, or its end became unknown, last';
 COMMENT ON COLUMN omni_refresh_freshness.last_error IS 'why that was';

@@ -33,37 +33,25 @@
 #define MAX_NESTING			32
 
 /*
- * How many bytes of a remote text to read.  An error holds 1 kB; the rest allows for
- * white space, which quote() removes.
+ * How many bytes of a remote text to show.  An error holds 1 kB; the rest allows for white
+ * space, which quote() removes.
  */
 #define MAX_READ			4096
 
-/*
- * How many bytes one character of the key may take, for example "\u0026#x00006f;", and
- * how many kinds of escapes may be nested.
- */
-#define MAX_SPELLING		32
-#define MAX_ESCAPES			3
-
-/* What an HTTP request asks of Omni */
-typedef enum Question
-{
-	QUESTION_REFRESH,
-	QUESTION_RESET,
-	QUESTION_POLL,
-	QUESTION_LOOKUP
-} Question;
+/* The messages about requests without a job of their own */
+static const OmniJobKind poll = {.refused = "server \"%s\" refused the question about a job: HTTP status %d"};
+static const OmniJobKind lookup = {.refused = "server \"%s\" refused the request: HTTP status %d"};
 
 static char *uuid_text(const pg_uuid_t *uuid);
 static char *escape(const char *text);
 static char *list_text(ArrayType *list);
 static void add_parameter(CURLU *url, const char *name, const char *value);
 static bool read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answer,
-						Question question, OmniOutcome *outcome);
+						const OmniJobKind *kind, OmniOutcome *outcome);
 static void read_failure(const OmniRequest *request, const char *key,
 						 const OmniAnswer *answer, OmniOutcome *outcome);
 static void read_refusal(const OmniRequest *request, const char *key,
-						 const OmniAnswer *answer, Question question, OmniOutcome *outcome);
+						 const OmniAnswer *answer, const OmniJobKind *kind, OmniOutcome *outcome);
 static void read_acceptance(const OmniRequest *request, const char *key,
 							const OmniAnswer *answer, OmniOutcome *outcome);
 static void read_reset(const OmniRequest *request, const char *key,
@@ -82,38 +70,11 @@ static bool has_value(Jsonb *object, const char *name);
 static bool looks_like_uuid(const char *text);
 static char *error_text(const OmniAnswer *answer, const char *key);
 
-/* A text with its escapes undone, and the offset of each character in the original */
-typedef struct Plain
-{
-	char	   *text;			/* in lower case */
-	int		   *origins;		/* offsets, one more than length */
-	int			length;
-} Plain;
-
-/* A way to escape characters */
-typedef struct Spelling
-{
-	char		mark;			/* the first byte of each escape */
-
-	/*
-	 * Read the escape at the start of a text in lower case.  Write the
-	 * character to *out and return how many bytes the escape takes, or 0 if
-	 * the text does not start with one.
-	 */
-	int			(*read) (const char *text, char *out);
-} Spelling;
-
 static char *quote(const char *bytes, size_t length, const char *key);
 static int	clean(const char *bytes, size_t length, StringInfo text);
 static bool is_invisible(pg_wchar character);
-static void find_key(const Plain *plain, const char *key, int escapes, bool *found);
-static void undo(const Plain *plain, const Spelling *spelling, Plain *result);
-static int	json_character(const char *text, char *out);
-static int	percent_character(const char *text, char *out);
-static int	html_character(const char *text, char *out);
-static const char *read_number(const char *text, int base, uint32 *number);
+static bool is_escape(const char *text);
 static char *lower_case(const char *text);
-static char ascii_character(uint32 code);
 
 /*
  * Return the host and port of a URL, as in "acme.omniapp.co:443", or with the scheme and
@@ -173,9 +134,10 @@ escape(const char *text)
 char *
 omni_api_job_url(const char *base_url, const OmniRequest *request)
 {
-	char	   *path = request->kind == OMNI_KIND_CACHE ?
-	psprintf("/api/v1/models/%s/cache_reset/%s", uuid_text(&request->model), escape(request->policy)) :
-	psprintf("/api/v1/models/%s/refresh", uuid_text(&request->model));
+	const OmniJobKind *kind = &omni_job_kinds[request->kind];
+	char	   *path = psprintf("/api/v1/models/%s/%s%s%s", uuid_text(&request->model), kind->path,
+								kind->takes_policy ? "/" : "",
+								kind->takes_policy ? escape(request->policy) : "");
 	char	   *text = NULL;
 	char	   *volatile result = NULL;
 	CURLU	   *url = curl_url();
@@ -282,6 +244,22 @@ omni_api_encoded_length(const char *text)
 	return length;
 }
 
+/* Return how many bytes a name may take in a list in a URL, with the comma before it. */
+int
+omni_api_name_length(const char *name)
+{
+	return strlen("%2C") + omni_api_encoded_length(name);
+}
+
+/* Return how many bytes the names of both lists may take in the URL of any refresh. */
+int
+omni_api_room(void)
+{
+	OmniRequest longest = {.has_branch = true,.hard_named = true};
+
+	return OMNI_MAX_PATH - omni_api_path_length(&longest) - strlen("?schemas=?tables=");
+}
+
 /* Return how many bytes the path and the query of a refresh may take. */
 Size
 omni_api_path_length(const OmniRequest *request)
@@ -355,15 +333,14 @@ void
 omni_api_job_outcome(const OmniRequest *request, const char *key,
 					 const OmniAnswer *answer, OmniOutcome *outcome)
 {
-	bool		cache = request->kind == OMNI_KIND_CACHE;
+	const OmniJobKind *kind = &omni_job_kinds[request->kind];
 
-	if (read_answer(request, key, answer, cache ? QUESTION_RESET : QUESTION_REFRESH, outcome))
-	{
-		if (cache)
-			read_reset(request, key, answer, outcome);
-		else
-			read_acceptance(request, key, answer, outcome);
-	}
+	if (!read_answer(request, key, answer, kind, outcome))
+		return;
+	if (kind->is_followed)
+		read_acceptance(request, key, answer, outcome);
+	else
+		read_reset(request, key, answer, outcome);
 }
 
 /*
@@ -378,7 +355,7 @@ omni_api_poll_outcome(const OmniRequest *request, const char *key,
 	Jsonb	   *json;
 	char	   *status;
 
-	if (!read_answer(request, key, answer, QUESTION_POLL, outcome))
+	if (!read_answer(request, key, answer, &poll, outcome))
 		return false;
 	json = omni_api_json(answer->body, answer->length, &why);
 	status = json != NULL ? omni_api_member(&json->root, "status") : NULL;
@@ -402,7 +379,7 @@ void
 omni_api_lookup_outcome(const OmniRequest *request, const char *key,
 						const OmniAnswer *answer, OmniOutcome *outcome)
 {
-	if (read_answer(request, key, answer, QUESTION_LOOKUP, outcome))
+	if (read_answer(request, key, answer, &lookup, outcome))
 		outcome->status = OMNI_NAME_COMPLETED;
 }
 
@@ -461,7 +438,7 @@ omni_api_find_model(const OmniAnswer *answer, const pg_uuid_t *model, const char
  */
 static bool
 read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answer,
-			Question question, OmniOutcome *outcome)
+			const OmniJobKind *kind, OmniOutcome *outcome)
 {
 	memset(outcome, 0, sizeof(*outcome));
 	outcome->http_status = answer->status;
@@ -471,7 +448,7 @@ read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answe
 	if (answer->failed)
 		read_failure(request, key, answer, outcome);
 	else if (answer->status != 200)
-		read_refusal(request, key, answer, question, outcome);
+		read_refusal(request, key, answer, kind, outcome);
 	return !answer->failed && answer->status == 200;
 }
 
@@ -585,39 +562,28 @@ read_failure(const OmniRequest *request, const char *key,
 /* Set the outcome of an answer with another HTTP status than 200, by Omni or a proxy. */
 static void
 read_refusal(const OmniRequest *request, const char *key,
-			 const OmniAnswer *answer, Question question, OmniOutcome *outcome)
+			 const OmniAnswer *answer, const OmniJobKind *kind, OmniOutcome *outcome)
 {
 	static const struct
 	{
 		int			status;
 		int			sqlstate;
 		const char *hint;
-		const char *other;		/* for any other question than a refresh, or
-								 * NULL: the same */
 	}			refusals[] = {
 		{400, ERRCODE_INVALID_PARAMETER_VALUE,
-			"Check the arguments; branch is required when the connection's setting \"Branch-based schema refresh\" is on, and must be left out when it is off.",
 		"Check the arguments."},
 		{401, ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
-		"Check the API key in the user mapping: it may have been revoked, or belong to another instance.", NULL},
+		"Check the API key in the user mapping: it may have been revoked, or belong to another instance."},
 		{403, ERRCODE_INSUFFICIENT_PRIVILEGE,
-			"Modelers may refresh only on connections with exactly one shared model; Connection Admins on every connection they administer.",
 		"The owner of the API key needs the permission for this in Omni."},
 		{404, ERRCODE_UNDEFINED_OBJECT,
-			"Check the model's uuid, and that the server's \"base_url\" is the instance that has it.",
 		"Check what is asked for, and that the server's \"base_url\" is the instance that has it."},
 		{407, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
-		"Proxies that want authentication are not supported.", NULL},
+		"Proxies that want authentication are not supported."},
 		{429, ERRCODE_INSUFFICIENT_RESOURCES,
-		"Omni limits the requests of a key, by default to 60 a minute; others may be using the same key.", NULL},
+		"Omni limits the requests of a key, by default to 60 a minute; others may be using the same key."},
 		{503, ERRCODE_CONNECTION_FAILURE,
-		"Omni is under maintenance or overloaded; try again later.", NULL},
-	};
-	static const char *const messages[] = {
-		[QUESTION_REFRESH] = "server \"%s\" refused the refresh: HTTP status %d",
-		[QUESTION_RESET] = "server \"%s\" refused the cache reset: HTTP status %d",
-		[QUESTION_POLL] = "server \"%s\" refused the question about a job: HTTP status %d",
-		[QUESTION_LOOKUP] = "server \"%s\" refused the request: HTTP status %d"
+		"Omni is under maintenance or overloaded; try again later."},
 	};
 	char	   *text = error_text(answer, key);
 	char	   *why;
@@ -648,7 +614,7 @@ read_refusal(const OmniRequest *request, const char *key,
 	omni_error_set(&outcome->error,
 				   answer->status >= 500 ? ERRCODE_CONNECTION_FAILURE :
 				   ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
-				   messages[question], NameStr(request->server), answer->status);
+				   kind->refused, NameStr(request->server), answer->status);
 	omni_error_hint(&outcome->error, answer->status >= 500 ?
 					"The trouble is on Omni's side, or in a proxy in between; try again later." :
 					"Omni does not document this status; it may come from a proxy in between.");
@@ -657,9 +623,13 @@ read_refusal(const OmniRequest *request, const char *key,
 		if (refusals[i].status == answer->status)
 		{
 			outcome->error.sqlstate = refusals[i].sqlstate;
-			omni_error_hint(&outcome->error, "%s", refusals[i].other != NULL && question != QUESTION_REFRESH ?
-							refusals[i].other : refusals[i].hint);
+			omni_error_hint(&outcome->error, "%s", refusals[i].hint);
 		}
+	}
+	for (const OmniHint *special = kind->hints; special->status != 0; special++)
+	{
+		if (special->status == answer->status)
+			omni_error_hint(&outcome->error, "%s", special->hint);
 	}
 	if (answer->status == 400 && omni_api_json(answer->body, answer->length, &why) == NULL)
 		omni_error_hint(&outcome->error, "The answer is not JSON, so it comes from a proxy or load balancer in between, not from Omni: check scheme, host and port of the server's \"base_url\".");
@@ -746,16 +716,18 @@ is_known_status(const char *status)
 	return false;
 }
 
-/* Set the outcome of a refresh that Omni reports as failed. */
+/* Set the outcome of a job that Omni reports as failed. */
 static void
 set_failed(const OmniRequest *request, OmniOutcome *outcome)
 {
+	const OmniJobKind *kind = &omni_job_kinds[request->kind];
+
 	outcome->status = OMNI_NAME_FAILED;
 	omni_error_set(&outcome->error, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
-				   "Omni could not refresh the model on server \"%s\"",
-				   NameStr(request->server));
+				   kind->failed, NameStr(request->server));
 	omni_error_detail(&outcome->error, "Omni accepted the request and reported the status \"failed\", without a reason.");
-	omni_error_hint(&outcome->error, "Look at the connection in Omni: it may not reach the database, or lack privileges there.");
+	if (kind->failed_hint != NULL)
+		omni_error_hint(&outcome->error, "%s", kind->failed_hint);
 }
 
 /* Set the outcome of a cache reset from an answer with HTTP status 200. */
@@ -778,11 +750,9 @@ read_reset(const OmniRequest *request, const char *key,
 		outcome->status = OMNI_NAME_COMPLETED;
 	else
 	{
-		outcome->status = OMNI_NAME_FAILED;
-		omni_error_set(&outcome->error, ERRCODE_EXTERNAL_ROUTINE_EXCEPTION,
-					   "Omni could not reset the cache policy \"%s\" on server \"%s\"",
-					   request->policy, NameStr(request->server));
-		omni_error_detail(&outcome->error, "Omni accepted the request and reported no success, without a reason.");
+		set_failed(request, outcome);
+		omni_error_detail(&outcome->error, "Omni accepted the reset of \"%s\" and reported no success, without a reason.",
+						  request->policy);
 	}
 }
 
@@ -1067,45 +1037,64 @@ omni_api_copy(char *buffer, Size size, const char *text, const char *key)
 
 /*
  * Prepare the beginning of a remote text for an error: one line, in the database's encoding,
- * with the API key replaced wherever it occurs, also if it is escaped as in JSON, URLs or
- * HTML.  NULL if there is nothing to show.
+ * with the API key replaced wherever it occurs, in any case.  NULL if there is nothing to show.
+ *
+ * An escape, such as those of JSON, URLs and HTML, may hide the key.  The text ends before the
+ * first word that has one; what JSON has escaped in Omni's own messages is no longer so here.
  *
  * Read more than is shown: the key may begin in the shown part and end behind it.
  */
 static char *
 quote(const char *bytes, size_t length, const char *key)
 {
-	size_t		most = MAX_READ + MAX_SPELLING * strlen(key);
+	size_t		key_length = strlen(key);
 	StringInfoData text;
 	StringInfoData result;
-	Plain		plain;
-	bool	   *found;
+	char	   *lower;
+	char	   *lower_key = lower_case(key);
 	int			shown;
+	int			word = 0;		/* where the last word begins, in the result */
+	bool		cut = length > MAX_READ;
 
 	initStringInfo(&text);
-	shown = clean(bytes, Min(length, most), &text);
-
-	plain.text = lower_case(text.data);
-	plain.length = text.len;
-	plain.origins = palloc((text.len + 1) * sizeof(int));
-	for (int i = 0; i <= text.len; i++)
-		plain.origins[i] = i;
-	found = palloc0(text.len + 1);
-	find_key(&plain, lower_case(key), MAX_ESCAPES, found);
+	shown = clean(bytes, Min(length, MAX_READ + key_length), &text);
+	lower = lower_case(text.data);
 
 	initStringInfo(&result);
-	for (int i = 0; i < shown; i++)
+	for (int i = 0; i < shown;)
 	{
-		if (!found[i])
-			appendStringInfoChar(&result, text.data[i]);
-		else if (i == 0 || !found[i - 1])
+		if (strncmp(lower + i, lower_key, key_length) == 0)
+		{
 			appendStringInfoString(&result, "[API key]");
+			i += key_length;
+			continue;
+		}
+		if (is_escape(text.data + i))
+		{
+			result.len = word;
+			cut = true;
+			break;
+		}
+		if (text.data[i] == ' ')
+			word = result.len;
+		appendStringInfoChar(&result, text.data[i++]);
 	}
 	while (result.len > 0 && result.data[result.len - 1] == ' ')
-		result.data[--result.len] = '\0';
-	if (result.len > 0 && length > MAX_READ)
+		result.len--;
+	result.data[result.len] = '\0';
+	if (result.len > 0 && cut)
 		appendStringInfoString(&result, "...");
 	return result.len > 0 ? result.data : NULL;
+}
+
+/* Return whether a text begins with an escape: "\u006f", "%6f", "&#111;", "&amp;". */
+static bool
+is_escape(const char *text)
+{
+	const unsigned char *next = (const unsigned char *) text + 1;
+
+	return text[0] == '\\' || (text[0] == '%' && isxdigit(next[0]) && isxdigit(next[1])) ||
+		(text[0] == '&' && (next[0] == '#' || isalpha(next[0])));
 }
 
 /*
@@ -1171,164 +1160,6 @@ is_invisible(pg_wchar character)
 	return (character & 0xfffe) == 0xfffe;
 }
 
-/*
- * Mark the bytes of the original text where the key occurs in *plain, as it is or with up to
- * the given number of nested escapes undone.  The array found has one element for each byte of
- * the original.  Compare in lower case, since a server may repeat the key in lower case.
- */
-static void
-find_key(const Plain *plain, const char *key, int escapes, bool *found)
-{
-	static const Spelling spellings[] = {
-		{'\\', json_character}, {'%', percent_character}, {'&', html_character}
-	};
-	size_t		length = strlen(key);
-
-	for (const char *at = plain->text; (at = strstr(at, key)) != NULL; at += length)
-	{
-		int			begin = plain->origins[at - plain->text];
-
-		memset(found + begin, true, plain->origins[at - plain->text + length] - begin);
-	}
-	if (escapes == 0)
-		return;
-	for (int i = 0; i < lengthof(spellings); i++)
-	{
-		Plain		undone;
-
-		if (strchr(plain->text, spellings[i].mark) == NULL)
-			continue;
-		undo(plain, &spellings[i], &undone);
-		if (undone.length < plain->length)
-			find_key(&undone, key, escapes - 1, found);
-		pfree(undone.text);
-		pfree(undone.origins);
-	}
-}
-
-/* Undo all escapes of one kind, once. */
-static void
-undo(const Plain *plain, const Spelling *spelling, Plain *result)
-{
-	int			used;
-
-	result->text = palloc(plain->length + 1);
-	result->origins = palloc((plain->length + 1) * sizeof(int));
-	result->length = 0;
-	for (int i = 0; i < plain->length; i += used)
-	{
-		char	   *out = &result->text[result->length];
-
-		used = plain->text[i] == spelling->mark ? spelling->read(plain->text + i, out) : 0;
-		if (used == 0)
-		{
-			*out = plain->text[i];
-			used = 1;
-		}
-		result->origins[result->length++] = plain->origins[i];
-	}
-	result->text[result->length] = '\0';
-	result->origins[result->length] = plain->origins[plain->length];
-}
-
-/* Read an escape of JSON: "\u006f", "\/". */
-static int
-json_character(const char *text, char *out)
-{
-	uint32		code;
-
-	if (text[1] == '\0')
-		return 0;
-	if (text[1] == 'u' && strspn(text + 2, "0123456789abcdef") >= 4)
-	{
-		char		digits[] = {text[2], text[3], text[4], text[5], '\0'};
-
-		(void) read_number(digits, 16, &code);
-		*out = ascii_character(code);
-		return 6;
-	}
-	*out = text[1];
-	return 2;
-}
-
-/* Read an escape of URLs: "%6f". */
-static int
-percent_character(const char *text, char *out)
-{
-	uint32		code;
-
-	if (isxdigit((unsigned char) text[1]) && isxdigit((unsigned char) text[2]))
-	{
-		char		digits[] = {text[1], text[2], '\0'};
-
-		(void) read_number(digits, 16, &code);
-		*out = ascii_character(code);
-		return 3;
-	}
-	return 0;
-}
-
-/* Read an escape of HTML: "&amp;", "&#111;", "&#x6f;". */
-static int
-html_character(const char *text, char *out)
-{
-	/* HTML's names for ASCII, in lower case */
-	static const struct
-	{
-		const char *name;
-		char		character;
-	}			names[] = {
-		{"excl", '!'}, {"quot", '"'}, {"num", '#'}, {"dollar", '$'}, {"percnt", '%'},
-		{"amp", '&'}, {"apos", '\''}, {"lpar", '('}, {"rpar", ')'}, {"ast", '*'},
-		{"midast", '*'}, {"plus", '+'}, {"comma", ','}, {"period", '.'}, {"sol", '/'},
-		{"colon", ':'}, {"semi", ';'}, {"lt", '<'}, {"equals", '='}, {"gt", '>'},
-		{"quest", '?'}, {"commat", '@'}, {"lsqb", '['}, {"lbrack", '['}, {"bsol", '\\'},
-		{"rsqb", ']'}, {"rbrack", ']'}, {"hat", '^'}, {"lowbar", '_'}, {"underbar", '_'},
-		{"grave", '`'}, {"diacriticalgrave", '`'}, {"lcub", '{'}, {"lbrace", '{'},
-		{"verbar", '|'}, {"vert", '|'}, {"verticalline", '|'}, {"rcub", '}'}, {"rbrace", '}'}
-	};
-	const char *end;
-	uint32		code;
-
-	if (text[1] == '#')
-	{
-		end = text[2] == 'x' ? read_number(text + 3, 16, &code) : read_number(text + 2, 10, &code);
-		if (end == NULL || *end != ';')
-			return 0;
-		*out = ascii_character(code);
-		return end + 1 - text;
-	}
-	for (int i = 0; i < lengthof(names); i++)
-	{
-		size_t		length = strlen(names[i].name);
-
-		if (strncmp(text + 1, names[i].name, length) == 0 && text[length + 1] == ';')
-		{
-			*out = names[i].character;
-			return length + 2;
-		}
-	}
-	return 0;
-}
-
-/* Read digits, hexadecimal ones in lower case; return their end, or NULL if there are none. */
-static const char *
-read_number(const char *text, int base, uint32 *number)
-{
-	static const char digits[] = "0123456789abcdef";
-	size_t		length = 0;
-	const char *digit;
-
-	*number = 0;
-	while (text[length] != '\0' && (digit = strchr(digits, text[length])) != NULL &&
-		   digit - digits < base)
-	{
-		*number = Min(*number * base + (digit - digits), 0xffffff);
-		length++;
-	}
-	return length > 0 ? text + length : NULL;
-}
-
 /* Copy a text, with ASCII letters in lower case; palloc'd. */
 static char *
 lower_case(const char *text)
@@ -1338,14 +1169,4 @@ lower_case(const char *text)
 	for (char *c = copy; *c != '\0'; c++)
 		*c = pg_ascii_tolower(*c);
 	return copy;
-}
-
-/*
- * Return an ASCII character in lower case.  For any other character, return DEL, which no
- * API key contains.
- */
-static char
-ascii_character(uint32 code)
-{
-	return code > 0 && code < 0x7f ? pg_ascii_tolower(code) : 0x7f;
 }

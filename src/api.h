@@ -15,6 +15,7 @@
 
 #include "error.h"
 #include "http.h"
+#include "jobkind.h"
 
 /*
  * The maximum length of a URL, in bytes: servers and proxies commonly accept 8 kB.  With
@@ -33,12 +34,6 @@
 /* Maximum size of a cache policy's name, with its terminating NUL */
 #define OMNI_MAX_POLICY		256
 
-typedef enum OmniKind
-{
-	OMNI_KIND_SCHEMA,			/* refresh a model of the schema */
-	OMNI_KIND_CACHE				/* reset a cache policy */
-} OmniKind;
-
 /* What a job asks for.  Plain data except for the two lists. */
 typedef struct OmniRequest
 {
@@ -56,10 +51,11 @@ typedef struct OmniRequest
 	bool		has_reset_at;
 	TimestampTz reset_at;		/* if has_reset_at */
 	NameData	server;
-	NameData	requested_by;	/* role whose key is used ... */
-	Oid			role;			/* ... and its OID */
-	NameData	called_by;		/* role of the session, as of a wrapper's
-								 * caller; empty if it was dropped */
+	Oid			role;			/* whose key is used; known by its OID ... */
+	NameData	requested_by;	/* ... and shown by the name that it had */
+	Oid			caller;			/* role of the session, as of a wrapper's
+								 * caller; 0 if it was dropped */
+	NameData	called_by;		/* the name that it had, or empty */
 	NameData	application;	/* application_name, may be empty */
 	TimestampTz requested_at;
 } OmniRequest;
@@ -75,6 +71,7 @@ typedef struct OmniOutcome
 	bool		attempted;		/* it is the outcome of an HTTP request */
 	bool		retryable;		/* the same request might fare better later */
 	bool		few;			/* but not often: see OMNI_FEW_ATTEMPTS */
+	bool		recovered;		/* the worker ended during the attempt */
 	bool		may_have_arrived;	/* no answer came, and Omni may have got
 									 * the request */
 	bool		slow_down;		/* send nothing with this key for a while */
@@ -94,6 +91,8 @@ extern char *omni_api_job_body(const OmniRequest *request);
 extern char *omni_api_poll_url(const char *base_url, const pg_uuid_t *job_id);
 extern char *omni_api_lookup_url(const char *base_url, const char *lookup);
 extern Size omni_api_encoded_length(const char *text);
+extern int	omni_api_name_length(const char *name);
+extern int	omni_api_room(void);
 extern Size omni_api_path_length(const OmniRequest *request);
 extern bool omni_api_fits(const OmniRequest *request);
 extern char *omni_api_models_lookup(const char *name, const char *kind, const char *cursor);

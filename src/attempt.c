@@ -21,6 +21,7 @@
 #include "compat.h"
 #include "counter.h"
 #include "dispatch.h"
+#include "fault.h"
 #include "inflight.h"
 #include "omni_refresh.h"
 #include "report.h"
@@ -37,7 +38,7 @@ typedef struct SharedTransaction
 	/* The body: for some work, or for all that takes part if only is NULL */
 	bool		(*body) (void *only);
 	bool		flush;			/* as in omni_transact() */
-	/* Act on the result; *error is set if that is FAILED. */
+	/* Act on the result; *error is set unless that is COMMITTED. */
 	void		(*finish) (OmniWork *work, OmniTransacted result, const OmniError *error);
 } SharedTransaction;
 
@@ -49,19 +50,25 @@ static bool is_lookup(const OmniWork *only);
 static void lock_rows(OmniWork *only);
 static void begin_one(OmniWork *work);
 static bool find_target(OmniWork *work, OmniError *error);
+static bool check_kind(const OmniWork *work, OmniError *error);
 static bool check_role(OmniWork *work, OmniError *error);
 static bool resolve_server(OmniWork *work, OmniError *error);
 static void refuse_without_target(OmniWork *work, const OmniError *error);
 static void reserve_place(OmniWork *work);
-static void refuse_without_place(OmniWork *work, int64 when, bool blocked);
+static void give_place_back(OmniWork *work);
+static bool is_too_late(const OmniWork *work);
+static void conclude_too_late(OmniWork *work, bool was_throttled);
+static void conclude_without_place(OmniWork *work, int64 when, bool blocked);
 static void refuse(OmniWork *work);
 static void finish_begin(OmniWork *work, OmniTransacted result, const OmniError *error);
 static bool is_about_resources(int sqlstate);
+static int	for_caller(int sqlstate);
 static bool is_late(const OmniWork *work);
 static void not_begun(OmniWork *work, const OmniError *error);
 static void begun(OmniWork *work);
 static void wait_for_row(OmniWork *work);
 static void send_request(OmniWork *work);
+static void not_sent(OmniWork *work, const OmniError *error);
 static bool is_wanted(void *work);
 static bool is_recording(const OmniWork *work);
 static bool record(void *only);
@@ -71,6 +78,7 @@ static OmniCounter counter_of_outcome(const OmniWork *work);
 static void finish_record(OmniWork *work, OmniTransacted result, const OmniError *error);
 static void finished(OmniWork *work);
 static void record_later(OmniWork *work, OmniTransacted result, const OmniError *why);
+static bool is_news(int sqlstate);
 static void reply_unrecorded(OmniWork *work, const OmniError *why);
 static void withdraw(OmniWork *work);
 
@@ -98,6 +106,7 @@ share_transaction(const SharedTransaction *shared)
 {
 	dlist_mutable_iter iter;
 	OmniError	error;
+	OmniError	own_error;
 	OmniTransacted result = COMMITTED;
 	int			count = 0;
 
@@ -112,13 +121,17 @@ share_transaction(const SharedTransaction *shared)
 	dlist_foreach_modify(iter, &omni_works)
 	{
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
-		OmniTransacted own = result;
 
 		if (!shared->takes_part(work))
 			continue;
-		if ((own == FAILED && count > 1) || (own == NOT_NOW && !work->kind->has_job))
-			own = omni_transact(shared->body, work, shared->flush, &error);
-		shared->finish(work, own, &error);
+		if ((result == FAILED && count > 1) || (result == NOT_NOW && !work->kind->has_job))
+		{
+			OmniTransacted own = omni_transact(shared->body, work, shared->flush, &own_error);
+
+			shared->finish(work, own, &own_error);
+		}
+		else
+			shared->finish(work, result, &error);
 	}
 	return result;
 }
@@ -172,7 +185,9 @@ begin(void *only)
 		if (!omni_tables_lock())
 			return false;
 		omni_dispatch_settle();
+		OMNI_FAULT_POINT("begin: settled");
 		lock_rows(only);
+		OMNI_FAULT_POINT("begin: rows locked");
 	}
 	dlist_foreach(iter, &omni_works)
 	{
@@ -181,6 +196,7 @@ begin(void *only)
 		if (work->beginning && (only == NULL || only == work))
 			begin_one(work);
 	}
+	OMNI_FAULT_POINT("begin: done");
 	return true;
 }
 
@@ -232,7 +248,9 @@ static void
 begin_one(OmniWork *work)
 {
 	OmniError	error;
+	bool		was_throttled = work->delayed_until != 0;
 
+	give_place_back(work);		/* of a transaction that was rolled back */
 	omni_work_forget_attempt(work);
 	work->concluded = false;
 	work->delayed_until = 0;
@@ -250,6 +268,13 @@ begin_one(OmniWork *work)
 		work->kind->prepare(work);
 	if (work->concluded)
 		return;
+	if (is_too_late(work))
+	{
+		conclude_too_late(work, was_throttled);
+		refuse(work);
+		return;
+	}
+	OMNI_FAULT_POINT("begin: prepared");
 	if (find_target(work, &error))
 		reserve_place(work);
 	else
@@ -264,7 +289,7 @@ static bool
 find_target(OmniWork *work, OmniError *error)
 {
 	MemoryContext context = MemoryContextSwitchTo(work->attempt);
-	bool		found = check_role(work, error) && resolve_server(work, error) &&
+	bool		found = check_kind(work, error) && check_role(work, error) && resolve_server(work, error) &&
 	omni_target_read_key(&work->target, error);
 
 	if (found)
@@ -277,22 +302,31 @@ find_target(OmniWork *work, OmniError *error)
 	return found;
 }
 
-/*
- * Check that the requesting role still has its name: the key of a new role with the same name
- * or OID must not be used.
- */
+/* Check that the row names a kind of job that this version knows. */
+static bool
+check_kind(const OmniWork *work, OmniError *error)
+{
+	if (work->job.request.kind != OMNI_KIND_UNRECOGNIZED)
+		return true;
+	omni_error_set(error, ERRCODE_INVALID_PARAMETER_VALUE,
+				   "job " INT64_FORMAT " is of an unrecognized kind", work->job.id);
+	omni_error_hint(error, "A newer version of the extension may have queued it.");
+	return false;
+}
+
+/* Check that the requesting role exists; a new role of the same name is another one. */
 static bool
 check_role(OmniWork *work, OmniError *error)
 {
 	OmniRequest *request = &work->job.request;
-	char	   *rolename = GetUserNameFromId(request->role, true);
 
-	if (rolename != NULL && strcmp(rolename, NameStr(request->requested_by)) == 0)
+	if (GetUserNameFromId(request->role, true) != NULL)
 		return true;
 	omni_error_set(error, ERRCODE_UNDEFINED_OBJECT,
-				   "role \"%s\" was dropped or renamed", NameStr(request->requested_by));
+				   work->kind->has_caller ? "role \"%s\" does not exist" : "role \"%s\" was dropped",
+				   NameStr(request->requested_by));
 	if (work->kind->has_caller)
-		omni_error_hint(error, "If this transaction has created or renamed it, commit first.");
+		omni_error_hint(error, "If this transaction has created it, commit first.");
 	return false;
 }
 
@@ -329,7 +363,7 @@ static void
 refuse_without_target(OmniWork *work, const OmniError *error)
 {
 	omni_work_conclude(work, OMNI_NAME_FAILED, error);
-	if (!work->kind->has_caller && omni_clock() < work->deadline &&
+	if (!work->kind->has_caller && work->job.request.kind != OMNI_KIND_UNRECOGNIZED && omni_clock() < work->deadline &&
 		(work->target.key_file != NULL ||
 		 !OidIsValid(get_foreign_server_oid(NameStr(work->job.request.server), true))))
 	{
@@ -353,10 +387,12 @@ reserve_place(OmniWork *work)
 	int64		when = omni_rate_take(work->rate_id, work->kind->class, work->target.rate_limit,
 									  &blocked);
 
+	OMNI_FAULT_POINT("begin: place reserved");
 	if (when != 0)
 		omni_count(&work->job.request.server, OMNI_COUNT_THROTTLED, 1);
 	if (when == 0)
 	{
+		work->has_place = true;
 		if (work->kind->begin != NULL && !work->kind->begin(work))
 			work->row = OMNI_ROW_GONE;
 	}
@@ -369,7 +405,52 @@ reserve_place(OmniWork *work)
 			omni_throttle(work, when);
 	}
 	else
-		refuse_without_place(work, when, blocked);
+	{
+		conclude_without_place(work, when, blocked);
+		refuse(work);
+	}
+}
+
+/* Give back the place of a request that is not sent. */
+static void
+give_place_back(OmniWork *work)
+{
+	if (work->has_place)
+		omni_rate_give_back(work->rate_id, work->kind->class);
+	work->has_place = false;
+}
+
+/* Return whether the deadline of a call has come, so that nothing is sent any more. */
+static bool
+is_too_late(const OmniWork *work)
+{
+	return work->kind->has_caller && omni_clock() >= work->deadline;
+}
+
+/*
+ * Conclude a call that is not sent since its deadline has come: with the error of the last
+ * attempt if there was one, else with what it has waited for.
+ */
+static void
+conclude_too_late(OmniWork *work, bool was_throttled)
+{
+	OmniError	error = work->best_error;
+
+	if (was_throttled)
+	{
+		conclude_without_place(work, omni_clock(), false);
+		return;
+	}
+	if (error.sqlstate == 0)
+	{
+		omni_error_set(&error, ERRCODE_CONNECTION_FAILURE,
+					   "\"omni_refresh.call_timeout\" was over before the request to server \"%s\" could be sent",
+					   NameStr(work->job.request.server));
+		omni_error_detail(&error, "It waited for %s, and was not sent.",
+						  work->taken_at >= work->deadline ? "the background worker to take it" :
+						  work->waited_for);
+	}
+	omni_work_conclude(work, OMNI_NAME_FAILED, &error);
 }
 
 /*
@@ -377,7 +458,7 @@ reserve_place(OmniWork *work)
  * the error of the last attempt, if there was one.
  */
 static void
-refuse_without_place(OmniWork *work, int64 when, bool blocked)
+conclude_without_place(OmniWork *work, int64 when, bool blocked)
 {
 	OmniError	error = work->best_error;
 
@@ -395,12 +476,12 @@ refuse_without_place(OmniWork *work, int64 when, bool blocked)
 							"Omni has asked for a pause with this key; others may be using it, too.");
 		else
 			omni_error_hint(&error,
+							work->target.rate_limit == 1 ?
+							"The option \"rate_limit\" of the server allows %d request a minute with one key, from all databases." :
 							"The option \"rate_limit\" of the server allows %d requests a minute with one key, from all databases.",
 							work->target.rate_limit);
 	}
-	omni_work_conclude(work, work->job.attempts == 0 ? OMNI_NAME_CANCELED : OMNI_NAME_FAILED,
-					   &error);
-	refuse(work);
+	omni_work_conclude(work, OMNI_NAME_FAILED, &error);
 }
 
 /* Record a conclusion, for kinds that are recorded. */
@@ -416,25 +497,30 @@ static void
 finish_begin(OmniWork *work, OmniTransacted result, const OmniError *error)
 {
 	if (result == COMMITTED)
+	{
 		begun(work);
-	else if (!work->kind->has_caller &&
-			 (result == NOT_NOW || is_about_resources(error->sqlstate)))
+		return;
+	}
+	give_place_back(work);
+	if (error->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)
+		work->waited_for = "a lock on the tables of omni_refresh";
+	if (!work->kind->has_caller &&
+		(result == NOT_NOW || is_about_resources(error->sqlstate)))
 	{
 		omni_work_end(work);	/* the job stays in its table */
 		omni_dispatch_pause(result == NOT_NOW ? OMNI_LOCAL_DELAY : OMNI_LOCAL_DELAY_MAX / 10);
 	}
-	else if (result == FAILED)
+	else if (result == FAILED && (work->step == NEW || !is_about_resources(error->sqlstate)))
 		not_begun(work, error);
 	else if (is_late(work))
 	{
 		OmniError	late;
 
-		omni_error_set(&late, ERRCODE_LOCK_NOT_AVAILABLE,
-					   "could not record the request in time");
-		omni_error_detail(&late, work->step == NEW ?
-						  "Another session holds a lock on the tables of omni_refresh.  Nothing was sent." :
-						  "Another session holds a lock on the tables of omni_refresh.");
-		omni_error_hint(&late, "Look for the lock in pg_locks.");
+		omni_error_set(&late, for_caller(error->sqlstate), "could not record the request in time");
+		omni_error_detail(&late, work->step == NEW ? "%c%s.  Nothing was sent." : "%c%s.",
+						  pg_ascii_toupper(error->message[0]), &error->message[1]);
+		if (error->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE)
+			omni_error_hint(&late, "Look for the lock in pg_locks.");
 		not_begun(work, &late);
 	}
 }
@@ -447,6 +533,13 @@ is_about_resources(int sqlstate)
 
 	return category == ERRCODE_INSUFFICIENT_RESOURCES ||
 		category == ERRCODE_OPERATOR_INTERVENTION || category == ERRCODE_SYSTEM_ERROR;
+}
+
+/* Return the code of an error of the worker's for a caller, whose own query nobody has canceled. */
+static int
+for_caller(int sqlstate)
+{
+	return sqlstate == ERRCODE_QUERY_CANCELED ? ERRCODE_CONNECTION_FAILURE : sqlstate;
 }
 
 /* Return whether an attempt has waited too long for locks on the tables. */
@@ -541,6 +634,7 @@ wait_for_row(OmniWork *work)
 	if (omni_clock() < work->deadline)
 	{
 		work->run_at = omni_clock() + OMNI_MS(OMNI_LOCAL_DELAY);
+		work->waited_for = "a lock on the row of its job";
 		return;
 	}
 	omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
@@ -590,8 +684,9 @@ send_request(OmniWork *work)
 	};
 	OmniError	error;
 
-	if (omni_work_is_abandoned(work))	/* libcurl may be too old to ask later */
+	if (!is_wanted(work))		/* libcurl may be too old to ask later */
 	{
+		give_place_back(work);
 		withdraw(work);
 		return;
 	}
@@ -601,24 +696,49 @@ send_request(OmniWork *work)
 	{
 		MemoryContextSwitchTo(work->attempt);
 		request.body = omni_api_job_body(&work->job.request);
-		work->transfer = omni_http_start(&request);
 		omni_rate_sent(NameStr(work->job.request.server), work->kind->class);
+		OMNI_FAULT_POINT("send: counted");
+		work->transfer = omni_http_start(&request);
+		work->has_place = false;
 	}
 	PG_CATCH();
 	{
 		omni_error_catch(&error, context);
-		omni_work_conclude(work, OMNI_NAME_FAILED, &error);
-		work->step = ANSWERED;
+		not_sent(work, &error);
 	}
 	PG_END_TRY();
 	MemoryContextSwitchTo(context);
+}
+
+/*
+ * A request could not be sent, for lack of memory for example: conclude the work, but try a
+ * queued job or poll again if that is not its fault.
+ */
+static void
+not_sent(OmniWork *work, const OmniError *error)
+{
+	OmniOutcome *outcome = &work->outcome;
+
+	give_place_back(work);
+	omni_work_forget_attempt(work);
+	omni_work_conclude(work, OMNI_NAME_FAILED, error);
+	if (!work->kind->has_caller && is_about_resources(error->sqlstate) &&
+		omni_clock() < work->deadline)
+	{
+		outcome->status = work->kind->resting;
+		outcome->quiet = !work->kind->has_row;
+		outcome->attempt_event = OMNI_NAME_ATTEMPT_FAILED;
+		outcome->again = true;
+		outcome->delay = OMNI_MS(OMNI_LOCAL_DELAY_MAX / 10);
+	}
+	work->step = ANSWERED;
 }
 
 /* Callback of OmniHttpRequest: return whether the request is still to be sent. */
 static bool
 is_wanted(void *work)
 {
-	return !omni_work_is_abandoned(work);
+	return !omni_work_is_abandoned(work) && !is_too_late(work);
 }
 
 /* Record the outcomes of attempts, and finish the work. */
@@ -662,26 +782,39 @@ record(void *only)
 		work->row = OMNI_ROW_OURS;
 		if (exists && work->kind->has_job)
 			work->row = omni_job_record(&work->job, &work->outcome);
+		OMNI_FAULT_POINT("record: recorded");
 		if (work->outcome.attempted && work->row != OMNI_ROW_LOCKED)
 			count_request(work);
 	}
+	OMNI_FAULT_POINT("record: done");
 	return true;
 }
 
-/* Decide what the answer to an attempt means, unless an earlier try to record it did. */
+/*
+ * Decide what the answer to an attempt means, unless an earlier try to record it did.  An
+ * error leaves the decision to the next try.  The outcome must outlive this transaction, which
+ * may be rolled back.
+ */
 static void
 decide(OmniWork *work)
 {
 	const OmniAnswer *answer = work->transfer != NULL ? &work->transfer->answer : NULL;
 
-	if (!work->concluded && answer->withdrawn)
-		withdraw(work);
 	if (work->concluded)
 		return;
+	if (answer->withdrawn)
+	{
+		withdraw(work);
+		return;
+	}
 
-	work->concluded = true;
+	OMNI_FAULT_POINT("record: to judge");
 	work->kind->judge(work, answer);
+	OMNI_FAULT_POINT("record: judged");
+	if (work->outcome.note != NULL)
+		work->outcome.note = MemoryContextStrdup(work->attempt, work->outcome.note);
 	work->outcome.attempted = true;
+	work->concluded = true;
 }
 
 /* Count a request whose outcome is recorded in this transaction. */
@@ -725,7 +858,13 @@ finish_record(OmniWork *work, OmniTransacted result, const OmniError *error)
 	if (result != COMMITTED)
 		record_later(work, result, error);
 	else if (work->row == OMNI_ROW_LOCKED)
-		record_later(work, NOT_NOW, error);
+	{
+		OmniError	locked;
+
+		omni_error_set(&locked, ERRCODE_LOCK_NOT_AVAILABLE,
+					   "another session holds a lock on its row");
+		record_later(work, NOT_NOW, &locked);
+	}
 	else
 		finished(work);
 }
@@ -759,28 +898,40 @@ static void
 record_later(OmniWork *work, OmniTransacted result, const OmniError *why)
 {
 	int			delay = OMNI_LOCAL_DELAY;
-	OmniError	error;
 
 	if (result == FAILED)
-	{
-		error = *why;
 		delay = Min(OMNI_LOCAL_DELAY << Min(work->write_failures, 10), OMNI_LOCAL_DELAY_MAX);
-	}
-	else if (work->row == OMNI_ROW_LOCKED)
-		omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
-					   "another session holds a lock on its row");
-	else
-		omni_error_set_locked(&error);
-
-	if (work->write_failures == 0)
+	if (is_news(why->sqlstate))
 		ereport(LOG,
-				(errcode(error.sqlstate),
+				(errcode(why->sqlstate),
 				 errmsg("could not record the outcome of job " INT64_FORMAT ", will try again: %s",
-						work->job.id, error.message)));
+						work->job.id, why->message)));
 	work->write_at = omni_clock() + OMNI_MS(delay);
 	work->write_failures++;
 	if (work->segment != NULL && omni_clock() >= work->deadline)
-		reply_unrecorded(work, &error);
+		reply_unrecorded(work, why);
+}
+
+/*
+ * Return whether to tell that an outcome cannot be recorded: not if others cannot, either, and
+ * the log has told so.  Of several reasons, tell another one a minute.
+ */
+static bool
+is_news(int sqlstate)
+{
+	static int	told = 0;
+	static int64 told_at = 0;
+	int64		now = omni_clock();
+	bool		stalled = false;
+	dlist_iter	iter;
+
+	dlist_foreach(iter, &omni_works)
+		stalled |= dlist_container(OmniWork, node, iter.cur)->write_failures > 0;
+	if (stalled && (sqlstate == told || now - told_at < 60 * USECS_PER_SEC))
+		return false;
+	told = sqlstate;
+	told_at = now;
+	return true;
 }
 
 /* Reply to a caller whose deadline has come before its outcome could be recorded. */
@@ -789,20 +940,24 @@ reply_unrecorded(OmniWork *work, const OmniError *why)
 {
 	OmniError	error;
 
-	omni_error_set(&error, why->sqlstate,
+	omni_error_set(&error, for_caller(why->sqlstate),
 				   "could not record the outcome of job " INT64_FORMAT ": %s",
 				   work->job.id, why->message);
 	omni_error_hint(&error, "The outcome will be recorded as soon as possible.");
 	omni_call_finish(work->segment, work->job.id, &error);
 	work->segment = NULL;
+	work->call = NULL;
 }
 
-/* Conclude an abandoned call whose next request was not sent. */
+/* Conclude a call whose next request was not sent, since it is abandoned or too late. */
 static void
 withdraw(OmniWork *work)
 {
 	OmniError	error = work->outcome.error;	/* of the last attempt, if any */
 
-	omni_work_conclude(work, OMNI_NAME_CANCELED, &error);
+	if (omni_work_is_abandoned(work))
+		omni_work_conclude(work, OMNI_NAME_CANCELED, &error);
+	else
+		conclude_too_late(work, false);
 	work->step = ANSWERED;
 }

@@ -213,7 +213,7 @@ check_connection(ReturnSetInfo *result, const OmniCall *call)
 	else
 		say(result, "rate limit", probed->rate_left > 0, probed->rate_left > 0 ? NULL :
 			"Wait for a minute, or let fewer requests use this key.",
-			"%d of %d requests a minute are left", probed->rate_left, probed->rate_limit);
+			probed->rate_left == 1 ? "%d of %d requests a minute is left" : "%d of %d requests a minute are left", probed->rate_left, probed->rate_limit);
 }
 
 static void
@@ -230,7 +230,7 @@ check_certificate(ReturnSetInfo *result, const OmniProbe *probed)
 		say(result, "tls", true, NULL, "issued by %s", probed->issuer);
 	else
 		say(result, "tls", days >= DAYS_LEFT, days >= DAYS_LEFT ? NULL : "Have the certificate renewed.",
-			"issued by %s, valid for %d days", probed->issuer, days);
+			days == 1 ? "issued by %s, valid for %d day" : "issued by %s, valid for %d days", probed->issuer, days);
 }
 
 /* Check the model that the server names.  Returns whether Omni has it. */
@@ -296,7 +296,8 @@ report_schemas(ReturnSetInfo *result, const List *unknown, int all)
 		if (all == 0)
 			say(result, "schemas", true, NULL, "this database has no schemas with tables or views");
 		else
-			say(result, "schemas", true, NULL, "Omni knows all %d schemas with tables or views of this database", all);
+			say(result, "schemas", true, NULL, all == 1 ? "Omni knows the %d schema with tables or views of this database" :
+				"Omni knows all %d schemas with tables or views of this database", all);
 		return;
 	}
 	initStringInfo(&names);
@@ -348,7 +349,8 @@ check_jobs(ReturnSetInfo *result, bool had_worker)
 					 counts.pending, counts.sending, counts.running);
 	if (counts.foreign > 0)
 	{
-		appendStringInfo(&text, "; " INT64_FORMAT " are another database's, of which this is a copy", counts.foreign);
+		appendStringInfo(&text, counts.foreign == 1 ? "; " INT64_FORMAT " is another database's, of which this is a copy" :
+						 "; " INT64_FORMAT " are another database's, of which this is a copy", counts.foreign);
 		hint = "The background worker will cancel the copies.";
 	}
 	if (counts.stuck > 0)
@@ -417,7 +419,7 @@ check_watch(ReturnSetInfo *result, const OmniWatch *watch)
 			"inactive, since it was copied from another database";
 		hint = "Call omni_refresh_watch() again, or omni_refresh_unwatch().";
 	}
-	else if (rolename == NULL || strcmp(rolename, NameStr(request->requested_by)) != 0)
+	else if (rolename == NULL)
 	{
 		problem = psprintf("cannot send requests, since role \"%s\" no longer exists", NameStr(request->requested_by));
 		hint = "Have the owner of the table of watches call omni_refresh_watch() again.";
@@ -429,7 +431,8 @@ check_watch(ReturnSetInfo *result, const OmniWatch *watch)
 	}
 	else if (watch->failures > 0)
 	{
-		problem = psprintf("%d jobs in a row have failed, the last one is job " INT64_FORMAT, watch->failures, watch->job);
+		problem = watch->failures == 1 ? psprintf("its last job, job " INT64_FORMAT ", has failed", watch->job) :
+			psprintf("%d jobs in a row have failed, the last one is job " INT64_FORMAT, watch->failures, watch->job);
 		hint = "Read the events of that job.";
 	}
 	else if (omni_seen_count(watch, &relations, &gone), gone * 2 > relations)

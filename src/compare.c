@@ -106,6 +106,8 @@ typedef struct Watched
 								 * refresh */
 	int64		removed_at;		/* since when removals wait, or 0 */
 	bool		in_vain;		/* the last look has found nothing */
+	int64		held_at;		/* since when another session has been in the
+								 * way of a look, or 0 */
 	bool		mostly_gone;	/* so much is missing that it is not asked for */
 	int			missing;		/* relations that the log was told about ... */
 	int64		told_at;		/* ... at this time, or 0 */
@@ -125,7 +127,7 @@ typedef enum LookStep
 	LOOK_TO_ASK
 } LookStep;
 
-/* The look under way */
+/* The look under way; what it points to is in words.context, another one after each step */
 typedef struct Look
 {
 	Watched    *watched;		/* NULL if there is none */
@@ -150,6 +152,8 @@ typedef struct Look
 	int			visited;		/* by this transaction, for what follows ... */
 	int			missing;		/* ... and gone of these */
 	bool		asked;
+	char	   *not_asked;		/* what is told only, or NULL */
+	bool		lost;			/* the watch is gone, or its row is locked */
 } Look;
 
 /* All watches */
@@ -176,22 +180,23 @@ static Watching watching = {.read_at = 0};
 static Look look;
 
 static void note_change(void);
+static OmniTransacted transact(bool (*body) (void *), Watched *watched, OmniError *error);
 static void read_list(void);
 static bool read_watches(void *unused);
 static Watched *find_watched(List *list, const pg_uuid_t *id);
 static void copy_watch(OmniWatch *watch, const OmniWatch *from);
 static void await_older(void);
-static bool have_older_ended(void);
+static bool have_older_ended(void *ended);
 static int64 removals_due(const Watched *watched);
 static void look_at_all(void);
 static void follow(void);
-static bool follow_all(void *unused);
+static bool follow_watch(void *watched);
 static void follow_job(OmniWatch *watch, bool *was_hard);
 static int64 failure_delay(int failures);
 static void begin_look(void);
 static void begin(Watched *watched, bool removes);
 static void go_on(void);
-static bool take_step(void *unused);
+static bool take_step(void *watched);
 static void look_at_catalogs(OmniWatch *watch);
 static void consider(OmniWatch *watch, OmniDifference *difference);
 static void look_at_memory(OmniWatch *watch);
@@ -201,6 +206,7 @@ static bool is_mostly_gone(void);
 static void tell_only(const OmniWatch *watch, const char *changes);
 static void advance(void);
 static void finish(void);
+static void end(void);
 static void tell_mostly_gone(void);
 static bool tell_missing(void *unused);
 static void look_at_data(void);
@@ -305,6 +311,21 @@ note_change(void)
 	}
 }
 
+/*
+ * Run a transaction that serves a watch.  What it changes of the watch in memory is as it was
+ * before, unless it has committed.
+ */
+static OmniTransacted
+transact(bool (*body) (void *), Watched *watched, OmniError *error)
+{
+	Watched		before = *watched;
+	OmniTransacted result = omni_transact(body, watched, false, error);
+
+	if (result != COMMITTED)
+		*watched = before;
+	return result;
+}
+
 /* Read which watches there are. */
 static void
 read_list(void)
@@ -358,7 +379,7 @@ read_watches(void *unused)
 
 	if (any_new)
 		await_older();
-	if (have_older_ended())
+	if (list == NIL)
 		watching.older = InvalidTransactionId;
 	if (watching.list == NIL)
 		watching.all_at = omni_clock() + OMNI_MS(LOOK_ROUND);
@@ -401,12 +422,12 @@ await_older(void)
 	watching.follow_at = omni_clock() + OMNI_MS(FOLLOW_ROUND);
 }
 
-/* Return whether they have.  Needs a snapshot. */
+/* The body of a transaction: find out whether they have. */
 static bool
-have_older_ended(void)
+have_older_ended(void *ended)
 {
-	return TransactionIdIsValid(watching.older) &&
-		!TransactionIdPrecedes(GetActiveSnapshot()->xmin, watching.older);
+	*(bool *) ended = !TransactionIdPrecedes(GetActiveSnapshot()->xmin, watching.older);
+	return true;
 }
 
 /* Return when to tell the removals of a watch that wait, or OMNI_CLOCK_NEVER. */
@@ -443,57 +464,57 @@ static void
 follow(void)
 {
 	OmniError	error;
-	bool		any = TransactionIdIsValid(watching.older);
+	int64		round = FOLLOW_ROUND;
+	bool		ended = false;
+	bool		any = false;
 	ListCell   *cell;
 
-	watching.follow_at = omni_clock() + OMNI_MS(FOLLOW_ROUND);
-	foreach(cell, watching.list)
-		any |= ((Watched *) lfirst(cell))->watch.unfinished;
-	if (!any)
-		watching.follow_at = OMNI_CLOCK_NEVER;
-	else if (omni_transact(follow_all, NULL, false, &error) == FAILED)
-	{
-		complain(&error, "could not find out what has become of the jobs of watches");
-		watching.follow_at = omni_clock() + OMNI_MS(FAILED_ROUND);
-	}
-}
-
-/* The body of the transaction.  Returns false if the tables are locked. */
-static bool
-follow_all(void *unused)
-{
-	ListCell   *cell;
-
-	if (have_older_ended())
+	if (TransactionIdIsValid(watching.older) &&
+		omni_transact(have_older_ended, &ended, false, &error) == COMMITTED && ended)
 	{
 		watching.older = InvalidTransactionId;
 		look_at_all();
 	}
-	if (!omni_tables_find() || !omni_watch_tables_lock() || !omni_tables_lock())
-		return false;
 	foreach(cell, watching.list)
 	{
 		Watched    *watched = lfirst(cell);
-		OmniWatch	watch;
 
 		if (!watched->watch.unfinished)
 			continue;
-		if (!omni_watch_read(&watched->watch.id, &watch))
-			watching.known = false; /* it was replaced, or is about to be */
-		else
+		any = true;
+		if (transact(follow_watch, watched, &error) == FAILED)
 		{
-			bool		was_hard = false;
-
-			follow_job(&watch, &was_hard);
-			copy_watch(&watched->watch, &watch);
-			if (was_hard && watched->changed_at >= watched->looked_at)
-				watched->disturbed = true;
-			if (!watch.unfinished && watch.owes)
-			{
-				watched->not_before = omni_clock() + failure_delay(watch.failures);
-				watched->look_at = watched->not_before;
-			}
+			complain(&error, "could not find out what has become of the jobs of watches");
+			round = FAILED_ROUND;
 		}
+	}
+	watching.follow_at = any || TransactionIdIsValid(watching.older) ?
+		omni_clock() + OMNI_MS(round) : OMNI_CLOCK_NEVER;
+}
+
+/* The body of the transaction.  Returns false if the tables are locked. */
+static bool
+follow_watch(void *arg)
+{
+	Watched    *watched = arg;
+	OmniWatch	watch;
+	bool		was_hard = false;
+
+	if (!omni_tables_find() || !omni_watch_tables_lock() || !omni_tables_lock())
+		return false;
+	if (!omni_watch_read(&watched->watch.id, &watch))
+	{
+		watching.known = false; /* it was replaced, or is about to be */
+		return true;
+	}
+	follow_job(&watch, &was_hard);
+	copy_watch(&watched->watch, &watch);
+	if (was_hard && watched->changed_at >= watched->looked_at)
+		watched->disturbed = true;
+	if (!watch.unfinished && watch.owes)
+	{
+		watched->not_before = omni_clock() + failure_delay(watch.failures);
+		watched->look_at = watched->not_before;
 	}
 	return true;
 }
@@ -566,17 +587,13 @@ begin_look(void)
 static void
 begin(Watched *watched, bool removes)
 {
-	static MemoryContext context = NULL;
-
-	if (context == NULL)
-		context = AllocSetContextCreate(TopMemoryContext, "omni_refresh look", ALLOCSET_DEFAULT_SIZES);
-	MemoryContextReset(context);
 	memset(&look, 0, sizeof(look));
 	look.watched = watched;
 	look.removes = removes;
 	look.slice = SLICE_MIN;
-	look.after = FirstNormalObjectId - 1;
-	omni_words_begin(&look.words, context);
+	look.after = OMNI_SEEN_START;
+	omni_words_begin(&look.words, AllocSetContextCreate(TopMemoryContext, "omni_refresh look",
+														ALLOCSET_SMALL_SIZES));
 	watched->look_at = OMNI_CLOCK_NEVER;
 	watched->looked_at = omni_clock();
 	if (watched->watch.failures > 0)
@@ -587,18 +604,39 @@ begin(Watched *watched, bool removes)
 		look.reason = "what a look that was cut short had found";
 }
 
-/* Take the next step of the look, and plan the one after it. */
+/*
+ * Take the next step of the look, and plan the one after it.  Unless the step has committed,
+ * the look is as it was before: it must not tell twice what is found twice.
+ */
 static void
 go_on(void)
 {
 	int64		began = omni_clock();
 	Watched    *watched = look.watched;
+	Look		before = look;
+	MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "omni_refresh look",
+												  ALLOCSET_SMALL_SIZES);
 	OmniError	error;
 	OmniTransacted result;
 
 	pgstat_report_activity(STATE_RUNNING, "comparing tables and columns with what Omni was told");
-	result = omni_transact(take_step, NULL, false, &error);
+	omni_error_set(&error, ERRCODE_LOCK_NOT_AVAILABLE,
+				   "another session holds a lock on rows of the memory of a watch");
+	omni_words_copy(&look.words, &before.words, context);
+	result = transact(take_step, watched, &error);
+	if (result == COMMITTED)
+		MemoryContextSetParent(context, TopMemoryContext);
+	else
+		look = before;
+	MemoryContextDelete(result == COMMITTED ? before.words.context : context);
 	look.took += omni_clock() - began;
+	if (result == NOT_NOW || (result == COMMITTED && look.lost))
+	{
+		if (watched->held_at == 0)
+			watched->held_at = began;
+		else if (omni_clock() - watched->held_at >= OMNI_MS(OMNI_LOCK_PATIENCE))
+			complain(&error, "could not look for changes of tables");
+	}
 	if (result == NOT_NOW)
 		look.next = omni_clock() + OMNI_MS(LOCKED_ROUND);
 	else if (result == FAILED)
@@ -606,7 +644,13 @@ go_on(void)
 		complain(&error, "could not look for changes of tables");
 		watched->look_at = watched->not_before = omni_clock() + OMNI_MS(FAILED_ROUND);
 		watching.known = false;
-		look.watched = NULL;
+		end();
+	}
+	else if (look.lost)
+	{
+		watched->look_at = omni_clock() + OMNI_MS(LOCKED_ROUND);
+		watching.known = false;
+		end();
 	}
 	else
 	{
@@ -614,38 +658,34 @@ go_on(void)
 			look.slice = Max(look.slice / 2, SLICE_MIN);
 		else if (omni_clock() - began < SLICE_TIME / 2)
 			look.slice = Min(look.slice * 2, SLICE_MAX);
-		if (look.watched != NULL)
-			advance();
+		advance();
 	}
 }
 
 /*
- * The body of the transaction.  Returns false if the tables are locked.  Ends the look if the
+ * The body of the transaction.  Returns false if the tables are locked.  The look is lost if the
  * watch no longer exists, or its row is locked.
  */
 static bool
-take_step(void *unused)
+take_step(void *arg)
 {
+	Watched    *watched = arg;
 	OmniWatch	watch;
 
 	look.visited = look.missing = 0;
 	if (!omni_tables_find() || !omni_watch_tables_lock() ||
 		(look.step == LOOK_TO_ASK && !omni_tables_lock()))
 		return false;
-	if (!omni_watch_read(&look.watched->watch.id, &watch))
-	{
-		look.watched->look_at = omni_clock() + OMNI_MS(LOCKED_ROUND);
-		look.watched = NULL;
-		watching.known = false;
+	look.lost = !omni_watch_read(&watched->watch.id, &watch);
+	if (look.lost)
 		return true;
-	}
 	if (look.step == LOOK_AT_CATALOGS)
 		look_at_catalogs(&watch);
 	else if (look.step == LOOK_AT_MEMORY)
 		look_at_memory(&watch);
 	else
 		ask(&watch);
-	copy_watch(&look.watched->watch, &watch);
+	copy_watch(&watched->watch, &watch);
 	return true;
 }
 
@@ -735,6 +775,7 @@ ask(OmniWatch *watch)
 {
 	char	   *changes = omni_words_text(&look.words);
 
+	omni_watch_delete_copies(watch);
 	if (look.watched->disturbed && look.gone == 0 && look.altered == 0)
 	{
 		omni_watch_owe_all(watch, false);
@@ -811,7 +852,7 @@ is_mostly_gone(void)
 	return !look.removes && look.gone * 2 > look.relations;
 }
 
-/* Say what was removed in the log and in an event of the last job: it is not asked for. */
+/* Say what was removed in an event of the last job, and have finish() say it in the log: it is not asked for. */
 static void
 tell_only(const OmniWatch *watch, const char *changes)
 {
@@ -819,15 +860,14 @@ tell_only(const OmniWatch *watch, const char *changes)
 
 	if (omni_job_look(watch->job, &state))
 		omni_event_add_changed(&state.job, psprintf("not asked for: %s", changes));
-	ereport(LOG,
-			(errmsg("omni_refresh has seen changes of tables that it does not ask Omni for: %s", changes)));
+	look.not_asked = MemoryContextStrdup(look.words.context, changes);
 }
 
 /* The transaction of a step has committed: go to the next one. */
 static void
 advance(void)
 {
-	look.next = 0;
+	look.next = look.watched->held_at = 0;
 	if (look.step == LOOK_AT_CATALOGS)
 	{
 		look.altered += look.missing;
@@ -869,6 +909,9 @@ finish(void)
 			 (watched->told_at == 0 || now - watched->told_at >= OMNI_MS(COMPLAIN_ROUND)))
 		tell_mostly_gone();
 
+	if (look.not_asked != NULL)
+		ereport(LOG,
+				(errmsg("omni_refresh has seen changes of tables that it does not ask Omni for: %s", look.not_asked)));
 	if (look.asked && !missing)
 		watched->disturbed = false;
 	if (watched->watch.unfinished)
@@ -880,6 +923,14 @@ finish(void)
 	if (!look.asked && watched->in_vain)
 		watched->not_before = now + Min(PAUSE_FACTOR * look.took, PAUSE_MAX);
 	watched->in_vain = !look.asked;
+	end();
+}
+
+/* End the look, complete or not. */
+static void
+end(void)
+{
+	MemoryContextDelete(look.words.context);
 	look.watched = NULL;
 }
 
@@ -932,7 +983,7 @@ look_at_data(void)
 		if (watched->watch.quiet < 0 || watched->data_at > began)
 			continue;
 		pgstat_report_activity(STATE_RUNNING, "looking whether data have changed");
-		result = omni_transact(compare_data, watched, false, &error);
+		result = transact(compare_data, watched, &error);
 		if (result == NOT_NOW)
 			round = OMNI_MS(LOCKED_ROUND);
 		else if (result == FAILED)
@@ -1002,7 +1053,7 @@ is_reset_due(Watched *watched, int64 data)
 }
 
 /*
- * Write an error to the log, at most once a minute.  check_table() of table.c writes about a
+ * Write an error to the log, at most once a minute.  omni_check_table() writes about a
  * table that was altered itself.
  */
 static void

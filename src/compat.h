@@ -107,6 +107,11 @@ init_range_table_compat(EState *estate, RangeTblEntry *rte, Bitmapset *updated)
 #define RelationGetPrimaryKeyIndex(relation, deferrable_ok) RelationGetPrimaryKeyIndex(relation)
 #endif
 
+/* 18 renamed the expressions of CHECK constraints; one that is NULL holds */
+#if PG_VERSION_NUM < 180000
+#define ri_CheckConstraintExprs ri_ConstraintExprs
+#endif
+
 /* 19 can terminate background workers that block DROP DATABASE and similar commands */
 #if PG_VERSION_NUM < 190000
 #define BGWORKER_INTERRUPTIBLE 0

@@ -11,10 +11,8 @@
  * Counting raises no error: without shared memory for it, a process counts nothing.
  *
  * There is a fixed number of entries for all databases of the cluster.  When all are in use,
- * a server that needs one takes that of a server that has not counted anything for an hour,
- * or of a server of the owner with most entries, if these are at least two more than those of
- * its own owner.  So nobody can keep others from counting by creating servers.  If there is
- * no such entry, what happens is counted in one entry for all others.
+ * a server that needs one takes that of a server that has not counted anything for an hour.
+ * If there is none, what happens is counted in one entry for all others.
  *
  *-------------------------------------------------------------------------
  */
@@ -31,7 +29,7 @@
 #include "counter.h"
 #include "error.h"
 
-#define SHARED_NAME			"omni_refresh counters layout 1"
+#define SHARED_NAME			"omni_refresh counters layout 2"
 
 #define MAX_SERVERS			64
 
@@ -42,7 +40,6 @@ typedef struct Counters
 {
 	Oid			database;		/* InvalidOid: not in use */
 	Oid			server;
-	Oid			owner;			/* of the server */
 	int64		used_at;		/* by omni_clock() */
 	TimestampTz since;
 	int64		counts[OMNI_COUNTERS];
@@ -61,7 +58,6 @@ StaticAssertDecl(sizeof(Shared) < 20 * 1024, "too much shared memory");
 typedef struct Pending
 {
 	Oid			server;			/* InvalidOid: it does not exist */
-	Oid			owner;
 	SubTransactionId subtransaction;
 	int64		counts[OMNI_COUNTERS];
 } Pending;
@@ -80,8 +76,7 @@ static void at_subtransaction_end(SubXactEvent event, SubTransactionId mySubid,
 static void add_pending(void);
 static void add_counts(int64 *sums, const int64 *counts);
 static Counters *find_counters(const Pending *counted);
-static Counters *find_dispensable(Oid owner);
-static int	count_entries(Oid owner);
+static Counters *find_dispensable(void);
 
 /* Add an amount to a counter of a server once this transaction commits. */
 void
@@ -204,12 +199,8 @@ begin_pending(Oid server)
 {
 	MemoryContext context = MemoryContextSwitchTo(TopTransactionContext);
 	Pending    *counted = palloc0(sizeof(Pending));
-	ForeignServer *found = NULL;
 
-	if (OidIsValid(server))
-		found = GetForeignServerExtended(server, FSV_MISSING_OK);
 	counted->server = server;
-	counted->owner = found != NULL ? found->owner : InvalidOid;
 	counted->subtransaction = GetCurrentSubTransactionId();
 	pending = lappend(pending, counted);
 	MemoryContextSwitchTo(context);
@@ -293,56 +284,27 @@ find_counters(const Pending *counted)
 		}
 	}
 
-	entry = find_dispensable(counted->owner);
+	entry = find_dispensable();
 	if (entry == NULL)
 		return &shared->others;
 	memset(entry, 0, sizeof(Counters));
 	entry->database = MyDatabaseId;
 	entry->server = counted->server;
-	entry->owner = counted->owner;
 	entry->used_at = omni_clock();
 	entry->since = GetCurrentTimestamp();
 	return entry;
 }
 
-/*
- * Return the entry that a server of an owner may take: of those that it may, the one unused
- * for longest.  Returns NULL if there is none.
- */
+/* Return an entry that a server may take: the one unused for longest, or NULL if all are in use. */
 static Counters *
-find_dispensable(Oid owner)
+find_dispensable(void)
 {
-	int64		now = omni_clock();
-	int			most = 0;
-	int			limit;
-	Counters   *found = NULL;
+	Counters   *found = &shared->servers[0];
 
-	for (int i = 0; i < MAX_SERVERS; i++)
-		most = Max(most, count_entries(shared->servers[i].owner));
-	limit = Max(most - 1, count_entries(owner) + 1);
-
-	for (int i = 0; i < MAX_SERVERS; i++)
+	for (int i = 1; i < MAX_SERVERS; i++)
 	{
-		Counters   *entry = &shared->servers[i];
-
-		if ((found == NULL || entry->used_at < found->used_at) &&
-			(!OidIsValid(entry->database) || now - entry->used_at > IDLE ||
-			 count_entries(entry->owner) > limit))
-			found = entry;
+		if (shared->servers[i].used_at < found->used_at)
+			found = &shared->servers[i];
 	}
-	return found;
-}
-
-/* Return how many entries the servers of an owner have. */
-static int
-count_entries(Oid owner)
-{
-	int			count = 0;
-
-	for (int i = 0; i < MAX_SERVERS; i++)
-	{
-		if (OidIsValid(shared->servers[i].database) && shared->servers[i].owner == owner)
-			count++;
-	}
-	return count;
+	return !OidIsValid(found->database) || omni_clock() - found->used_at > IDLE ? found : NULL;
 }

@@ -4,8 +4,8 @@
  *		When the worker reads its queue, and the transaction in which it does.
  *
  * A queued job stays in its table until its request can be sent at once.  The worker reads
- * the queue when a commit has set the flag of its slot, when a job is due, and when a server
- * has room for more jobs in flight.  It then polls the running jobs that are due, and takes
+ * the queue when a commit has set the flag of its slot, when a job is due, and when there is
+ * room for more jobs in flight.  It then polls the running jobs that are due, and takes
  * a step of a round of the queue: round.c puts queued jobs in flight.  Before that, it
  * settles what an earlier worker has left behind.
  *
@@ -24,6 +24,7 @@
 
 #include "clock.h"
 #include "dispatch.h"
+#include "fault.h"
 #include "kind.h"
 #include "polls.h"
 #include "report.h"
@@ -157,8 +158,8 @@ omni_dispatch_delay(void)
 }
 
 /*
- * Decide what finished work means for the queue: read it in the next turn if the server has
- * room for more jobs now, or a refresh has ended for which resets may have waited; and when
+ * Decide what finished work means for the queue: read it in the next turn if the role has room
+ * for more jobs at the server now, or a refresh has ended for which resets may have waited; and when
  * the job is due again if it is to be tried again or polled.
  */
 void
@@ -168,9 +169,9 @@ omni_dispatch_finished(const OmniWork *work)
 
 	if (dispatch.queue_left &&
 		((!work->kind->has_caller &&
-		  omni_works_count(work->kind, &work->job.request.server) <= omni_max_in_flight * 3 / 4 + 1) ||
+		  omni_works_count(work->kind, &work->job.request) <= omni_max_in_flight * 3 / 4 + 1) ||
 		 (omni_round_any_held() && !outcome->again && work->kind->has_job &&
-		  work->job.request.kind == OMNI_KIND_SCHEMA)))
+		  omni_job_kinds[work->job.request.kind].holds_resets)))
 	{
 		dispatch.next = 0;
 		omni_round_restart(false);
@@ -193,7 +194,6 @@ read_queue(void)
 	OmniError	error;
 	OmniTransacted result;
 
-	omni_error_set_locked(&error);
 	result = omni_transact(claim, NULL, false, &error);
 	if (result != COMMITTED)
 	{
@@ -269,6 +269,8 @@ give_up_reading(OmniTransacted result, const OmniError *error, int64 began)
 	dispatch.failures++;
 	dispatch.for_new = true;
 	dispatch.running_left = true;
+	dispatch.queue_left = true;
+	omni_polls_restart();
 	omni_round_restart(false);
 }
 
@@ -285,12 +287,16 @@ claim(void *unused)
 
 	if (!omni_tables_find() || !omni_tables_lock())
 		return false;
+	OMNI_FAULT_POINT("look: tables locked");
 	omni_dispatch_settle();
+	OMNI_FAULT_POINT("look: settled");
 	enabled = is_enabled();
+	OMNI_FAULT_POINT("look: enabled");
 
 	dispatch.running_left |= dispatch.for_new;
 	if (dispatch.running_left)
 		more = poll_running(enabled, &next_poll);
+	OMNI_FAULT_POINT("look: polls claimed");
 
 	if (dispatch.for_new)
 	{
@@ -306,6 +312,7 @@ claim(void *unused)
 			!(dispatch.settled_all || dispatch.settled_now);
 
 	schedule(enabled, more, any_locked, Min(next_due, next_poll));
+	OMNI_FAULT_POINT("look: done");
 	return true;
 }
 
@@ -364,7 +371,7 @@ is_enabled(void)
 					"  WHERE setrole = 0 AND setdatabase = (SELECT oid FROM pg_database WHERE datname = current_database())"
 					"   AND option_name = 'omni_refresh.enabled'),"
 					" (SELECT setting FROM pg_settings WHERE name = 'omni_refresh.enabled' AND source = 'command line'),"
-					" (SELECT setting FROM pg_file_settings WHERE lower(name) = 'omni_refresh.enabled' AND error IS NULL"
+					" (SELECT setting FROM pg_file_settings WHERE lower(name COLLATE \"C\") = 'omni_refresh.enabled' AND error IS NULL"
 					"  ORDER BY seqno DESC LIMIT 1))", true, 1) != SPI_OK_SELECT || SPI_processed != 1)
 		elog(ERROR, "could not read the setting \"omni_refresh.enabled\"");
 	value = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1);

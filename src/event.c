@@ -3,9 +3,9 @@
  * event.c
  *		The event log, omni_refresh_event.
  *
- * The events of a job tell its life: each attempt has "sending" and, if it
+ * The events of a job tell its life to people: each attempt has "sending" and, if it
  * failed, what became of it; the last event of a finished job bears the name of
- * its status.
+ * its status.  What the worker must know of earlier attempts is in the columns of the job.
  *
  * The events of a transaction are gathered in memory and written together at its end.
  * See table.c for what the functions need and raise.
@@ -31,54 +31,12 @@ static OmniStatement select_recent = {
 	.argtypes = {TIMESTAMPTZOID}
 };
 
-/*
- * Count the recoveries of a job since Omni last answered it.  Search by job alone, so that
- * the planner does not scan the primary key from some id on.
- */
-static OmniStatement count_recoveries = {
-	.table = &omni_event_table,
-	.text = "SELECT count(*) FILTER (WHERE event = " OMNI_SQL(RECOVERED) " AND id > answered)"
-	" FROM (SELECT id, event, coalesce(max(id) FILTER (WHERE http_status IS NOT NULL) OVER (), 0) AS answered"
-	"  FROM %s WHERE job = $1) AS event",
-	.nargs = 1,
-	.argtypes = {INT8OID}
-};
-
-/*
- * Count the attempts of a job, the last ones in a row, of which only a few are made: those
- * that ended with a 5xx but 502, 503 and 504, or with an answer that is not Omni's.
- */
-#define FEW \
-	"(event = " OMNI_SQL(ATTEMPT_FAILED) " AND (starts_with(detail, '08P01:')" \
-	" OR http_status >= 500 AND http_status NOT IN (502, 503, 504)))"
-static OmniStatement count_few = {
-	.table = &omni_event_table,
-	.text = "SELECT count(*) FILTER (WHERE few AND id > other)"
-	" FROM (SELECT id, " FEW " AS few, coalesce(max(id) FILTER (WHERE NOT " FEW ") OVER (), 0) AS other"
-	"  FROM %s WHERE job = $1 AND (http_status IS NOT NULL OR duration IS NOT NULL"
-	"   OR event = " OMNI_SQL(RECOVERED) ")) AS event",
-	.nargs = 1,
-	.argtypes = {INT8OID}
-};
-
 /* Find out whether a job was said to wait for a reason. */
 static OmniStatement select_waiting = {
 	.table = &omni_event_table,
 	.text = "SELECT FROM %s WHERE job = $1 AND event = " OMNI_SQL(WAITING) " AND detail = $2 LIMIT 1",
 	.nargs = 2,
 	.argtypes = {INT8OID, TEXTOID}
-};
-
-/*
- * Find an attempt that ended without an answer, so that Omni may have got the request.
- * A response with status 5xx is an answer.
- */
-static OmniStatement select_unanswered = {
-	.table = &omni_event_table,
-	.text = "SELECT FROM %s WHERE job = $1 AND (event = " OMNI_SQL(RECOVERED)
-	" OR (event = " OMNI_SQL(ATTEMPT_FAILED) " AND starts_with(detail, '08006:') AND coalesce(http_status, 0) < 500)) LIMIT 1",
-	.nargs = 1,
-	.argtypes = {INT8OID}
 };
 
 static OmniStatement delete_events = {
@@ -116,19 +74,11 @@ static OmniStatement select_without = {
 /* The events of this transaction that are still to be written, each an OmniRowValues */
 static List *gathered = NIL;
 
-/* The jobs of those events of which "requested" is left out if they have any events */
-static ArrayBuildState *to_check = NULL;
-
-static bool is_requested(const OmniRowValues *row);
-static bool is_next(ArrayType *jobs, int *next, Datum job);
-static ArrayType *find_without(ArrayType *jobs);
-
 /* Discard events of an earlier transaction that was rolled back, at the start of a new one. */
 void
 omni_events_begin(void)
 {
 	gathered = NIL;
-	to_check = NULL;
 }
 
 /* Add an event of a job, which omni_events_write() will write. */
@@ -141,6 +91,7 @@ omni_event_add(const OmniJob *job, const OmniEvent *event)
 	duration->time = event->duration;
 	omni_set(row, OMNI_EVENT_job, Int64GetDatum(job->id));
 	omni_set(row, OMNI_EVENT_requested_by, CStringGetTextDatum(NameStr(job->request.requested_by)));
+	omni_set(row, OMNI_EVENT_requested_by_oid, ObjectIdGetDatum(job->request.role));
 	omni_set(row, OMNI_EVENT_occurred_at, TimestampTzGetDatum(event->occurred_at));
 	omni_set(row, OMNI_EVENT_event, CStringGetTextDatum(event->event));
 	if (event->attempt != 0)
@@ -149,19 +100,11 @@ omni_event_add(const OmniJob *job, const OmniEvent *event)
 		omni_set(row, OMNI_EVENT_http_status, Int32GetDatum(event->http_status));
 	if (event->duration != 0)
 		omni_set(row, OMNI_EVENT_duration, IntervalPGetDatum(duration));
+	if (event->sqlstate != 0)
+		omni_set(row, OMNI_EVENT_sqlstate, CStringGetTextDatum(unpack_sql_state(event->sqlstate)));
 	if (event->detail != NULL)
 		omni_set(row, OMNI_EVENT_detail, CStringGetTextDatum(event->detail));
 	gathered = lappend(gathered, row);
-}
-
-/* Add the first event of a job; omni_events_write() leaves it out if the job has any. */
-void
-omni_event_add_requested(const OmniJob *job)
-{
-	OmniEvent	event = {.occurred_at = job->request.requested_at,.event = OMNI_NAME_REQUESTED};
-
-	omni_event_add(job, &event);
-	to_check = accumArrayResult(to_check, Int64GetDatum(job->id), false, INT8OID, CurrentMemoryContext);
 }
 
 /* Add an event that says why a due job waits, unless it has one for this reason. */
@@ -177,7 +120,6 @@ omni_event_add_waiting(const OmniJob *job, const char *reason)
 
 	if (omni_run(&select_waiting, values, NULL) > 0)
 		return;
-	omni_event_add_requested(job);
 	omni_event_add(job, &event);
 }
 
@@ -191,7 +133,6 @@ omni_event_add_changed(const OmniJob *job, const char *changes)
 		.detail = changes
 	};
 
-	omni_event_add_requested(job);
 	omni_event_add(job, &event);
 }
 
@@ -200,58 +141,16 @@ void
 omni_events_write(void)
 {
 	List	   *events = gathered;
-	ArrayType  *new = NULL;
-	int			nnew = 0;
 	ListCell   *cell;
 	OmniWrite	write;
 
 	if (events == NIL)
 		return;
-	if (to_check != NULL)
-		new = find_without(DatumGetArrayTypeP(makeArrayResult(to_check, CurrentMemoryContext)));
 	omni_events_begin();
 	omni_write_begin(&write, &omni_event_table, NULL);
 	foreach(cell, events)
-	{
-		OmniRowValues *row = lfirst(cell);
-
-		if (!is_requested(row) || is_next(new, &nnew, row->values[OMNI_EVENT_job]))
-			(void) omni_write_insert(&write, row);
-	}
+		omni_write_insert(&write, lfirst(cell));
 	omni_write_end(&write);
-}
-
-static bool
-is_requested(const OmniRowValues *row)
-{
-	return strcmp(TextDatumGetCString(row->values[OMNI_EVENT_event]), OMNI_NAME_REQUESTED) == 0;
-}
-
-/* Return whether a job is the next one in an array, which is in the order of the events. */
-static bool
-is_next(ArrayType *jobs, int *next, Datum job)
-{
-	if (jobs == NULL || *next == ARR_DIMS(jobs)[0] ||
-		((int64 *) ARR_DATA_PTR(jobs))[*next] != DatumGetInt64(job))
-		return false;
-	(*next)++;
-	return true;
-}
-
-/*
- * Return the ids of those jobs that have no events, in the same order, or NULL if there are
- * no such jobs.
- */
-static ArrayType *
-find_without(ArrayType *jobs)
-{
-	Datum		values[1] = {PointerGetDatum(jobs)};
-	Datum		without;
-	bool		isnull;
-
-	(void) omni_run(&select_without, values, NULL);
-	without = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
-	return isnull ? NULL : DatumGetArrayTypeP(without);
 }
 
 /*
@@ -262,9 +161,13 @@ ArrayType *
 omni_events_delete(ArrayType *jobs)
 {
 	Datum		values[1] = {PointerGetDatum(jobs)};
+	Datum		without;
+	bool		isnull;
 
 	(void) omni_run(&delete_events, values, NULL);
-	return find_without(jobs);
+	(void) omni_run(&select_without, values, NULL);
+	without = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
+	return isnull ? NULL : DatumGetArrayTypeP(without);
 }
 
 /* Delete all events of jobs. */
@@ -294,36 +197,4 @@ omni_events_sent(TimestampTz since)
 	(void) omni_run(&select_recent, values, NULL);
 	jobs = omni_value_or_null(0, 0, INT8ARRAYOID, &isnull);
 	return isnull ? NULL : DatumGetArrayTypeP(jobs);
-}
-
-/* Count how often a job was recovered since Omni last answered it. */
-int64
-omni_events_recoveries(int64 job)
-{
-	Datum		values[1] = {Int64GetDatum(job)};
-
-	(void) omni_run(&count_recoveries, values, NULL);
-	return DatumGetInt64(omni_value(0, 0, INT8OID));
-}
-
-/* Whether Omni may have got the request of an earlier attempt at a job. */
-bool
-omni_job_may_have_arrived(int64 id)
-{
-	Datum		values[1] = {Int64GetDatum(id)};
-
-	return omni_run(&select_unanswered, values, NULL) > 0;
-}
-
-/*
- * Count the last attempts at a job, in a row, that ended with an answer after which only a few
- * are made: a 5xx but 502, 503 and 504, or one that is not Omni's.
- */
-int
-omni_job_few_failures(int64 id)
-{
-	Datum		values[1] = {Int64GetDatum(id)};
-
-	(void) omni_run(&count_few, values, NULL);
-	return (int) DatumGetInt64(omni_value(0, 0, INT8OID));
 }

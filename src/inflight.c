@@ -28,6 +28,7 @@ omni_work_begin(const OmniWorkKind *kind)
 	work->attempt = AllocSetContextCreate(context, "omni_refresh attempt",
 										  ALLOCSET_SMALL_SIZES);
 	work->kind = kind;
+	work->waited_for = "the background worker";
 	work->taken_at = omni_clock();
 	dlist_push_tail(&omni_works, &work->node);
 	return work;
@@ -72,6 +73,7 @@ omni_work_forget_attempt(OmniWork *work)
 		explicit_bzero(work->target.key, strlen(work->target.key));
 	memset(&work->target, 0, sizeof(work->target));
 	work->transfer = NULL;
+	work->outcome.note = NULL;
 	MemoryContextReset(work->attempt);
 }
 
@@ -95,12 +97,16 @@ omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error)
 	if (work->segment != NULL)
 		omni_call_finish(work->segment, job_id, error);
 	work->segment = NULL;
+	work->call = NULL;
 	omni_work_end(work);
 }
 
-/* Count the work of a kind that is in flight for a server, or for all servers if it is NULL. */
+/*
+ * Count the work of a kind that is in flight for the role and server of a request, or for all if
+ * that is NULL.
+ */
 int
-omni_works_count(const OmniWorkKind *kind, const NameData *server)
+omni_works_count(const OmniWorkKind *kind, const OmniRequest *request)
 {
 	int			n = 0;
 	dlist_iter	iter;
@@ -110,7 +116,8 @@ omni_works_count(const OmniWorkKind *kind, const NameData *server)
 		OmniWork   *work = dlist_container(OmniWork, node, iter.cur);
 
 		if (work->kind == kind &&
-			(server == NULL || strcmp(NameStr(work->job.request.server), NameStr(*server)) == 0))
+			(request == NULL || (work->job.request.role == request->role &&
+								 strcmp(NameStr(work->job.request.server), NameStr(request->server)) == 0)))
 			n++;
 	}
 	return n;
@@ -118,12 +125,12 @@ omni_works_count(const OmniWorkKind *kind, const NameData *server)
 
 /*
  * Return whether another piece of work of a kind, from a table, may be put in flight: all
- * share the file descriptors of this process, so a server, a role and the whole have limits.
+ * share the file descriptors of this process, so a role at a server, a role and the whole have limits.
  */
 bool
 omni_work_has_room(const OmniWorkKind *kind, const OmniRequest *request)
 {
-	return omni_works_count(kind, &request->server) < omni_max_in_flight &&
+	return omni_works_count(kind, request) < omni_max_in_flight &&
 		omni_works_of_role(request->role) < OMNI_MAX_OF_ROLE &&
 		omni_works_of_role(InvalidOid) < OMNI_MAX_OF_ALL;
 }

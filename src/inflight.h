@@ -70,12 +70,12 @@ struct OmniWork
 	OmniStep	step;
 	dsm_segment *segment;		/* of a call or look-up; NULL once the caller
 								 * has its reply */
-	OmniCall   *call;			/* in that segment */
+	OmniCall   *call;			/* in that segment, or NULL */
 
 	/* times of omni_clock() */
 	int64		taken_at;		/* when it was put in flight */
-	int64		deadline;		/* no attempt begins after it, except the
-								 * first one of a queued job */
+	int64		deadline;		/* nothing is sent after it, except the first
+								 * request of a queued job */
 	int64		run_at;			/* if PENDING: of the next attempt */
 	int64		write_at;		/* if ANSWERED: of the next try to record the
 								 * outcome */
@@ -90,16 +90,21 @@ struct OmniWork
 	OmniError	best_error;		/* the most telling error ... */
 	int			best_weight;	/* ... and how much it tells */
 	int			write_failures; /* to record the outcome, in a row */
+	const char *waited_for;		/* what a call has waited for last, if it was
+								 * taken in time; a constant */
 
 	/* the attempt that is about to begin, or has begun */
 	MemoryContext attempt;		/* within context; holds what follows */
 	OmniTarget	target;
 	uint64		rate_id;		/* of the API key, for rate.c */
+	bool		has_place;		/* within its rate limit, and has not used it */
 	char	   *url;
 	OmniTransfer *transfer;		/* NULL before the request is sent */
 	int64		delayed_until;	/* by the rate limit; 0 if it is not */
-	bool		concluded;		/* outcome is set */
-	OmniOutcome outcome;
+	bool		concluded;		/* outcome is set; not sooner, or an error
+								 * would leave half of one */
+	OmniOutcome outcome;		/* what it points to is in attempt, or lives
+								 * longer */
 };
 
 /* All work in flight, in the order in which it was put there */
@@ -121,7 +126,7 @@ extern void omni_work_reply(OmniWork *work, int64 job_id, const OmniError *error
 
 extern bool omni_work_has_room(const OmniWorkKind *kind, const OmniRequest *request);
 extern int	omni_works_of_role(Oid role);
-extern int	omni_works_count(const OmniWorkKind *kind, const NameData *server);
+extern int	omni_works_count(const OmniWorkKind *kind, const OmniRequest *request);
 extern bool omni_work_is_claimed(const OmniWork *work);
 extern bool omni_works_any_claimed(void);
 extern bool omni_work_is_abandoned(const OmniWork *work);

@@ -29,6 +29,7 @@
 #include "clock.h"
 #include "compat.h"
 #include "counter.h"
+#include "fault.h"
 #include "job.h"
 #include "row.h"
 
@@ -65,9 +66,9 @@ static OmniStatement lock_job = {
 static OmniStatement select_retries = {
 	.table = &omni_job_table,
 	.read = true,
-	.text = "SELECT id FROM %s WHERE retry_of = $1 AND requested_by_oid = $2 AND requested_by = $3",
-	.nargs = 3,
-	.argtypes = {INT8OID, OIDOID, TEXTOID}
+	.text = "SELECT id FROM %s WHERE retry_of = $1 AND requested_by_oid = $2",
+	.nargs = 2,
+	.argtypes = {INT8OID, OIDOID}
 };
 
 static OmniStatement count_unfinished = {
@@ -96,10 +97,10 @@ static OmniStatement delay_job = {
 
 static OmniRow update(int64 id, bool (*wanted) (OmniStatus status), const OmniRowValues *row);
 static bool is_unfinished(OmniStatus status);
+static void note_attempt(OmniRowValues *row, const OmniJob *job, const OmniOutcome *outcome);
 static void insert(OmniJob *job, OmniStatus status, TimestampTz run_at, TimestampTz sent_at);
 static void insert_into(OmniWrite *write, const OmniJob *job, OmniStatus status, TimestampTz run_at,
 						TimestampTz sent_at);
-static const char *kind_name(OmniKind kind);
 static ArrayType *keep_list(ArrayType *list);
 static const char *origin_of(const char *name);
 static TimestampTz to_finite(TimestampTz time);
@@ -137,9 +138,8 @@ omni_job_begin(OmniJob *job, const char *url)
 		if (update(job->id, omni_status_is_pending, &row) != OMNI_ROW_OURS)
 			return false;
 	}
-	if (job->attempts == 0)
-		omni_event_add_requested(job);
 	omni_event_add(job, &sending);
+	OMNI_FAULT_POINT("begin: recorded");
 	return true;
 }
 
@@ -150,7 +150,7 @@ omni_job_begin(OmniJob *job, const char *url)
 bool
 omni_job_is_first_reset(const OmniJob *job)
 {
-	return job->request.kind == OMNI_KIND_CACHE && job->attempts == 0;
+	return !omni_job_kinds[job->request.kind].holds_resets && job->attempts == 0;
 }
 
 /*
@@ -172,7 +172,6 @@ omni_job_delay(OmniJob *job, int64 wait)
 		insert(job, OMNI_STATUS_PENDING, run_at, 0);
 	else if (strcmp(job->origin, OMNI_ORIGIN_CALL) == 0)
 		omni_job_defer(job->id, run_at);
-	omni_event_add_requested(job);
 	omni_event_add(job, &limited);
 }
 
@@ -195,7 +194,6 @@ omni_job_refuse(OmniJob *job, const OmniOutcome *outcome)
 
 	if (job->id == 0)
 		insert(job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
-	omni_event_add_requested(job);
 	(void) omni_job_record(job, outcome);
 }
 
@@ -216,10 +214,17 @@ omni_job_queue(const OmniJob *job, OmniRowVersion *version)
 	return row;
 }
 
-/* In the worker: add a job to the queue, and set job->id. */
+/*
+ * In the worker: add a job of a watch to the queue, and set job->id.  The watch's role may have
+ * been renamed since.
+ */
 void
 omni_job_add(OmniJob *job)
 {
+	const char *rolename = GetUserNameFromId(job->request.role, true);
+
+	if (rolename != NULL)
+		namestrcpy(&job->request.requested_by, rolename);
 	insert(job, OMNI_STATUS_PENDING, job->request.requested_at, 0);
 }
 
@@ -272,10 +277,10 @@ insert_into(OmniWrite *write, const OmniJob *job, OmniStatus status, TimestampTz
 	omni_set(&row, OMNI_JOB_model_id, UUIDPGetDatum(&request->model));
 	if (request->has_branch)
 		omni_set(&row, OMNI_JOB_branch_id, UUIDPGetDatum(&request->branch));
-	omni_set(&row, OMNI_JOB_kind, CStringGetTextDatum(kind_name(request->kind)));
-	if (request->kind == OMNI_KIND_CACHE)
+	omni_set(&row, OMNI_JOB_kind, CStringGetTextDatum(omni_job_kinds[request->kind].name));
+	if (omni_job_kinds[request->kind].takes_policy)
 		omni_set(&row, OMNI_JOB_policy, CStringGetTextDatum(request->policy));
-	else
+	if (omni_job_kinds[request->kind].takes_extent)
 		omni_set(&row, OMNI_JOB_hard, BoolGetDatum(request->hard));
 	if (request->schemas != NULL)
 		omni_set(&row, OMNI_JOB_schemas, PointerGetDatum(request->schemas));
@@ -294,17 +299,17 @@ insert_into(OmniWrite *write, const OmniJob *job, OmniStatus status, TimestampTz
 	omni_set(&row, OMNI_JOB_attempts, Int32GetDatum(sent_at != 0 ? 1 : 0));
 	if (job->retry_of != 0)
 		omni_set(&row, OMNI_JOB_retry_of, Int64GetDatum(job->retry_of));
-	if (NameStr(request->called_by)[0] != '\0')
+	if (OidIsValid(request->caller))
+	{
 		omni_set(&row, OMNI_JOB_called_by, CStringGetTextDatum(NameStr(request->called_by)));
+		omni_set(&row, OMNI_JOB_called_by_oid, ObjectIdGetDatum(request->caller));
+	}
 	if (NameStr(request->application)[0] != '\0')
 		omni_set(&row, OMNI_JOB_application, CStringGetTextDatum(NameStr(request->application)));
 	omni_set(&row, OMNI_JOB_database, ObjectIdGetDatum(MyDatabaseId));
 
 	omni_write_begin(write, &omni_job_table, NULL);
-	if (!omni_write_insert(write, &row))
-		ereport(ERROR,
-				(errcode(ERRCODE_TRIGGERED_ACTION_EXCEPTION),
-				 errmsg("a trigger of table \"%s\" kept a job from being written", omni_job_table.name)));
+	omni_write_insert(write, &row);
 }
 
 /* Update one job; see omni_write_update(). */
@@ -326,12 +331,6 @@ is_unfinished(OmniStatus status)
 	return !omni_status_is_final(status);
 }
 
-static const char *
-kind_name(OmniKind kind)
-{
-	return kind == OMNI_KIND_CACHE ? "cache" : "schema";
-}
-
 /*
  * Record the outcome of an attempt in the job's row and in the event log.  Writes
  * neither if another session has locked, finished or deleted the row.
@@ -350,11 +349,13 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		.event = outcome->attempt_event,
 		.attempt = job->attempts,
 		.http_status = outcome->http_status,
+		.sqlstate = outcome->error.sqlstate,
 		.duration = outcome->elapsed,
 		.detail = error != NULL ? error : outcome->note
 	};
 	OmniEvent	end = {.occurred_at = now,.event = outcome->status};
 
+	Assert(outcome->status != NULL);
 	omni_set(&row, OMNI_JOB_status, CStringGetTextDatum(outcome->status));
 	if (outcome->has_job_id)
 		omni_set(&row, OMNI_JOB_job_id, UUIDPGetDatum(&outcome->job_id));
@@ -366,8 +367,11 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 		omni_set(&row, OMNI_JOB_error, CStringGetTextDatum(job_error));
 	else
 		omni_set_null(&row, OMNI_JOB_error);
+	if (outcome->attempted || outcome->recovered)
+		note_attempt(&row, job, outcome);
 
 	result = update(job->id, is_unfinished, &row);
+	OMNI_FAULT_POINT("record: row updated");
 	if (result != OMNI_ROW_OURS)
 		return result;
 	if (at_end)
@@ -382,6 +386,21 @@ omni_job_record(OmniJob *job, const OmniOutcome *outcome)
 	if (outcome->attempt_event != NULL && at_end)
 		omni_event_add(job, &end);
 	return OMNI_ROW_OURS;
+}
+
+/*
+ * Note in a row what the next attempt must know of one that has ended, or was under way when the
+ * worker ended.
+ */
+static void
+note_attempt(OmniRowValues *row, const OmniJob *job, const OmniOutcome *outcome)
+{
+	if (outcome->may_have_arrived || outcome->recovered)
+		omni_set(row, OMNI_JOB_may_have_arrived, BoolGetDatum(true));
+	if (outcome->few || job->few_failures > 0)
+		omni_set(row, OMNI_JOB_few_failures, Int32GetDatum(outcome->few ? job->few_failures + 1 : 0));
+	if (outcome->recovered || (outcome->http_status != 0 && job->recoveries > 0))
+		omni_set(row, OMNI_JOB_recoveries, Int32GetDatum(outcome->recovered ? job->recoveries + 1 : 0));
 }
 
 /* In a backend: return whether any job of this database is unfinished. */
@@ -455,11 +474,7 @@ omni_job_read_outcome(int64 id, int64 carrier)
 int64
 omni_job_last_retry(const OmniJob *job)
 {
-	Datum		values[3] = {
-		Int64GetDatum(job->retry_of),
-		ObjectIdGetDatum(job->request.role),
-		CStringGetTextDatum(NameStr(job->request.requested_by))
-	};
+	Datum		values[2] = {Int64GetDatum(job->retry_of), ObjectIdGetDatum(job->request.role)};
 	int64		last = 0;
 	uint64		count;
 
@@ -549,10 +564,10 @@ omni_job_decode(int row, OmniJobState *state)
 		job->job_id = *DatumGetUUIDP(value);
 	omni_request_decode(request, row, column_server, column_model_id, column_branch_id, column_policy,
 						column_requested_by, column_requested_by_oid);
-	request->kind = strcmp(TextDatumGetCString(VALUE(kind, TEXTOID)), "cache") == 0 ? OMNI_KIND_CACHE : OMNI_KIND_SCHEMA;
-	value = VALUE_OR_NULL(hard, BOOLOID);
-	request->hard = isnull || DatumGetBool(value);
-	request->hard_named = !request->hard;	/* it is Omni's default */
+	request->kind = omni_kind_find(TextDatumGetCString(VALUE(kind, TEXTOID)));
+	value = VALUE_OR_NULL(hard, BOOLOID);	/* true is Omni's default */
+	request->hard = omni_job_kinds[request->kind].takes_extent && (isnull || DatumGetBool(value));
+	request->hard_named = omni_job_kinds[request->kind].takes_extent && !request->hard;
 	value = VALUE_OR_NULL(schemas, TEXTARRAYOID);
 	job->request.schemas = isnull ? NULL : DatumGetArrayTypeP(value);
 	value = VALUE_OR_NULL(tables, TEXTARRAYOID);
@@ -565,12 +580,20 @@ omni_job_decode(int row, OmniJobState *state)
 	value = VALUE_OR_NULL(called_by, TEXTOID);
 	if (!isnull)
 		request->called_by = omni_name(value);
+	value = VALUE_OR_NULL(called_by_oid, OIDOID);
+	request->caller = isnull ? InvalidOid : DatumGetObjectId(value);
 	request->requested_at = to_finite(DatumGetTimestampTz(VALUE(requested_at, TIMESTAMPTZOID)));
 	value = VALUE_OR_NULL(renewed_at, TIMESTAMPTZOID);
 	job->renewed_at = isnull ? request->requested_at : Max(request->requested_at, to_finite(DatumGetTimestampTz(value)));
 	value = VALUE_OR_NULL(sent_at, TIMESTAMPTZOID);
 	job->sent_at = isnull ? 0 : to_finite(DatumGetTimestampTz(value));
 	job->attempts = Min(Max(DatumGetInt32(VALUE(attempts, INT4OID)), 0), INT_MAX - 1);
+	value = VALUE_OR_NULL(may_have_arrived, BOOLOID);
+	job->may_have_arrived = !isnull && DatumGetBool(value);
+	value = VALUE_OR_NULL(few_failures, INT4OID);
+	job->few_failures = isnull ? 0 : Min(Max(DatumGetInt32(value), 0), INT_MAX - 1);
+	value = VALUE_OR_NULL(recoveries, INT4OID);
+	job->recoveries = isnull ? 0 : Min(Max(DatumGetInt32(value), 0), INT_MAX - 1);
 	value = VALUE_OR_NULL(merged_into, INT8OID);
 	state->merged_into = isnull ? 0 : DatumGetInt64(value);
 	job->database = DatumGetObjectId(VALUE(database, OIDOID));
@@ -678,8 +701,8 @@ omni_job_form(const OmniJob *job, const char *status, const char *error)
 	SET("status", CStringGetTextDatum(status), false);
 	SET("model_id", UUIDPGetDatum(&request->model), !request->has_model);
 	SET("branch_id", UUIDPGetDatum(&request->branch), !request->has_branch);
-	SET("kind", CStringGetTextDatum(kind_name(request->kind)), false);
-	SET("hard", BoolGetDatum(request->hard), request->kind == OMNI_KIND_CACHE);
+	SET("kind", CStringGetTextDatum(omni_job_kinds[request->kind].name), false);
+	SET("hard", BoolGetDatum(request->hard), !omni_job_kinds[request->kind].takes_extent);
 	SET("schemas", PointerGetDatum(job->request.schemas), job->request.schemas == NULL);
 	SET("tables", PointerGetDatum(job->request.tables), job->request.tables == NULL);
 	SET("policy", CStringGetTextDatum(request->policy), request->policy[0] == '\0');
@@ -693,7 +716,8 @@ omni_job_form(const OmniJob *job, const char *status, const char *error)
 	SET("finished_at", TimestampTzGetDatum(GetCurrentTimestamp()), false);
 	SET("attempts", Int32GetDatum(0), false);
 	SET("retry_of", Int64GetDatum(job->retry_of), job->retry_of == 0);
-	SET("called_by", CStringGetTextDatum(NameStr(request->called_by)), NameStr(request->called_by)[0] == '\0');
+	SET("called_by", CStringGetTextDatum(NameStr(request->called_by)), !OidIsValid(request->caller));
+	SET("called_by_oid", ObjectIdGetDatum(request->caller), !OidIsValid(request->caller));
 	SET("application", CStringGetTextDatum(NameStr(request->application)), NameStr(request->application)[0] == '\0');
 	SET("database", ObjectIdGetDatum(MyDatabaseId), false);
 	SET("error", error == NULL ? (Datum) 0 : CStringGetTextDatum(error), error == NULL);

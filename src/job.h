@@ -13,6 +13,7 @@
 
 #include "api.h"
 #include "error.h"
+#include "lane.h"
 
 #define OMNI_ORIGIN_CALL		"call"
 #define OMNI_ORIGIN_ON_COMMIT	"on_commit"
@@ -30,6 +31,11 @@ typedef struct OmniJob
 								 * which merged jobs agree */
 	OmniRequest request;
 	int			attempts;		/* how many have begun */
+	bool		may_have_arrived;	/* an attempt has ended without an answer,
+									 * so that Omni may have got it */
+	int			few_failures;	/* answers in a row that allow a few more
+								 * attempts only */
+	int			recoveries;		/* since Omni last answered */
 	Oid			database;		/* where it was requested; if this is another
 								 * one, the row is a copy */
 	TimestampTz renewed_at;		/* time of the newest request that it carries;
@@ -69,7 +75,7 @@ typedef struct OmniHead
 {
 	OmniPlace	place;
 	TimestampTz run_at;
-	bool		is_held;		/* due or not, its server or role is held */
+	bool		is_held;		/* due or not, its role is held */
 	bool		is_due;			/* and not held */
 	bool		has_more;		/* other due jobs are behind it */
 	bool		any_free;		/* no refresh holds some of its due resets */
@@ -79,10 +85,9 @@ typedef struct OmniHead
 /* What is held at the moment */
 typedef struct OmniHeld
 {
-	List	   *servers;		/* names of servers with enough in flight */
 	List	   *roles;			/* roles with enough in flight, as "OID", and
-								 * roles throttled at a server, as "OID
-								 * server" */
+								 * roles that are throttled or have enough in
+								 * flight at a server, as "OID server" */
 } OmniHeld;
 
 /* A job as its row has it */
@@ -118,17 +123,16 @@ extern bool omni_tables_check(OmniError *error);
 /* in event.c */
 extern void omni_events_begin(void);
 extern void omni_events_write(void);
-extern bool omni_job_may_have_arrived(int64 id);
-extern int	omni_job_few_failures(int64 id);
 extern void omni_event_add_waiting(const OmniJob *job, const char *reason);
 extern void omni_event_add_changed(const OmniJob *job, const char *changes);
 
 /* in notify.c */
 extern void omni_notify_begin(void);
 extern void omni_notify(int64 job, const char *status);
-extern bool omni_notify_committed(void);
+extern void omni_notify_committed(void);
+extern int	omni_notify_left(int *dropped);
 extern void omni_notify_send(void);
-extern void omni_notify_end(void);
+extern void omni_notify_sent(void);
 
 /* in job.c */
 extern bool omni_job_begin(OmniJob *job, const char *url);
@@ -162,6 +166,7 @@ extern OmniHead *omni_queue_heads(const OmniPlace *place, const OmniHeld *held, 
 #define OMNI_MERGE_HEADS	16
 
 extern void omni_queue_merge(OmniHead *heads, int nheads);
+extern void omni_lane_job(const OmniRequest *request, LaneJob *lane);
 extern OmniJobState *omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count);
 extern OmniJobState *omni_queue_held(const OmniHead *heads, int nheads, int limit, int *count);
 extern void omni_queue_cancel_copies(const OmniPlace *place);

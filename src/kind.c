@@ -41,7 +41,7 @@ omni_kind_consider_retry(OmniWork *work)
 	(void) pg_strong_random(&lot, sizeof(lot));
 	if (outcome->few && !work->kind->has_caller)
 	{
-		int			failures = omni_job_few_failures(work->job.id) + 1;
+		int			failures = work->job.few_failures + 1;
 
 		if (failures >= OMNI_FEW_ATTEMPTS)
 			return;

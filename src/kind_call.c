@@ -7,6 +7,7 @@
  */
 #include "postgres.h"
 
+#include "fault.h"
 #include "kind.h"
 #include "status.h"
 
@@ -59,6 +60,7 @@ static void
 judge(OmniWork *work, const OmniAnswer *answer)
 {
 	omni_api_job_outcome(&work->job.request, work->target.key, answer, &work->outcome);
+	OMNI_FAULT_POINT("record: answer read");
 	omni_kind_consider_retry(work);
 	omni_kind_keep_telling_error(work, answer);
 	omni_kind_follow(work);

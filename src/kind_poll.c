@@ -10,6 +10,7 @@
 #include "utils/timestamp.h"
 
 #include "clock.h"
+#include "fault.h"
 #include "kind.h"
 #include "retry.h"
 #include "status.h"
@@ -56,6 +57,7 @@ judge(OmniWork *work, const OmniAnswer *answer)
 {
 	if (!omni_api_poll_outcome(&work->job.request, work->target.key, answer, &work->outcome))
 		consider_next_poll(work);
+	OMNI_FAULT_POINT("record: answer read");
 	work->outcome.elapsed = 0;	/* the poll's, not the job's */
 }
 

@@ -8,6 +8,7 @@
 #include "postgres.h"
 
 #include "clock.h"
+#include "fault.h"
 #include "kind.h"
 #include "sent.h"
 #include "setting.h"
@@ -33,12 +34,10 @@ const OmniWorkKind omni_queued_kind = {
 	.judge = judge
 };
 
-/* Find out from the events whether an earlier attempt may have reached Omni. */
 static void
 prepare(OmniWork *work)
 {
-	if (work->job.attempts > 0)
-		work->may_have_arrived = omni_job_may_have_arrived(work->job.id);
+	work->may_have_arrived = work->job.may_have_arrived;
 }
 
 static void
@@ -54,6 +53,7 @@ static void
 judge(OmniWork *work, const OmniAnswer *answer)
 {
 	omni_api_job_outcome(&work->job.request, work->target.key, answer, &work->outcome);
+	OMNI_FAULT_POINT("record: answer read");
 	omni_kind_consider_retry(work);
 	omni_kind_follow(work);
 }

@@ -20,12 +20,13 @@
 
 /*
  * The schemas of this database that have a table or view of a user's, and whether $1 names
- * them: with a catalog or without, and either may have dots in its name.
+ * them: with a catalog or without, and either may have dots in its name.  Case is ignored by the
+ * rules of C, since those of the database may be Turkish.
  */
 static const char *const select_schemas =
-"SELECT nspname::pg_catalog.text, pg_catalog.lower(nspname::pg_catalog.text COLLATE pg_catalog.\"default\")"
+"SELECT nspname::pg_catalog.text, pg_catalog.lower(nspname::pg_catalog.text COLLATE pg_catalog.\"C\")"
 "  OPERATOR(pg_catalog.=) ANY ("
-"    SELECT pg_catalog.lower(form COLLATE pg_catalog.\"default\")"
+"    SELECT pg_catalog.lower(form COLLATE pg_catalog.\"C\")"
 "    FROM pg_catalog.unnest($1) AS name, LATERAL (VALUES (name),"
 "      (pg_catalog.regexp_replace(name, '^[^.]*[.]', '')),"
 "      (pg_catalog.regexp_replace(name, '^.*[.]', ''))) AS forms (form))"

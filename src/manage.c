@@ -67,6 +67,7 @@ omni_refresh_retry(PG_FUNCTION_ARGS)
 	omni_job_init(&job, OMNI_ORIGIN_RETRY);
 	request->role = job.request.role;
 	request->requested_by = job.request.requested_by;
+	request->caller = job.request.caller;
 	request->called_by = job.request.called_by;
 	request->application = job.request.application;
 	request->requested_at = job.request.requested_at;

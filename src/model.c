@@ -29,14 +29,6 @@
 /* Limit in bytes for each of name, kind and cursor in a URL, so that all three fit */
 #define MAX_PARAMETER		((OMNI_MAX_PATH - 200) / 3)
 
-/* To detect a cycle of cursors */
-typedef struct Cycle
-{
-	char	   *cursor;			/* an earlier cursor to compare with, or NULL */
-	int			steps;			/* taken since then */
-	int			limit;			/* after so many, keep a later cursor instead */
-} Cycle;
-
 /* The columns of the result */
 enum
 {
@@ -51,7 +43,7 @@ enum
 };
 
 static char *text_argument(FunctionCallInfo fcinfo, int argno, const char *name);
-static bool closes_cycle(Cycle *cycle, const char *cursor);
+static bool is_known(const List *cursors, const char *cursor);
 static Jsonb *ask(const char *name, const char *kind, const char *cursor);
 static char *put_page(ReturnSetInfo *result, Jsonb *page);
 static void put_model(ReturnSetInfo *result, JsonbContainer *model);
@@ -71,7 +63,7 @@ omni_refresh_models(PG_FUNCTION_ARGS)
 	char	   *name = text_argument(fcinfo, 0, "name");
 	char	   *kind = text_argument(fcinfo, 1, "kind");
 	char	   *cursor = NULL;
-	Cycle		cycle = {.limit = 1};
+	List	   *cursors = NIL;		/* of all pages so far */
 	MemoryContext page_context = AllocSetContextCreate(CurrentMemoryContext, "omni_refresh page",
 													   ALLOCSET_DEFAULT_SIZES);
 
@@ -82,12 +74,11 @@ omni_refresh_models(PG_FUNCTION_ARGS)
 		char	   *next = put_page(result, ask(name, kind, cursor));
 
 		MemoryContextSwitchTo(context);
-		if (cursor != NULL)
-			pfree(cursor);
 		cursor = next != NULL ? pstrdup(next) : NULL;
 		MemoryContextReset(page_context);
-		if (cursor != NULL && closes_cycle(&cycle, cursor))
+		if (cursor != NULL && is_known(cursors, cursor))
 			malformed("The cursors of the pages form a cycle.");
+		cursors = lappend(cursors, cursor);
 		CHECK_FOR_INTERRUPTS();
 	} while (cursor != NULL);
 	return (Datum) 0;
@@ -108,23 +99,15 @@ text_argument(FunctionCallInfo fcinfo, int argno, const char *name)
 	return value;
 }
 
-/*
- * Return whether a cursor was seen before.  This is Brent's algorithm: it keeps one earlier
- * cursor only, each for twice as many steps as the one before.  It finds a cycle late, but
- * finds any, however long the cycle and the path into it are.
- */
 static bool
-closes_cycle(Cycle *cycle, const char *cursor)
+is_known(const List *cursors, const char *cursor)
 {
-	if (cycle->cursor != NULL && strcmp(cursor, cycle->cursor) == 0)
-		return true;
-	if (++cycle->steps == cycle->limit)
+	ListCell   *cell;
+
+	foreach(cell, cursors)
 	{
-		if (cycle->cursor != NULL)
-			pfree(cycle->cursor);
-		cycle->cursor = pstrdup(cursor);
-		cycle->steps = 0;
-		cycle->limit *= 2;
+		if (strcmp(lfirst(cell), cursor) == 0)
+			return true;
 	}
 	return false;
 }

@@ -5,8 +5,10 @@
  *
  * The worker collects the notifications of a transaction and sends them in a later,
  * separate transaction: a notification that fails must not roll back the outcome of a
- * job, and transactions that commit notifications block each other on a lock.  Any role
- * may listen, so a notification contains only the id and the status of a job.
+ * job, and transactions that commit notifications block each other on a lock.  One that
+ * waits for a synchronous standby holds that lock meanwhile.  So the worker waits for the
+ * lock only for a moment, and keeps what it cannot send.  Any role may listen, so a
+ * notification contains only the id and the status of a job.
  *
  *-------------------------------------------------------------------------
  */
@@ -22,6 +24,10 @@
 
 #define CHANNEL				"omni_refresh"
 
+/* Send at most this many notices in a transaction, and keep at most so many */
+#define SEND_LIMIT			1000
+#define KEEP_LIMIT			100000
+
 typedef struct Notice
 {
 	int64		job;
@@ -36,6 +42,7 @@ typedef struct Collected
 	int			count;
 	int			committed;		/* how many of them, from the first, have
 								 * committed */
+	int			dropped;		/* how many were too many to keep */
 } Collected;
 
 /* In a backend: a notice of the current transaction */
@@ -48,6 +55,7 @@ typedef struct Queued
 static Collected collected;
 static List *queued = NIL;		/* of Queued, in TopTransactionContext */
 
+static void remove_first(int n);
 static void queue_notice(int64 job, const char *status);
 static void at_transaction_end(XactEvent event, void *arg);
 static void at_subtransaction_end(SubXactEvent event, SubTransactionId own,
@@ -86,27 +94,51 @@ omni_notify(int64 job, const char *status)
 	strlcpy(notice->status, status, sizeof(notice->status));
 }
 
-/* After commit: mark all notices as ready, and return whether there are any to send. */
-bool
+/* After commit: mark all notices as ready.  Drop the oldest ones if there are too many. */
+void
 omni_notify_committed(void)
 {
+	int			too_many = collected.count - KEEP_LIMIT;
+
 	collected.committed = collected.count;
-	return collected.committed > 0;
+	if (too_many > 0)
+	{
+		remove_first(too_many);
+		collected.dropped += too_many;
+	}
 }
 
-/* Send all committed notices in this transaction, which should do nothing else. */
+/* Return how many notices are to be sent; and in *dropped, unless NULL, how many were dropped. */
+int
+omni_notify_left(int *dropped)
+{
+	if (dropped != NULL)
+		*dropped = collected.dropped;
+	return collected.committed;
+}
+
+/* Send the first notices in this transaction, which should do nothing else. */
 void
 omni_notify_send(void)
 {
-	for (int i = 0; i < collected.committed; i++)
+	for (int i = 0; i < Min(collected.committed, SEND_LIMIT); i++)
 		send_notice(collected.notices[i].job, collected.notices[i].status);
 }
 
-/* Discard all notices, whether they were sent or sending them failed. */
+/* The transaction has committed: forget what it has sent. */
 void
-omni_notify_end(void)
+omni_notify_sent(void)
 {
-	collected.count = collected.committed = 0;
+	remove_first(Min(collected.committed, SEND_LIMIT));
+	collected.dropped = 0;
+}
+
+static void
+remove_first(int n)
+{
+	collected.count -= n;
+	collected.committed -= n;
+	memmove(collected.notices, collected.notices + n, collected.count * sizeof(Notice));
 }
 
 /*

@@ -5,7 +5,7 @@
  *		covers adds no row.
  *
  * A job covers the requests that the worker would merge into it without changing it; see
- * omni_queue_merge().  The same role must have called, too, since a job's row is shown to its
+ * lane.c.  The same role must have called, too, since a job's row is shown to its
  * caller only.  NOTIFY does likewise: it sends equal notifications of a transaction once.  A
  * trigger FOR EACH ROW may therefore ask as often as it fires.
  *
@@ -20,7 +20,6 @@
 #include "postgres.h"
 
 #include "access/xact.h"
-#include "catalog/pg_type.h"
 #include "utils/datum.h"
 #include "utils/memutils.h"
 
@@ -33,25 +32,11 @@
  */
 #define MAX_REMEMBERED		256
 
-/* A list of schemas or tables, sorted for comparison; count is 0 if there is no list */
-typedef struct Names
-{
-	int			count;
-	Datum	   *names;			/* of text */
-} Names;
-
-/* A request and its lists */
-typedef struct Asked
-{
-	const OmniRequest *request;
-	Names		schemas;
-	Names		tables;
-} Asked;
-
 /* A job that this transaction has queued, allocated in CurTransactionContext */
 typedef struct Remembered
 {
-	Asked		asked;
+	OmniRequest *request;
+	LaneJob		lane;			/* the same, for lane.c */
 	Datum		row;			/* as omni_refresh_on_commit() returned it */
 	OmniRowVersion version;
 	int			level;			/* of the subtransaction, from 1 */
@@ -61,14 +46,8 @@ typedef struct Remembered
 static Remembered *remembered[MAX_REMEMBERED];
 static int	count = 0;
 
-static Asked prepare(const OmniRequest *request);
-static OmniRequest *copy_request(const OmniRequest *request);
+static bool is_of_lane(const OmniRequest *job, const OmniRequest *other);
 static bool is_recent(const OmniRequest *job, const OmniRequest *other);
-static bool covers(const Asked *job, const Asked *other);
-static bool is_alike(const OmniRequest *a, const OmniRequest *b);
-static bool contains(const Names *all, const Names *some);
-static Names sort_names(ArrayType *list);
-static int	compare_names(const void *a, const void *b);
 static void at_transaction_end(XactEvent event, void *arg);
 static void at_subtransaction_end(SubXactEvent event, SubTransactionId own,
 								  SubTransactionId parent, void *arg);
@@ -80,19 +59,20 @@ static void at_subtransaction_end(SubXactEvent event, SubTransactionId own,
 bool
 omni_once_find(const OmniRequest *request, Datum *row)
 {
-	Asked		asked;
+	LaneJob		asked;
 
 	/* if the transaction has become read-only, let the INSERT raise its error */
 	if (count == 0 || XactReadOnly)
 		return false;
-	asked = prepare(request);
+	omni_lane_job(request, &asked);
 
 	/* the newest first: if an older one was canceled, a newer one replaces it */
 	for (int i = count - 1; i >= 0; i--)
 	{
 		Remembered *job = remembered[i];
 
-		if (covers(&job->asked, &asked) && is_recent(job->asked.request, request) &&
+		if (lane_is_alike(&job->lane, &asked) && is_of_lane(job->request, request) &&
+			lane_covers(&job->lane.request, &asked.request) && is_recent(job->request, request) &&
 			omni_job_is_unchanged(&job->version))
 		{
 			*row = datumCopy(job->row, false, -1);
@@ -121,7 +101,9 @@ omni_once_remember(const OmniRequest *request, Datum row, const OmniRowVersion *
 
 	context = MemoryContextSwitchTo(CurTransactionContext);
 	job = palloc(sizeof(Remembered));
-	job->asked = prepare(copy_request(request));
+	job->request = palloc(sizeof(OmniRequest));
+	*job->request = *request;
+	omni_lane_job(job->request, &job->lane);
 	job->row = datumCopy(row, false, -1);
 	job->version = *version;
 	job->level = GetCurrentTransactionNestLevel();
@@ -140,9 +122,9 @@ omni_once_forget_resets(const OmniRequest *refresh)
 
 	for (int i = 0; i < count; i++)
 	{
-		const OmniRequest *job = remembered[i]->asked.request;
+		const OmniRequest *job = remembered[i]->request;
 
-		if (job->kind != OMNI_KIND_CACHE || job->role != refresh->role ||
+		if (omni_job_kinds[job->kind].holds_resets || job->role != refresh->role ||
 			memcmp(&job->model, &refresh->model, UUID_LEN) != 0 ||
 			strcmp(NameStr(job->server), NameStr(refresh->server)) != 0)
 			remembered[kept++] = remembered[i];
@@ -150,69 +132,11 @@ omni_once_forget_resets(const OmniRequest *refresh)
 	count = kept;
 }
 
-/* Sort the lists of a request, which must live as long as the result. */
-static Asked
-prepare(const OmniRequest *request)
-{
-	Asked		asked = {
-		.request = request,
-		.schemas = sort_names(request->schemas),
-		.tables = sort_names(request->tables)
-	};
-
-	return asked;
-}
-
-static OmniRequest *
-copy_request(const OmniRequest *request)
-{
-	OmniRequest *copy = palloc(sizeof(OmniRequest));
-
-	*copy = *request;
-	if (request->schemas != NULL)
-		copy->schemas = DatumGetArrayTypePCopy(PointerGetDatum(request->schemas));
-	if (request->tables != NULL)
-		copy->tables = DatumGetArrayTypePCopy(PointerGetDatum(request->tables));
-	return copy;
-}
-
-/*
- * Whether a job does all that another request asks for, and the same role called.  A reset
- * without a time is one of the moment when it is sent, and so the latest.
- */
+/* Return whether two requests are of the same role at the same server, and the same role called. */
 static bool
-covers(const Asked *job, const Asked *other)
+is_of_lane(const OmniRequest *a, const OmniRequest *b)
 {
-	const OmniRequest *has = job->request;
-	const OmniRequest *wants = other->request;
-
-	if (!is_alike(has, wants) || strcmp(NameStr(has->called_by), NameStr(wants->called_by)) != 0)
-		return false;
-	if (has->kind == OMNI_KIND_CACHE)
-		return !has->has_reset_at || (wants->has_reset_at && wants->reset_at <= has->reset_at);
-	if (has->hard || wants->hard)
-		return has->hard;
-	if (job->schemas.count == 0 && job->tables.count == 0)
-		return true;
-
-	/*
-	 * Omni refreshes what both lists name: jobs with other lists are not
-	 * merged
-	 */
-	if (job->schemas.count != 0 && job->tables.count != 0 &&
-		(job->schemas.count != other->schemas.count || job->tables.count != other->tables.count))
-		return false;
-	return contains(&job->schemas, &other->schemas) && contains(&job->tables, &other->tables);
-}
-
-/* Whether two requests agree in the columns of ALIKE, as jobs that are merged must. */
-static bool
-is_alike(const OmniRequest *a, const OmniRequest *b)
-{
-	return memcmp(&a->model, &b->model, UUID_LEN) == 0 &&
-		a->has_branch == b->has_branch && memcmp(&a->branch, &b->branch, UUID_LEN) == 0 &&
-		a->kind == b->kind && strcmp(a->policy, b->policy) == 0 &&
-		a->role == b->role && strcmp(NameStr(a->requested_by), NameStr(b->requested_by)) == 0 &&
+	return a->role == b->role && a->caller == b->caller &&
 		strcmp(NameStr(a->server), NameStr(b->server)) == 0;
 }
 
@@ -226,54 +150,6 @@ is_recent(const OmniRequest *job, const OmniRequest *other)
 {
 	return omni_retry_for == 0 ||
 		other->requested_at - job->requested_at <= omni_retry_for * USECS_PER_SEC / 10;
-}
-
-/* Whether two lists are both missing, or the first one has all names of the second one. */
-static bool
-contains(const Names *all, const Names *some)
-{
-	int			found = 0;
-
-	if ((all->count == 0) != (some->count == 0))
-		return false;
-	for (int i = 0; i < all->count && found < some->count; i++)
-	{
-		int			order = compare_names(&all->names[i], &some->names[found]);
-
-		if (order > 0)
-			return false;
-		if (order == 0)
-			found++;
-	}
-	return found == some->count;
-}
-
-/* Sort the names of a list, which has no duplicates.  The list may be NULL. */
-static Names
-sort_names(ArrayType *list)
-{
-	Names		sorted = {0};
-
-	if (list != NULL)
-	{
-		deconstruct_array(list, TEXTOID, -1, false, TYPALIGN_INT,
-						  &sorted.names, NULL, &sorted.count);
-		qsort(sorted.names, sorted.count, sizeof(Datum), compare_names);
-	}
-	return sorted;
-}
-
-/* Any order will do. */
-static int
-compare_names(const void *a, const void *b)
-{
-	text	   *left = DatumGetTextPP(*(const Datum *) a);
-	text	   *right = DatumGetTextPP(*(const Datum *) b);
-	int			length = VARSIZE_ANY_EXHDR(left);
-
-	if (length != VARSIZE_ANY_EXHDR(right))
-		return length < VARSIZE_ANY_EXHDR(right) ? -1 : 1;
-	return memcmp(VARDATA_ANY(left), VARDATA_ANY(right), length);
 }
 
 /* Forget all.  CurTransactionContext is freed, or, of a prepared transaction, soon will be. */

@@ -15,6 +15,7 @@
 #include "postgres.h"
 
 #include "clock.h"
+#include "fault.h"
 #include "kind.h"
 #include "polls.h"
 #include "setting.h"
@@ -36,6 +37,13 @@ static Pass pass = {.next = DT_NOEND};
 
 static int	due_lanes(OmniHead *lanes, int count, const OmniHeld *held);
 static bool is_polled(int64 id);
+
+/* Begin a new pass: what the last reading has put in flight was given up. */
+void
+omni_polls_restart(void)
+{
+	pass = new_pass;
+}
 
 /*
  * Put polls in flight of running jobs that are due.  Returns whether there may be more in
@@ -61,6 +69,7 @@ omni_polls_claim(bool *any, TimestampTz *next)
 		pass.last = lanes[count - 1].place;
 	}
 
+	OMNI_FAULT_POINT("look: lanes read");
 	count = due_lanes(lanes, count, &held);
 	jobs = omni_running_due(lanes, count,
 							omni_max_in_flight + omni_works_count(&omni_poll_kind, NULL), &njobs);

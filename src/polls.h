@@ -10,6 +10,7 @@
 
 #include "datatype/timestamp.h"
 
+extern void omni_polls_restart(void);
 extern bool omni_polls_claim(bool *any, TimestampTz *next);
 
 #endif							/* OMNI_POLLS_H */

@@ -68,12 +68,16 @@
 
 /* The order of the index on the queue; the jobs that agree in LANE have one head. */
 #define LANE				"requested_by_oid, server, model_id"
-#define QUEUE_ORDER			LANE ", kind, run_at, id"
+#define QUEUE_ORDER			LANE ", (kind <> 'cache'), run_at, id"
 
-/* Due jobs of one kind of a head, at most so many; the limit stops the scan also if none are due. */
+/* The two sorts of jobs, as the index on the queue has them: those that hold resets, and resets */
+#define HOLDS_RESETS		"(kind <> 'cache')"
+#define IS_RESET			"NOT (kind <> 'cache')"
+
+/* Due jobs of one sort of a head, at most so many; the limit stops the scan also if none are due. */
 #define DUE_OF_KIND(list, kind, role, server, model, limit) \
 	"(SELECT " list " FROM (SELECT *, xmin FROM %s AS job WHERE " QUEUED \
-	"  AND (" LANE ") = (" role ", " server ", " model ") AND kind = '" kind "'" \
+	"  AND (" LANE ") = (" role ", " server ", " model ") AND " kind \
 	"  ORDER BY " QUEUE_ORDER " LIMIT " limit ") AS job WHERE " DUE ")"
 
 /*
@@ -98,12 +102,6 @@
 
 /* Whether a reset is free: no refresh with a lower number holds it. */
 #define FREE				"coalesce(id < first, true)"
-
-/*
- * Whether a refresh was tried, and is older than retry_for ($5).  Do not have it carry newer
- * ones: it would go on for as long as they come, and hold resets for as long.
- */
-#define WORN_OUT			"(kind = 'schema' AND attempts > 0 AND requested_at < $5)"
 
 /* Resets to read of a head, to find those that are free */
 #define RESETS				"64"
@@ -144,10 +142,10 @@ static OmniStatement select_copies = {
 };
 
 /*
- * The heads behind a place in the index ($6 to $8), until there are enough of them ($9)
- * or of those that are due ($10); of one role and server at most so many that are due
- * ($11).  Nothing is taken of servers that have enough in flight ($12), and of roles at
- * servers whose rate limit is reached ($13, "role server"): these have one head each.
+ * The heads behind a place in the index ($5 to $7), until there are enough of them ($8)
+ * or of those that are due ($9); of one role and server at most so many that are due
+ * ($10).  Nothing is taken of roles that are held ($11), be it at a server ("role server") or
+ * at all ("role"): these have one head each.
  * A head of which two jobs or more of a kind are due may have something to merge.
  *
  * Resets come first in the index.  So if the first row of a head is a refresh, there are no
@@ -156,118 +154,69 @@ static OmniStatement select_copies = {
 static OmniStatement select_heads = {
 	.table = &omni_job_table,
 	.text = "WITH RECURSIVE head (role, server, model, run_at, held_since, free, is_due, is_held, number, due, due_of_server) AS ("
-	"  SELECT $6, $7 COLLATE \"C\", $8, $2, $2, 0, false, false, 0, 0, 0"
+	"  SELECT $5, $6 COLLATE \"C\", $7, $2, $2, 0, false, false, 0, 0, 0"
 	" UNION ALL"
 	"  SELECT next.role, next.server, next.model, next.run_at, next.held_since, next.free, next.is_due, next.is_held,"
 	"   number + 1, due + next.is_due::int,"
 	"   CASE WHEN next.role = head.role AND next.server = head.server THEN due_of_server ELSE 0 END + next.is_due::int"
 	"  FROM head, LATERAL ("
 	"   SELECT role, server, model, is_held, job.* FROM ("
-	"    SELECT *, server = ANY ($12) OR concat_ws(' ', role, server) = ANY ($13) OR role::text = ANY ($13) AS is_held FROM ("
+	"    SELECT *, concat_ws(' ', role, server) = ANY ($11) OR role::text = ANY ($11) AS is_held FROM ("
 	"     SELECT requested_by_oid AS role, server, model_id AS model, kind, run_at, " DUE " AS is_due"
 	"     FROM %s AS job WHERE " QUEUED " AND (" LANE ") > (head.role, head.server,"
-	"      CASE WHEN head.is_held OR due_of_server >= $11 THEN 'ffffffff-ffff-ffff-ffff-ffffffffffff' ELSE head.model END)"
+	"      CASE WHEN head.is_held OR due_of_server >= $10 THEN 'ffffffff-ffff-ffff-ffff-ffffffffffff' ELSE head.model END)"
 	"     ORDER BY " QUEUE_ORDER " LIMIT 1) AS first) AS place,"
 	"   LATERAL (SELECT coalesce(min(run_at), 'infinity') AS run_at, min(held_since) AS held_since, coalesce(sum(free), 0)::int AS free,"
 	"     coalesce(bool_or(is_due), false) AS is_due FROM ("
 	"    SELECT place.run_at, NULL::timestamptz AS held_since, 0 AS free, place.is_due WHERE place.kind <> 'cache' AND NOT is_held"
 	"    UNION ALL"
 	"    (SELECT run_at, NULL, 0, " DUE " FROM %s AS job WHERE place.kind = 'cache' AND NOT is_held"
-	"      AND " QUEUED " AND (" LANE ") = (place.role, place.server, place.model) AND kind = 'schema' ORDER BY " QUEUE_ORDER " LIMIT 1)"
+	"      AND " QUEUED " AND (" LANE ") = (place.role, place.server, place.model) AND " HOLDS_RESETS " ORDER BY " QUEUE_ORDER " LIMIT 1)"
 	"    UNION ALL"
-	"    SELECT (SELECT run_at FROM %s AS job WHERE " QUEUED " AND (" LANE ") = (place.role, place.server, place.model) AND kind = 'cache'"
+	"    SELECT (SELECT run_at FROM %s AS job WHERE " QUEUED " AND (" LANE ") = (place.role, place.server, place.model) AND " IS_RESET
 	"      AND run_at > $2 ORDER BY " QUEUE_ORDER " LIMIT 1),"
 	"     min(run_at) FILTER (WHERE NOT " FREE "), count(*) FILTER (WHERE " FREE ")::int, bool_or(" FREE ")"
 	"    FROM " HOLDING("place.role", "place.server", "place.model") ","
-	"     LATERAL " DUE_OF_KIND("id, run_at, requested_at", "cache", "place.role", "place.server", "place.model", RESETS) " AS reset"
+	"     LATERAL " DUE_OF_KIND("id, run_at, requested_at", IS_RESET, "place.role", "place.server", "place.model", RESETS) " AS reset"
 	"    WHERE place.is_due"
 	"    HAVING place.kind = 'cache' AND NOT is_held) AS job) AS job) AS next"
-	"  WHERE number < $9 AND due < $10"
+	"  WHERE number < $8 AND due < $9"
 	" )"
 	" SELECT role, server, model, run_at, held_since, free > 0, is_due, is_held, is_due AND (free > 1 OR"
-	"  (SELECT count(*) FROM " DUE_OF_KIND("", "schema", "head.role", "head.server", "head.model", "2") " AS two) = 2)"
+	"  (SELECT count(*) FROM " DUE_OF_KIND("", HOLDS_RESETS, "head.role", "head.server", "head.model", "2") " AS two) = 2)"
 	" FROM head WHERE number > 0 ORDER BY number",
-	.nargs = 13,
-	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDOID, TEXTOID, UUIDOID,
-	INT8OID, INT8OID, INT8OID, TEXTARRAYOID, TEXTARRAYOID}
+	.nargs = 11,
+	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDOID, TEXTOID, UUIDOID,
+	INT8OID, INT8OID, INT8OID, TEXTARRAYOID}
 };
 
 /*
- * The first due jobs of each of some heads ($6 to $8), at most so many of one ($10): its
- * refreshes and, if any are free ($9), its free resets
+ * The first due jobs of each of some heads ($5 to $7), at most so many of one ($9): its
+ * refreshes and, if any are free ($8), its free resets
  */
-#define DUE_OF_HEADS(list) \
-	"unnest($6, $7, $8, $9) AS head (head_role, head_server, head_model, head_free), LATERAL (" \
-	DUE_OF_KIND(list, "schema", "head_role", "head_server", "head_model", "$10") \
-	" UNION ALL (SELECT reset.* FROM " HOLDING("head_role", "head_server", "head_model") "," \
-	" LATERAL " DUE_OF_KIND(list, "cache", "head_role", "head_server", "head_model", "greatest($10, " RESETS ")") " AS reset" \
-	" WHERE head_free AND " FREE ")" \
-	" ORDER BY run_at, id LIMIT $10) AS job"
-#define DUE_OF_HEADS_NARGS	10
-#define DUE_OF_HEADS_ARGTYPES \
-	{OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDARRAYOID, TEXTARRAYOID, UUIDARRAYOID, \
-	BOOLARRAYOID, INT8OID}
-
 static OmniStatement select_due = {
 	.table = &omni_job_table,
-	.text = "SELECT job.* FROM " DUE_OF_HEADS(JOB_LIST),
-	.nargs = DUE_OF_HEADS_NARGS,
-	.argtypes = DUE_OF_HEADS_ARGTYPES
+	.text = "SELECT job.* FROM unnest($5, $6, $7, $8) AS head (head_role, head_server, head_model, head_free), LATERAL ("
+	DUE_OF_KIND(JOB_LIST, HOLDS_RESETS, "head_role", "head_server", "head_model", "$9")
+	" UNION ALL (SELECT reset.* FROM " HOLDING("head_role", "head_server", "head_model") ","
+	" LATERAL " DUE_OF_KIND(JOB_LIST, IS_RESET, "head_role", "head_server", "head_model", "greatest($9, " RESETS ")") " AS reset"
+	" WHERE head_free AND " FREE ")"
+	" ORDER BY run_at, id LIMIT $9) AS job",
+	.nargs = 9,
+	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDARRAYOID, TEXTARRAYOID, UUIDARRAYOID,
+	BOOLARRAYOID, INT8OID}
 };
 
-/* The first due resets of each of some heads ($6 to $8) that are held, at most so many of one ($9) */
+/* The first due resets of each of some heads ($5 to $7) that are held, at most so many of one ($8) */
 static OmniStatement select_held = {
 	.table = &omni_job_table,
-	.text = "SELECT job.* FROM unnest($6, $7, $8) AS head (head_role, head_server, head_model), LATERAL ("
+	.text = "SELECT job.* FROM unnest($5, $6, $7) AS head (head_role, head_server, head_model), LATERAL ("
 	" SELECT reset.* FROM " HOLDING("head_role", "head_server", "head_model") ","
-	"  LATERAL " DUE_OF_KIND(JOB_LIST, "cache", "head_role", "head_server", "head_model", RESETS) " AS reset"
-	" WHERE NOT " FREE " ORDER BY run_at, id LIMIT $9) AS job",
-	.nargs = 9,
-	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDARRAYOID, TEXTARRAYOID,
+	"  LATERAL " DUE_OF_KIND(JOB_LIST, IS_RESET, "head_role", "head_server", "head_model", RESETS) " AS reset"
+	" WHERE NOT " FREE " ORDER BY run_at, id LIMIT $8) AS job",
+	.nargs = 8,
+	.argtypes = {OIDOID, TIMESTAMPTZOID, TIMESTAMPTZOID, TIMESTAMPTZOID, OIDARRAYOID, TEXTARRAYOID,
 	UUIDARRAYOID, INT8OID}
-};
-
-/*
- * Sets of two queued jobs or more that one request can satisfy, all due and alike: where
- * one is a hard refresh, or else one of the whole model, all of them; else those that
- * have the one kind of list, or both lists and the same.  The second column says that
- * the whole model is refreshed.  There are no joins of the table here, whose plan would
- * depend on how many rows there were when it was made.
- */
-static OmniStatement select_sets = {
-	.table = &omni_job_table,
-	.text = "WITH due AS ("
-	"  SELECT job.*, count(*) OVER alike AS number,"
-	"   bool_or(coalesce(hard, true) OR (schemas IS NULL AND tables IS NULL)) OVER alike AS whole"
-	"  FROM " DUE_OF_HEADS("id, database, hard, schemas, tables, requested_at, run_at, attempts, " ALIKE)
-	"  WHERE database = $1 AND NOT " WORN_OUT " WINDOW alike AS (PARTITION BY " ALIKE ")"
-	" ), sets AS ("
-	"  SELECT *, CASE WHEN whole THEN '' WHEN tables IS NULL THEN 'schemas'"
-	"   WHEN schemas IS NULL THEN 'tables' ELSE"
-	"   (SELECT array_agg(DISTINCT name) FROM unnest(schemas) AS name)::text ||"
-	"   (SELECT array_agg(DISTINCT name) FROM unnest(tables) AS name)::text END AS extent"
-	"  FROM due WHERE number > 1"
-	" )"
-	" SELECT array_agg(id ORDER BY id), bool_or(whole), requested_by_oid, server, model_id"
-	" FROM sets GROUP BY " ALIKE ", extent HAVING count(*) > 1",
-	.nargs = DUE_OF_HEADS_NARGS,
-	.argtypes = DUE_OF_HEADS_ARGTYPES
-};
-
-/*
- * What jobs ask for together; without lists if that is the whole model ($2).  Of resets
- * of a cache the latest counts, which is the one of the moment if there is one.
- */
-static OmniStatement unite_jobs = {
-	.table = &omni_job_table,
-	.text = "SELECT bool_or(hard), array_agg(DISTINCT name) FILTER (WHERE is_schema AND name IS NOT NULL),"
-	"  array_agg(DISTINCT name) FILTER (WHERE NOT is_schema AND name IS NOT NULL),"
-	"  CASE WHEN every(reset_at IS NOT NULL) THEN max(reset_at) END, max(coalesce(renewed_at, requested_at))"
-	" FROM %s LEFT JOIN LATERAL"
-	"  (SELECT true, unnest(schemas) UNION ALL SELECT false, unnest(tables)) AS names (is_schema, name) ON NOT $2"
-	" WHERE id = ANY ($1)",
-	.nargs = 2,
-	.argtypes = {INT8ARRAYOID, BOOLOID}
 };
 
 /*
@@ -277,7 +226,7 @@ static OmniStatement unite_jobs = {
 static OmniStatement lock_jobs = {
 	.table = &omni_job_table,
 	.text = "SELECT id FROM %s AS job WHERE id = ANY ($1) AND " IS_PENDING
-	" AND NOT (kind = 'cache' AND origin <> 'call' AND EXISTS (SELECT FROM "
+	" AND NOT (" IS_RESET " AND origin <> 'call' AND EXISTS (SELECT FROM "
 	REFRESHES("job.requested_by_oid", "job.server", "job.model_id") " AND id < job.id AND " HOLDS("$2") "))"
 	" FOR NO KEY UPDATE SKIP LOCKED",
 	.nargs = 2,
@@ -340,7 +289,7 @@ static OmniStatement stop_polling = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = " OMNI_SQL(ACCEPTED) ", finished_at = clock_timestamp(), error = NULL"
 	" WHERE id = ANY (ARRAY(SELECT id FROM %s WHERE status = " OMNI_SQL(RUNNING) " AND database = $1 LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED))"
-	" RETURNING id, requested_by, status, attempts, 'not followed to its end', requested_at, server",
+	" RETURNING id, requested_by, requested_by_oid, status, attempts, 'not followed to its end', server",
 	.nargs = 2,
 	.argtypes = {OIDOID, INT8OID}
 };
@@ -370,19 +319,20 @@ static OmniStatement lock_old = {
 
 static OmniStatement delete_jobs = {
 	.table = &omni_job_table,
+	.must = true,
 	.text = "DELETE FROM %s WHERE id = ANY ($1)",
 	.nargs = 1,
 	.argtypes = {INT8ARRAYOID}
 };
 
-/* The status $3 is "unknown" instead of "canceled" if Omni may have got the request. */
+/* The status is "unknown" instead of "canceled" if Omni may have got the request. */
 static OmniStatement cancel_job = {
 	.table = &omni_job_table,
-	.text = "UPDATE %s SET status = $3, finished_at = clock_timestamp(), error = NULL"
+	.text = "UPDATE %s SET status = CASE WHEN may_have_arrived THEN " OMNI_SQL(UNKNOWN) " ELSE " OMNI_SQL(CANCELED) " END, finished_at = clock_timestamp(), error = NULL"
 	" WHERE id = $1 AND " IS_PENDING
-	" RETURNING id, requested_by, status, attempts, $2, requested_at, server",
-	.nargs = 3,
-	.argtypes = {INT8OID, TEXTOID, TEXTOID}
+	" RETURNING id, requested_by, requested_by_oid, status, attempts, $2, server",
+	.nargs = 2,
+	.argtypes = {INT8OID, TEXTOID}
 };
 
 /* Put merged jobs back into the queue.  Their ids are greater than their carrier's. */
@@ -390,7 +340,7 @@ static OmniStatement release_jobs = {
 	.table = &omni_job_table,
 	.text = "UPDATE %s SET status = " OMNI_SQL(PENDING) ", merged_into = NULL, finished_at = NULL"
 	" WHERE id > $1 AND merged_into = $1 AND status = " OMNI_SQL(MERGED)
-	" RETURNING id, requested_by, " OMNI_SQL(RELEASED) ", attempts, 'job ' || $1 || ' was canceled', requested_at, server",
+	" RETURNING id, requested_by, requested_by_oid, " OMNI_SQL(RELEASED) ", attempts, 'job ' || $1 || ' was canceled', server",
 	.nargs = 1,
 	.argtypes = {INT8OID}
 };
@@ -402,16 +352,6 @@ static OmniStatement select_jobs = {
 	.argtypes = {INT8ARRAYOID}
 };
 
-/* Jobs that one request can satisfy */
-typedef struct MergeSet
-{
-	const int64 *ids;			/* in order: the first one is to carry the
-								 * others */
-	int			count;
-	bool		whole;			/* it refreshes the whole model */
-	OmniPlace	place;
-} MergeSet;
-
 static OmniJobState *decode_all(int *count);
 static void add_rows_events(void);
 static void settle(OmniJobState *left, int count,
@@ -422,12 +362,16 @@ static void set_free(Datum *values);
 static Datum text_array(List *texts);
 static void set_heads(Datum *values, const OmniHead *heads, int count);
 static void set_any_free(Datum *value, const OmniHead *heads, int count);
-static MergeSet *read_sets(uint64 nrows, int *count);
-static int	merge_set(const MergeSet *set, int *patience);
-static bool widen(OmniJob *carrier, const OmniRowValues *row);
+static bool is_of_head(const OmniJob *job, const OmniHead *head);
+static bool is_worn_out(const OmniJob *job);
+static int	compare_ids(const void *a, const void *b);
+static int	merge_jobs(const OmniJobState *states, int count);
+static int	carry(const OmniJobState *states, const LaneJob *jobs, int count, int carrier);
+static bool widen(const OmniJobState *carrier, const LaneRequest *request, TimestampTz renewed_at);
 static int	merge_into(const OmniJob *carrier, const int64 *ids, int count);
 static char *jobs_text(const int64 *ids, int count);
-static bool unite(const int64 *ids, int count, bool whole, OmniRowValues *row);
+static LaneNames lane_list(ArrayType *list);
+static void set_names(OmniRowValues *row, int column, const LaneNames *list);
 static void delete_old(Datum ids);
 
 /*
@@ -567,7 +511,8 @@ settle(OmniJobState *left, int count,
 static void
 recover(const OmniJob *job, OmniOutcome *outcome)
 {
-	if (omni_events_recoveries(job->id) < MAX_RECOVERIES)
+	outcome->recovered = true;
+	if (job->recoveries < MAX_RECOVERIES)
 	{
 		outcome->status = OMNI_NAME_PENDING;
 		outcome->again = true;
@@ -585,7 +530,7 @@ recover(const OmniJob *job, OmniOutcome *outcome)
 
 /*
  * Add an event for each row that the last statement has returned; its columns are job,
- * requester, event, attempts, detail, the time of the request and the server.  Unless the event is "released",
+ * requester and its OID, event, attempts, detail and the server.  Unless the event is "released",
  * it has the name of the job's status, of which to notify listeners, and which ends the job.
  */
 static void
@@ -598,15 +543,14 @@ add_rows_events(void)
 		OmniJob		job = {.id = DatumGetInt64(omni_value(row, 0, INT8OID))};
 		OmniEvent	event = {
 			.occurred_at = GetCurrentTimestamp(),
-			.event = TextDatumGetCString(omni_value(row, 2, TEXTOID)),
-			.attempt = DatumGetInt32(omni_value(row, 3, INT4OID)),
-			.detail = TextDatumGetCString(omni_value(row, 4, TEXTOID))
+			.event = TextDatumGetCString(omni_value(row, 3, TEXTOID)),
+			.attempt = DatumGetInt32(omni_value(row, 4, INT4OID)),
+			.detail = TextDatumGetCString(omni_value(row, 5, TEXTOID))
 		};
 
 		job.request.requested_by = omni_name(omni_value(row, 1, TEXTOID));
-		job.request.requested_at = DatumGetTimestampTz(omni_value(row, 5, TIMESTAMPTZOID));
+		job.request.role = DatumGetObjectId(omni_value(row, 2, OIDOID));
 		job.request.server = omni_name(omni_value(row, 6, TEXTOID));
-		omni_event_add_requested(&job);
 		omni_event_add(&job, &event);
 		if (strcmp(event.event, OMNI_NAME_RELEASED) != 0)
 		{
@@ -628,15 +572,12 @@ set_due(Datum *values)
 	values[2] = TimestampTzGetDatum(now + longest + USECS_PER_MINUTE);
 }
 
-/* Set $1 to $5, which DUE, HOLDING and WORN_OUT use. */
+/* Set $1 to $4, which DUE and HOLDING use. */
 static void
 set_free(Datum *values)
 {
-	TimestampTz now = omni_earliest_now();
-
 	set_due(values);
-	values[3] = TimestampTzGetDatum(now - HOLD_RUNNING);
-	values[4] = TimestampTzGetDatum(now - omni_retry_for * USECS_PER_SEC);
+	values[3] = TimestampTzGetDatum(omni_earliest_now() - HOLD_RUNNING);
 }
 
 /* Convert a list of C strings to an array of text. */
@@ -653,25 +594,23 @@ text_array(List *texts)
 
 /*
  * Return the heads of the queue behind a place: at most "limit" heads, of which at most
- * due_limit are due.  A server or role that *held names yields at most one head, whose
- * is_due is false.  Sets *count.  The result is palloc'd.
+ * due_limit are due.  A role that *held names yields at most one head, whose is_due is false.  Sets *count.  The result is palloc'd.
  */
 OmniHead *
 omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit, int due_limit, int due_limit_of_server,
 				 int *count)
 {
-	Datum		values[13];
+	Datum		values[11];
 	OmniHead   *heads;
 
 	set_free(values);
-	values[5] = ObjectIdGetDatum(place->role);
-	values[6] = CStringGetTextDatum(NameStr(place->server));
-	values[7] = UUIDPGetDatum(&place->model);
-	values[8] = Int64GetDatum(limit);
-	values[9] = Int64GetDatum(due_limit);
-	values[10] = Int64GetDatum(due_limit_of_server);
-	values[11] = text_array(held->servers);
-	values[12] = text_array(held->roles);
+	values[4] = ObjectIdGetDatum(place->role);
+	values[5] = CStringGetTextDatum(NameStr(place->server));
+	values[6] = UUIDPGetDatum(&place->model);
+	values[7] = Int64GetDatum(limit);
+	values[8] = Int64GetDatum(due_limit);
+	values[9] = Int64GetDatum(due_limit_of_server);
+	values[10] = text_array(held->roles);
 	*count = omni_run(&select_heads, values, NULL);
 
 	heads = palloc0(Max(*count, 1) * sizeof(OmniHead));
@@ -731,12 +670,12 @@ set_any_free(Datum *value, const OmniHead *heads, int count)
 OmniJobState *
 omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count)
 {
-	Datum		values[DUE_OF_HEADS_NARGS];
+	Datum		values[9];
 
 	set_free(values);
-	set_heads(&values[5], heads, nheads);
-	set_any_free(&values[8], heads, nheads);
-	values[9] = Int64GetDatum(limit);
+	set_heads(&values[4], heads, nheads);
+	set_any_free(&values[7], heads, nheads);
+	values[8] = Int64GetDatum(limit);
 	(void) omni_run(&select_due, values, NULL);
 	return decode_all(count);
 }
@@ -748,128 +687,207 @@ omni_queue_due(const OmniHead *heads, int nheads, int limit, int *count)
 OmniJobState *
 omni_queue_held(const OmniHead *heads, int nheads, int limit, int *count)
 {
-	Datum		values[9];
+	Datum		values[8];
 
 	set_free(values);
-	set_heads(&values[5], heads, nheads);
-	values[8] = Int64GetDatum(limit);
+	set_heads(&values[4], heads, nheads);
+	values[7] = Int64GetDatum(limit);
 	(void) omni_run(&select_held, values, NULL);
 	return decode_all(count);
 }
 
 /*
- * Merge the due jobs of the given heads: widen the oldest job of each set to cover the
- * requests of the whole set, and make it the carrier of the others.  Sets has_more of a
- * head if so many jobs were merged that another round should precede the next attempt.  Only what was
- * merged counts, or rows that another session has locked would be tried again and again.
+ * Merge the due jobs of the given heads: widen the oldest job of those that one request can
+ * satisfy, and make it the carrier of the others.  Sets has_more of a head if so many jobs
+ * were merged that another round should precede the next attempt.  Only what was merged
+ * counts, or rows that another session has locked would be tried again and again.
  */
 void
 omni_queue_merge(OmniHead *heads, int nheads)
 {
-	Datum		values[DUE_OF_HEADS_NARGS];
 	int			limit = Max(MERGE_LIMIT / nheads, MERGE_LEAST);
-	int			patience = MERGE_LIMIT / 20;
-	MergeSet   *sets;
-	int			nsets;
+	OmniJobState *states;
+	int			count;
+	int			end;
 
+	states = omni_queue_due(heads, nheads, limit, &count);
 	for (int i = 0; i < nheads; i++)
 		heads[i].has_more = false;
-	set_free(values);
-	set_heads(&values[5], heads, nheads);
-	set_any_free(&values[8], heads, nheads);
-	values[9] = Int64GetDatum(limit);
-	sets = read_sets(omni_run(&select_sets, values, NULL), &nsets);
-	omni_events_write();		/* so that the next "requested" is not written
-								 * twice */
-	for (int i = 0; i < nsets; i++)
+	for (int first = 0; first < count; first = end)
 	{
-		int			n = merge_set(&sets[i], &patience);
+		OmniHead   *head = heads;
+		int			merged;
 
-		for (int j = 0; j < nheads; j++)
-		{
-			if (n >= limit / 2 && n >= MERGE_LIMIT / 25 &&
-				memcmp(&heads[j].place, &sets[i].place, sizeof(OmniPlace)) == 0)
-				heads[j].has_more = true;
-		}
+		while (!is_of_head(&states[first].job, head))
+			head++;
+		for (end = first + 1; end < count && is_of_head(&states[end].job, head);)
+			end++;
+		merged = merge_jobs(&states[first], end - first);
+		head->has_more = merged >= limit / 2 && merged >= MERGE_LIMIT / 25;
 	}
 }
 
-/* Decode the rows that select_sets has returned. */
-static MergeSet *
-read_sets(uint64 nrows, int *count)
+static bool
+is_of_head(const OmniJob *job, const OmniHead *head)
 {
-	MergeSet   *sets = palloc0(Max(nrows, 1) * sizeof(MergeSet));
-
-	*count = (int) nrows;
-	for (int i = 0; i < *count; i++)
-	{
-		ArrayType  *ids = DatumGetArrayTypeP(omni_value(i, 0, INT8ARRAYOID));
-
-		sets[i].ids = (int64 *) ARR_DATA_PTR(ids);
-		sets[i].count = ARR_DIMS(ids)[0];
-		sets[i].whole = DatumGetBool(omni_value(i, 1, BOOLOID));
-		sets[i].place.role = DatumGetObjectId(omni_value(i, 2, OIDOID));
-		sets[i].place.server = omni_name(omni_value(i, 3, TEXTOID));
-		sets[i].place.model = *DatumGetUUIDP(omni_value(i, 4, UUIDOID));
-	}
-	return sets;
+	return job->request.role == head->place.role &&
+		strcmp(NameStr(job->request.server), NameStr(head->place.server)) == 0 &&
+		memcmp(&job->request.model, &head->place.model, sizeof(pg_uuid_t)) == 0;
 }
 
 /*
- * Widen the oldest job of a set, and merge the others into it; returns how many were
- * merged.  If the set does not fit into one request, use several carriers; *patience
- * limits how often to try a smaller number.  Stop at a carrier that another session has
- * locked, and leave the rest of the set unmerged.
+ * Merge jobs of one head, and return how many were merged.  Leave out copies of another
+ * database's jobs, and refreshes that are worn out.
  */
 static int
-merge_set(const MergeSet *set, int *patience)
+merge_jobs(const OmniJobState *states, int count)
 {
-	const int64 *ids = set->ids;
+	OmniJobState *in_order = palloc(count * sizeof(OmniJobState));
+	LaneJob    *jobs = palloc(count * sizeof(LaneJob));
+	int			njobs = 0;
 	int			merged = 0;
-	int			next;
 
-	for (int first = 0; first < set->count - 1; first = next)
+	for (int i = 0; i < count; i++)
 	{
-		OmniRowValues row = {0};
-		OmniJob		carrier = {.id = ids[first],.request.server = set->place.server};
-		int			n = set->count - first;
-
-		next = first + 1;
-		while (n > 1 && !unite(&ids[first], n, set->whole, &row))
-		{
-			n /= 2;
-			if (--*patience <= 0)
-				return merged;
-		}
-		if (n == 1)
-			continue;
-		if (!widen(&carrier, &row))
-			return merged;
-		merged += merge_into(&carrier, &ids[first + 1], n - 1);
-		next = first + n;
+		if (states[i].job.database == MyDatabaseId && !is_worn_out(&states[i].job))
+			in_order[njobs++] = states[i];
+	}
+	qsort(in_order, njobs, sizeof(OmniJobState), compare_ids);
+	for (int i = 0; i < njobs; i++)
+		omni_lane_job(&in_order[i].job.request, &jobs[i]);
+	lane_merge(jobs, njobs, omni_api_room());
+	for (int i = 0; i < njobs; i++)
+	{
+		if (jobs[i].carrier == i)
+			merged += carry(in_order, jobs, njobs, i);
 	}
 	return merged;
 }
 
 /*
- * Change what a job that is to carry others asks for, and read its requester from its row.
- * Returns false if the job is no longer pending, or another session has locked it.
+ * Return whether a refresh was tried, and is older than retry_for.  Do not have it carry newer
+ * ones: it would go on for as long as they come, and hold resets for as long.
  */
 static bool
-widen(OmniJob *carrier, const OmniRowValues *row)
+is_worn_out(const OmniJob *job)
 {
+	return omni_job_kinds[job->request.kind].holds_resets && job->attempts > 0 &&
+		job->request.requested_at < omni_earliest_now() - omni_retry_for * USECS_PER_SEC;
+}
+
+static int
+compare_ids(const void *a, const void *b)
+{
+	int64		left = ((const OmniJobState *) a)->job.id;
+	int64		right = ((const OmniJobState *) b)->job.id;
+
+	return left < right ? -1 : left > right;
+}
+
+/*
+ * Have a carrier, given by its index, carry out the jobs that lane_merge() has found for it.
+ * Returns how many were merged: none if another session has locked the carrier's row.
+ */
+static int
+carry(const OmniJobState *states, const LaneJob *jobs, int count, int carrier)
+{
+	int64	   *ids = palloc(count * sizeof(int64));
+	int			nids = 0;
+	TimestampTz renewed_at = states[carrier].job.renewed_at;
+
+	for (int i = carrier + 1; i < count; i++)
+	{
+		if (jobs[i].carrier != carrier)
+			continue;
+		ids[nids++] = states[i].job.id;
+		renewed_at = Max(renewed_at, states[i].job.renewed_at);
+	}
+	if (nids == 0 || !widen(&states[carrier], &jobs[carrier].request, renewed_at))
+		return 0;
+	return merge_into(&states[carrier].job, ids, nids);
+}
+
+/*
+ * Change what a job that is to carry others asks for.  Returns false if the job is no longer
+ * pending, or another session has locked it.
+ */
+static bool
+widen(const OmniJobState *carrier, const LaneRequest *request, TimestampTz renewed_at)
+{
+	OmniRowValues row = {0};
 	OmniWrite	write;
 	bool		done;
 
-	omni_write_begin(&write, &omni_job_table, row);
-	done = omni_write_update(&write, carrier->id, omni_status_is_pending, row) == OMNI_ROW_OURS;
-	if (done)
+	omni_set(&row, OMNI_JOB_renewed_at, TimestampTzGetDatum(renewed_at));
+	omni_set(&row, OMNI_JOB_reset_at, TimestampTzGetDatum(request->time));
+	if (!request->has_time)
+		omni_set_null(&row, OMNI_JOB_reset_at);
+	if (omni_job_kinds[carrier->job.request.kind].takes_extent)
 	{
-		carrier->request.requested_by = omni_name(omni_written_value(&write, OMNI_JOB_requested_by));
-		carrier->request.requested_at = DatumGetTimestampTz(omni_written_value(&write, OMNI_JOB_requested_at));
+		omni_set(&row, OMNI_JOB_hard, BoolGetDatum(request->hard));
+		set_names(&row, OMNI_JOB_schemas, &request->schemas);
+		set_names(&row, OMNI_JOB_tables, &request->tables);
 	}
+	omni_write_begin(&write, &omni_job_table, &row);
+	done = omni_write_update(&write, carrier->job.id, omni_status_is_pending, &row) == OMNI_ROW_OURS;
 	omni_write_end(&write);
 	return done;
+}
+
+/* Set *lane to a request as lane.c has it.  Its lists are palloc'd. */
+void
+omni_lane_job(const OmniRequest *request, LaneJob *lane)
+{
+	memset(lane, 0, sizeof(*lane));
+	lane->kind = request->kind;
+	lane->model = request->model;
+	lane->branch = request->branch;
+	lane->has_branch = request->has_branch;
+	lane->policy = request->policy;
+	lane->request.hard = request->hard;
+	lane->request.schemas = lane_list(request->schemas);
+	lane->request.tables = lane_list(request->tables);
+	lane->request.has_time = request->has_reset_at;
+	lane->request.time = request->reset_at;
+}
+
+static LaneNames
+lane_list(ArrayType *list)
+{
+	LaneNames	names = {0};
+	Datum	   *elements;
+	bool	   *nulls;
+	int			count;
+
+	if (list == NULL)
+		return names;
+	deconstruct_array(list, TEXTOID, -1, false, TYPALIGN_INT, &elements, &nulls, &count);
+	names.names = palloc(Max(count, 1) * sizeof(LaneName));
+	for (int i = 0; i < count; i++)
+	{
+		LaneName   *name = &names.names[names.count];
+
+		if (nulls[i])
+			continue;			/* not written by us */
+		name->text = TextDatumGetCString(elements[i]);
+		name->cost = omni_api_name_length(name->text);
+		names.count++;
+	}
+	lane_sort(&names);
+	return names;
+}
+
+/* Set a column to a list of names, or to NULL if there is none. */
+static void
+set_names(OmniRowValues *row, int column, const LaneNames *list)
+{
+	Datum	   *elements = palloc(Max(list->count, 1) * sizeof(Datum));
+
+	for (int i = 0; i < list->count; i++)
+		elements[i] = CStringGetTextDatum(list->names[i].text);
+	omni_set(row, column, PointerGetDatum(construct_array(elements, list->count, TEXTOID, -1, false, TYPALIGN_INT)));
+	if (list->count == 0)
+		omni_set_null(row, column);
 }
 
 /*
@@ -904,7 +922,6 @@ merge_into(const OmniJob *carrier, const int64 *ids, int count)
 			.detail = psprintf("carries out %s, too", jobs_text(merged, nmerged))
 		};
 
-		omni_event_add_requested(carrier);
 		omni_event_add(carrier, &event);
 		omni_count_jobs(&carrier->request.server, OMNI_NAME_MERGED, nmerged);
 	}
@@ -924,44 +941,6 @@ jobs_text(const int64 *ids, int count)
 	if (last - ids[0] == count - 1)
 		return psprintf("jobs " INT64_FORMAT " to " INT64_FORMAT, ids[0], last);
 	return psprintf("%d jobs from " INT64_FORMAT " to " INT64_FORMAT, count, ids[0], last);
-}
-
-/*
- * Compute the union of what jobs request, as a change of the carrier's row.  Returns false
- * if the union does not fit into one request.
- */
-static bool
-unite(const int64 *ids, int count, bool whole, OmniRowValues *row)
-{
-	static const struct
-	{
-		int			column;
-		Oid			type;
-	}			columns[] = {
-		{OMNI_JOB_hard, BOOLOID},
-		{OMNI_JOB_schemas, TEXTARRAYOID},
-		{OMNI_JOB_tables, TEXTARRAYOID},
-		{OMNI_JOB_reset_at, TIMESTAMPTZOID},
-		{OMNI_JOB_renewed_at, TIMESTAMPTZOID}
-	};
-	Datum		arguments[2] = {PointerGetDatum(omni_bigints(ids, count)), BoolGetDatum(whole)};
-	OmniRequest request = {.has_branch = true,.hard_named = true};	/* the longest URL */
-
-	(void) omni_run(&unite_jobs, arguments, NULL);
-	for (int i = 0; i < lengthof(columns); i++)
-	{
-		bool		isnull;
-		Datum		value = omni_value_or_null(0, i, columns[i].type, &isnull);
-
-		omni_set(row, columns[i].column, value);
-		if (isnull)
-			omni_set_null(row, columns[i].column);
-	}
-	if (!row->nulls[OMNI_JOB_schemas])
-		request.schemas = DatumGetArrayTypeP(row->values[OMNI_JOB_schemas]);
-	if (!row->nulls[OMNI_JOB_tables])
-		request.tables = DatumGetArrayTypeP(row->values[OMNI_JOB_tables]);
-	return omni_api_fits(&request);
 }
 
 /*
@@ -1072,11 +1051,7 @@ omni_job_prune(int64 *after, TimestampTz before, int limit)
 bool
 omni_job_cancel(const OmniJob *job, const char *by)
 {
-	Datum		values[3] = {
-		Int64GetDatum(job->id),
-		CStringGetTextDatum(psprintf("by \"%s\"", by)),
-		CStringGetTextDatum(job->attempts > 0 && omni_job_may_have_arrived(job->id) ? OMNI_NAME_UNKNOWN : OMNI_NAME_CANCELED)
-	};
+	Datum		values[2] = {Int64GetDatum(job->id), CStringGetTextDatum(psprintf("by \"%s\"", by))};
 
 	omni_events_begin();
 	if (omni_run(&cancel_job, values, NULL) == 0)

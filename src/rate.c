@@ -184,6 +184,19 @@ has_room(const Rate *rate, OmniRateClass class, int limit, const uint32 *used, i
 	return all + kept < limit;
 }
 
+/* Give back a place that was reserved a moment ago, for a request that is not sent. */
+void
+omni_rate_give_back(uint64 id, OmniRateClass class)
+{
+	Rate	   *rate;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	rate = find_rate(shared->keys, MAX_KEYS, id);
+	if (rate->counts[rate->slice % SLICES][class] > 0)
+		rate->counts[rate->slice % SLICES][class]--;
+	LWLockRelease(&shared->lock);
+}
+
 /* Return how many requests a limit of requests a minute allows now. */
 int
 omni_rate_left(uint64 id, int limit)

@@ -22,6 +22,7 @@ typedef enum OmniRateClass
 
 extern uint64 omni_rate_id(const char *host, const char *key);
 extern int64 omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked);
+extern void omni_rate_give_back(uint64 id, OmniRateClass class);
 extern int	omni_rate_left(uint64 id, int limit);
 extern void omni_rate_block(uint64 id, int64 until);
 extern void omni_rate_sent(const char *server, OmniRateClass class);

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * refresh.c
- *		The SQL-callable functions that request a refresh or the reset of a cache.
+ *		The SQL-callable functions that request a refresh, the reset of a cache or a dbt sync.
  *
  * They check all arguments in the session of the requester, before anything is sent to
  * Omni or written to a table, so that an error names what the requester wrote.
@@ -37,7 +37,9 @@ typedef struct ListedName
 static Datum call(FunctionCallInfo fcinfo, OmniJob *job);
 static void read_refresh(FunctionCallInfo fcinfo, OmniJob *job);
 static void read_reset(FunctionCallInfo fcinfo, OmniJob *job);
+static void read_dbt_sync(FunctionCallInfo fcinfo, OmniJob *job);
 static void read_model(FunctionCallInfo fcinfo, OmniRequest *request);
+static void read_branch(FunctionCallInfo fcinfo, OmniRequest *request);
 static void read_policy(FunctionCallInfo fcinfo, OmniRequest *request);
 static void call_worker(OmniJob *job, OmniError *error);
 static ArrayType *check_list(FunctionCallInfo fcinfo, int argno, const char *name);
@@ -48,6 +50,8 @@ PG_FUNCTION_INFO_V1(omni_refresh);
 PG_FUNCTION_INFO_V1(omni_refresh_on_commit);
 PG_FUNCTION_INFO_V1(omni_refresh_cache);
 PG_FUNCTION_INFO_V1(omni_refresh_cache_on_commit);
+PG_FUNCTION_INFO_V1(omni_refresh_dbt_sync);
+PG_FUNCTION_INFO_V1(omni_refresh_dbt_sync_on_commit);
 
 /*
  * Request a refresh now, wait for Omni's answer and return the job's row.
@@ -98,11 +102,34 @@ omni_refresh_cache_on_commit(PG_FUNCTION_ARGS)
 	PG_RETURN_DATUM(omni_queue_job(&job));
 }
 
+/* Request a dbt sync now, as omni_refresh() does a refresh. */
+Datum
+omni_refresh_dbt_sync(PG_FUNCTION_ARGS)
+{
+	OmniJob		job;
+
+	omni_job_init(&job, OMNI_ORIGIN_CALL);
+	read_dbt_sync(fcinfo, &job);
+	PG_RETURN_DATUM(call(fcinfo, &job));
+}
+
+/* Queue a dbt sync, as omni_refresh_on_commit() does a refresh. */
+Datum
+omni_refresh_dbt_sync_on_commit(PG_FUNCTION_ARGS)
+{
+	OmniJob		job;
+
+	omni_job_init(&job, OMNI_ORIGIN_ON_COMMIT);
+	read_dbt_sync(fcinfo, &job);
+	PG_RETURN_DATUM(omni_queue_job(&job));
+}
+
 /* Hand a job over to the worker, wait for its end and return its row. */
 static Datum
 call(FunctionCallInfo fcinfo, OmniJob *job)
 {
-	const char *name = job->request.kind == OMNI_KIND_CACHE ? "omni_refresh_cache" : "omni_refresh";
+	const OmniJobKind *kind = &omni_job_kinds[job->request.kind];
+	const char *name = kind->function;
 	OmniError	error = {0};
 	bool		may = omni_job_complete(job, &error);
 
@@ -119,7 +146,7 @@ call(FunctionCallInfo fcinfo, OmniJob *job)
 				(errmsg("this transaction has made changes that Omni cannot see yet"),
 				 errhint("Commit before you call %s(), or call %s_on_commit().", name, name)));
 
-	if (may && job->request.kind == OMNI_KIND_SCHEMA)
+	if (may && kind->holds_resets)
 		omni_once_forget_resets(&job->request);
 	if (may)
 		call_worker(job, &error);
@@ -139,6 +166,24 @@ read_model(FunctionCallInfo fcinfo, OmniRequest *request)
 	request->has_model = !PG_ARGISNULL(0);
 	if (request->has_model)
 		request->model = *PG_GETARG_UUID_P(0);
+}
+
+/* Store the second argument, the branch. */
+static void
+read_branch(FunctionCallInfo fcinfo, OmniRequest *request)
+{
+	request->has_branch = !PG_ARGISNULL(1);
+	if (request->has_branch)
+		request->branch = *PG_GETARG_UUID_P(1);
+}
+
+/* Store the two arguments of a function that requests a dbt sync. */
+static void
+read_dbt_sync(FunctionCallInfo fcinfo, OmniJob *job)
+{
+	job->request.kind = OMNI_KIND_DBT;
+	read_model(fcinfo, &job->request);
+	read_branch(fcinfo, &job->request);
 }
 
 /* Check and store the three arguments of a function that resets a cache policy. */
@@ -191,9 +236,7 @@ read_refresh(FunctionCallInfo fcinfo, OmniJob *job)
 	bool		selective;
 
 	read_model(fcinfo, request);
-	request->has_branch = !PG_ARGISNULL(1);
-	if (request->has_branch)
-		request->branch = *PG_GETARG_UUID_P(1);
+	read_branch(fcinfo, request);
 	job->request.schemas = check_list(fcinfo, 3, "schemas");
 	job->request.tables = check_list(fcinfo, 4, "tables");
 

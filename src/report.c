@@ -118,10 +118,14 @@ omni_report_begin(void)
 	before_shmem_exit(at_exit, (Datum) 0);
 }
 
-/* before_shmem_exit callback: do not wait for the end of the minute. */
+/* before_shmem_exit callback: do not wait for the end of the minute, or for listeners. */
 static void
 at_exit(int code, Datum arg)
 {
+	if (omni_notify_left(NULL) > 0)
+		ereport(LOG,
+				(errmsg("the background worker of omni_refresh ends before it could notify listeners, notices dropped: %d",
+						omni_notify_left(NULL))));
 	report.minute_ends = 0;
 	omni_report_left_out();
 }

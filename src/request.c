@@ -31,8 +31,6 @@
 static bool find_retry(const OmniJob *job, Datum *row);
 static bool look(int64 id, OmniJobState *own, OmniJobState *carrier);
 static bool may_use(const OmniRequest *request, OmniUse use);
-static bool is_requester(const OmniRequest *request);
-static bool is_caller(const OmniRequest *request);
 
 /*
  * Initialize a job of the current user for the server that omni_refresh.server names.  In a
@@ -51,7 +49,10 @@ omni_job_init(OmniJob *job, const char *origin)
 	request->role = GetUserId();
 	namestrcpy(&request->requested_by, GetUserNameFromId(request->role, false));
 	if (caller != NULL)
+	{
+		request->caller = GetOuterUserId();
 		namestrcpy(&request->called_by, caller);
+	}
 	namestrcpy(&request->application, application_name);
 	request->requested_at = GetCurrentTimestamp();
 	omni_tables_require();
@@ -104,6 +105,7 @@ bool
 omni_job_complete(OmniJob *job, OmniError *error)
 {
 	OmniRequest *request = &job->request;
+	const OmniJobKind *kind = &omni_job_kinds[request->kind];
 	OmniTarget	target;
 
 	if (!omni_may_request(job, &target, error))
@@ -114,14 +116,20 @@ omni_job_complete(OmniJob *job, OmniError *error)
 			missing(request, "model", "model", "the uuid of a model, as it stands in the address of its page in Omni");
 		request->model = *target.model;
 		request->has_model = true;
-		if (request->kind == OMNI_KIND_SCHEMA && !request->has_branch && target.branch != NULL)
+		if (kind->takes_branch && !request->has_branch && target.branch != NULL)
 		{
 			request->branch = *target.branch;
 			request->has_branch = true;
 			omni_request_check_length(request);
 		}
 	}
-	if (request->kind == OMNI_KIND_CACHE && request->policy[0] == '\0')
+	if (kind->needs_branch && !request->has_branch)
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("branch must be given"),
+				 errdetail("Omni does this for one branch of a model only."),
+				 errhint("Pass the uuid of a branch, or leave out model, too, if the server has the options \"model\" and \"branch\".")));
+	if (kind->takes_policy && request->policy[0] == '\0')
 	{
 		if (target.cache_policy == NULL)
 			missing(request, "policy", "cache_policy", "the name of a cache policy of the model");
@@ -181,7 +189,7 @@ omni_queue_job(OmniJob *job)
 		return row;
 	if (job->retry_of != 0 && find_retry(job, &row))
 		return row;
-	if (job->request.kind == OMNI_KIND_SCHEMA)
+	if (omni_job_kinds[job->request.kind].holds_resets)
 		omni_once_forget_resets(&job->request);
 	row = omni_job_queue(job, &version);
 	if (once)
@@ -286,28 +294,7 @@ omni_job_can_be_retried(const OmniJobState *carrier)
 static bool
 may_use(const OmniRequest *request, OmniUse use)
 {
-	return has_privs_of_role(GetUserId(), omni_job_owner()) || is_requester(request) ||
-		(use == OMNI_USE_SEE && is_caller(request));
-}
-
-/*
- * Return whether the current user has the privileges of the requester.  Compare the name, too:
- * the OID of a dropped role may be in use again.
- */
-static bool
-is_requester(const OmniRequest *request)
-{
-	char	   *rolename = GetUserNameFromId(request->role, true);
-
-	return rolename != NULL && strcmp(rolename, NameStr(request->requested_by)) == 0 &&
-		has_privs_of_role(GetUserId(), request->role);
-}
-
-/* Return whether the current user has the privileges of the role that called. */
-static bool
-is_caller(const OmniRequest *request)
-{
-	Oid			role = get_role_oid(NameStr(request->called_by), true);
-
-	return OidIsValid(role) && has_privs_of_role(GetUserId(), role);
+	return has_privs_of_role(GetUserId(), omni_job_owner()) ||
+		has_privs_of_role(GetUserId(), request->role) ||
+		(use == OMNI_USE_SEE && OidIsValid(request->caller) && has_privs_of_role(GetUserId(), request->caller));
 }

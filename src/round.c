@@ -20,6 +20,7 @@
 #include "utils/timestamp.h"
 
 #include "clock.h"
+#include "fault.h"
 #include "kind.h"
 #include "round.h"
 #include "sent.h"
@@ -180,6 +181,7 @@ take_step(bool enabled, bool *more, bool *any_locked)
 	heads = omni_queue_heads(&current.at, &held, MAX_HEADS, due_limit, omni_max_in_flight, &count);
 	for (int i = 0; i < count; i++)
 		due += heads[i].is_due;
+	OMNI_FAULT_POINT("claim: heads read");
 	at_end = count < MAX_HEADS && due < due_limit;
 	if (has_reached_start(heads, &count))
 		at_end = true;
@@ -347,7 +349,9 @@ claim_jobs(const OmniJobState *jobs, int count, bool *any_locked)
 
 	for (int i = 0; i < count; i++)
 		ids[i] = jobs[i].job.id;
+	OMNI_FAULT_POINT("claim: due jobs read");
 	rows = omni_job_lock(ids, count);
+	OMNI_FAULT_POINT("claim: rows locked");
 
 	for (int i = 0; i < count; i++)
 	{
@@ -393,6 +397,7 @@ claim_job(const OmniJob *job)
 		return;
 	}
 	omni_work_begin_job(&omni_queued_kind, job, job->renewed_at + omni_retry_for * USECS_PER_SEC);
+	OMNI_FAULT_POINT("claim: in flight");
 	current.served = true;
 	current.served_to = place_of(job);
 	memset(&current.served_to.model, 0xff, sizeof(pg_uuid_t));

@@ -7,7 +7,7 @@
  * more than the write itself.  So do as the apply worker of logical replication does: use
  * the executor's functions for simple writes.  Row triggers, constraints, defaults,
  * generated columns and privileges of the owner hold as they do in SQL; rules, statement
- * triggers and row-level security do not, and domains are not checked.
+ * triggers and row-level security do not, nor the extension's own CHECK constraints.
  *
  * All is done as the owner of the table; see omni_as_owner().  A write needs an active
  * snapshot, and raises what triggers and constraints raise.
@@ -37,10 +37,12 @@
 #include "row.h"
 
 static void make_range_table(OmniWrite *write, const OmniRowValues *update);
-static bool fires_triggers(Relation relation);
+static bool fires_triggers(const OmniTable *table, Relation relation);
+static void skip_checks(OmniWrite *write);
 static Oid	find_index(const OmniTable *table, Relation relation);
 static void fill_default(OmniWrite *write, AttrNumber number);
 static void fill(OmniWrite *write, const OmniRowValues *row);
+static void check_written(const OmniWrite *write);
 static bool find_job(OmniWrite *write, int64 id, ItemPointer place, OmniStatus *status);
 static SysScanDesc begin_scan(const OmniTable *table, Relation relation, Oid index,
 							  Snapshot snapshot, int64 id);
@@ -85,8 +87,9 @@ omni_write_begin(OmniWrite *write, OmniTable *table, const OmniRowValues *update
 	write->estate->es_output_cid = GetCurrentCommandId(true);
 	write->result = makeNode(ResultRelInfo);
 	InitResultRelInfo(write->result, write->relation, 1, NULL, 0);
-	if (!fires_triggers(write->relation))
+	if (!fires_triggers(table, write->relation))
 		write->result->ri_TrigDesc = NULL;
+	skip_checks(write);
 	/* where ExecGetTriggerResultRel() looks */
 	write->estate->es_opened_result_relations = list_make1(write->result);
 	ExecOpenIndices(write->result, false);
@@ -122,23 +125,40 @@ make_range_table(OmniWrite *write, const OmniRowValues *update)
 
 /*
  * Return whether any row trigger of a table fires for what the extension writes.  Those that
- * keep replicated rows out do not.
+ * keep copied rows out do not, even if ALTER TABLE ... ENABLE TRIGGER ALL has changed them.
  */
 static bool
-fires_triggers(Relation relation)
+fires_triggers(const OmniTable *table, Relation relation)
 {
 	TriggerDesc *triggers = relation->trigdesc;
+	char		keep_out[NAMEDATALEN];
 
+	snprintf(keep_out, sizeof(keep_out), "%s_keep_out", table->name);
 	for (int i = 0; triggers != NULL && i < triggers->numtriggers; i++)
 	{
 		const Trigger *trigger = &triggers->triggers[i];
 
-		if (TRIGGER_FOR_ROW(trigger->tgtype) &&
+		if (TRIGGER_FOR_ROW(trigger->tgtype) && strcmp(trigger->tgname, keep_out) != 0 &&
 			(TRIGGER_FOR_INSERT(trigger->tgtype) || TRIGGER_FOR_UPDATE(trigger->tgtype)) &&
 			(trigger->tgenabled == TRIGGER_FIRES_ON_ORIGIN || trigger->tgenabled == TRIGGER_FIRES_ALWAYS))
 			return true;
 	}
 	return false;
+}
+
+/*
+ * Let the executor find no expressions for the CHECK constraints of a table, if it has those only that
+ * the extension made: it would read them from the catalog for each write, which costs as much as
+ * to insert a row.  They list the names of status.h, kinds and origins, and no others are written here.
+ */
+static void
+skip_checks(OmniWrite *write)
+{
+	const TupleConstr *constraints = RelationGetDescr(write->relation)->constr;
+
+	if (constraints != NULL && constraints->num_check == write->table->nchecks)
+		write->result->ri_CheckConstraintExprs =
+			MemoryContextAllocZero(write->estate->es_query_cxt, write->table->nchecks * sizeof(ExprState *));
 }
 
 /* Return the primary key if its only column is id, as the extension made it. */
@@ -158,10 +178,10 @@ find_index(const OmniTable *table, Relation relation)
 }
 
 /*
- * Insert a row.  Columns that are not set get their default.  Returns false if a trigger
+ * Insert a row.  Columns that are not set get their default.  Raises an error if a trigger
  * has kept the row out.
  */
-bool
+void
 omni_write_insert(OmniWrite *write, const OmniRowValues *row)
 {
 	TupleTableSlot *slot = ExecClearTuple(write->new);
@@ -172,7 +192,15 @@ omni_write_insert(OmniWrite *write, const OmniRowValues *row)
 		fill_default(write, i + 1);
 	fill(write, row);
 	ExecSimpleRelationInsert(write->result, write->estate, slot);
-	return ItemPointerIsValid(&slot->tts_tid);
+	check_written(write);
+}
+
+/* Raise an error if a trigger has kept the row from being written. */
+static void
+check_written(const OmniWrite *write)
+{
+	if (!ItemPointerIsValid(&write->new->tts_tid))
+		omni_not_written(write->table);
 }
 
 /* Set a column of the new row to its default, if it has one. */
@@ -196,7 +224,8 @@ fill_default(OmniWrite *write, AttrNumber number)
 /*
  * Update the job with an id if its status is wanted, without waiting.  Returns whether
  * that was done; or that another session has locked or just changed the row; or that
- * there is no such job, it has another status, or a trigger has kept the row as it was.
+ * there is no such job, or it has another status.  Raises an error if a trigger has kept
+ * the row as it was.
  */
 OmniRow
 omni_write_update(OmniWrite *write, int64 id, bool (*wanted) (OmniStatus status),
@@ -219,7 +248,8 @@ omni_write_update(OmniWrite *write, int64 id, bool (*wanted) (OmniStatus status)
 	EvalPlanQualInit(&epqstate, write->estate, NULL, NIL, -1, NIL);
 	ExecSimpleRelationUpdate(write->result, write->estate, &epqstate, write->old, slot);
 	EvalPlanQualEnd(&epqstate);
-	return ItemPointerIsValid(&slot->tts_tid) ? OMNI_ROW_OURS : OMNI_ROW_GONE;
+	check_written(write);
+	return OMNI_ROW_OURS;
 }
 
 /*

@@ -38,7 +38,7 @@ typedef struct OmniWrite
 extern void omni_set(OmniRowValues *row, int column, Datum value);
 extern void omni_set_null(OmniRowValues *row, int column);
 extern void omni_write_begin(OmniWrite *write, OmniTable *table, const OmniRowValues *update);
-extern bool omni_write_insert(OmniWrite *write, const OmniRowValues *row);
+extern void omni_write_insert(OmniWrite *write, const OmniRowValues *row);
 extern OmniRow omni_write_update(OmniWrite *write, int64 id, bool (*wanted) (OmniStatus status),
 								 const OmniRowValues *row);
 extern Datum omni_written_value(const OmniWrite *write, int column);

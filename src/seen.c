@@ -9,7 +9,8 @@
  *
  * A dump contains the watches, but no memory.  So a watch without memory is a copy, which
  * stays inactive.  The row of the memory that has no names says that there is one, even of no
- * relation.
+ * relation.  A dump that was restored over a watch, with triggers disabled, leaves rows of it
+ * or of an earlier one beside it; they count as that watch, and its next look deletes them.
  *
  * See table.c for what the functions need and raise.
  *
@@ -55,40 +56,48 @@
 	"  THEN n.nspname <> 'information_schema' AND NOT starts_with(n.nspname::text, 'pg_')" \
 	"  ELSE n.nspname::text COLLATE \"C\" = ANY (" schemas ") END"
 
+/* Of rows with the same id, which copies are, the latest state comes first. */
+#define LATEST_FIRST \
+	"job DESC NULLS LAST, unfinished, owed_hard DESC NULLS LAST"
+
 static OmniStatement select_watches = {
 	.table = &omni_watch_table,
 	.read = true,
-	.text = "SELECT " WATCH_LIST " FROM %s ORDER BY server, model_id, branch_id"
-};
-
-static OmniStatement find_watch = {
-	.table = &omni_watch_table,
-	.read = true,
-	.text = "SELECT " WATCH_LIST " FROM %s WHERE server = $1 AND model_id = $2 AND branch_id IS NOT DISTINCT FROM $3",
-	.nargs = 3,
-	.argtypes = {TEXTOID, UUIDOID, UUIDOID}
+	.text = "SELECT " WATCH_LIST " FROM %s ORDER BY server, model_id, branch_id, " LATEST_FIRST
 };
 
 static OmniStatement read_watch = {
 	.table = &omni_watch_table,
-	.text = "SELECT " WATCH_LIST " FROM %s WHERE id = $1 FOR NO KEY UPDATE SKIP LOCKED",
+	.text = "SELECT " WATCH_LIST " FROM %s WHERE id = $1 ORDER BY " LATEST_FIRST " FOR NO KEY UPDATE SKIP LOCKED",
 	.nargs = 1,
 	.argtypes = {UUIDOID}
 };
 
 static OmniStatement write_watch = {
 	.table = &omni_watch_table,
+	.must = true,
 	.text = "UPDATE %s SET owed_hard = $2, owed_schemas = $3, owed_tables = $4, job = $5, unfinished = $6, failures = $7,"
 	" data_seen = $8 WHERE id = $1",
 	.nargs = 8,
 	.argtypes = {UUIDOID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, INT8OID, BOOLOID, INT4OID, INT8OID}
 };
 
+#define TARGET		"server = $1 AND model_id = $2 AND branch_id IS NOT DISTINCT FROM $3"
+
+static OmniStatement delete_copies = {
+	.table = &omni_watch_table,
+	.text = "DELETE FROM %s WHERE ctid = ANY (ARRAY(SELECT ctid FROM %s WHERE " TARGET " AND ctid <>"
+	"  (SELECT ctid FROM %s WHERE id = $4 ORDER BY " LATEST_FIRST " LIMIT 1) FOR UPDATE SKIP LOCKED))",
+	.nargs = 4,
+	.argtypes = {TEXTOID, UUIDOID, UUIDOID, UUIDOID}
+};
+
 static OmniStatement delete_watch = {
 	.table = &omni_watch_table,
-	.text = "DELETE FROM %s WHERE id = $1",
-	.nargs = 1,
-	.argtypes = {UUIDOID}
+	.must = true,
+	.text = "DELETE FROM %s WHERE " TARGET,
+	.nargs = 3,
+	.argtypes = {TEXTOID, UUIDOID, UUIDOID}
 };
 
 /*
@@ -107,7 +116,7 @@ static OmniStatement select_data = {
 	"  FROM pg_class AS c"
 	"  CROSS JOIN LATERAL (SELECT nspname FROM pg_namespace WHERE oid = c.relnamespace OFFSET 0) AS n"
 	"  WHERE " RELATIONS " AND c.oid <> ALL ($2) AND " WATCHED("w.schemas") "), w.data_seen"
-	" FROM %s AS w WHERE w.id = $1",
+	" FROM %s AS w WHERE w.id = $1 ORDER BY " LATEST_FIRST,
 	.nargs = 2,
 	.argtypes = {UUIDOID, OIDARRAYOID}
 };
@@ -173,17 +182,23 @@ static OmniStatement select_memory = {
 	.argtypes = {UUIDOID}
 };
 
+/* Do not wait for a row that another session has locked: calls would wait, too. */
+#define RELATION	"watch = $1 AND schema = $2 AND relation = $3"
+#define LOCKED_RELATION \
+	RELATION " AND EXISTS (SELECT FROM %s WHERE " RELATION " FOR UPDATE NOWAIT)"
+
 static OmniStatement update_relation = {
 	.table = &omni_seen_table,
-	.text = "UPDATE %s SET leaf = $4, columns = $5, types = $6, readers = $7"
-	" WHERE watch = $1 AND schema = $2 AND relation = $3",
+	.must = true,
+	.text = "UPDATE %s SET leaf = $4, columns = $5, types = $6, readers = $7 WHERE " LOCKED_RELATION,
 	.nargs = 7,
 	.argtypes = {UUIDOID, TEXTOID, TEXTOID, BOOLOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID}
 };
 
 static OmniStatement delete_relation = {
 	.table = &omni_seen_table,
-	.text = "DELETE FROM %s WHERE watch = $1 AND schema = $2 AND relation = $3",
+	.must = true,
+	.text = "DELETE FROM %s WHERE " LOCKED_RELATION,
 	.nargs = 3,
 	.argtypes = {UUIDOID, TEXTOID, TEXTOID}
 };
@@ -195,20 +210,27 @@ static OmniStatement delete_memory = {
 	.argtypes = {UUIDOID}
 };
 
+static bool is_of(const OmniWatch *watch, const OmniRequest *request);
 static void decode_watch(int row, OmniWatch *watch);
 static ArrayType *copy_array(int row, int column);
 static char *copy_text(int row, int column);
+static void delete_rows(const OmniWatch *watch, OmniStatement *statement);
 static int64 interval_length(const Interval *interval);
 static void insert_relation(const OmniWatch *watch, const char *schema, const char *relation,
 							bool leaf, const OmniShape *shape);
 static bool is_plain(const char *name);
 static ArrayType *add_name(ArrayType *names, const char *name);
 
-/* Return all watches, palloc'd, in this database or copied from another one. */
+/*
+ * Return all watches, palloc'd, in this database or copied from another one.  Of those for the
+ * same server, model and branch, return the one that is active, if any is.
+ */
 List *
 omni_watches(void)
 {
+	List	   *rows = NIL;
 	List	   *result = NIL;
+	ListCell   *cell;
 	int			count = (int) omni_run(&select_watches, NULL, NULL);
 
 	for (int i = 0; i < count; i++)
@@ -216,7 +238,17 @@ omni_watches(void)
 		OmniWatch  *watch = palloc(sizeof(OmniWatch));
 
 		decode_watch(i, watch);
-		result = lappend(result, watch);
+		rows = lappend(rows, watch);
+	}
+	foreach(cell, rows)
+	{
+		OmniWatch  *watch = lfirst(cell);
+		OmniWatch  *last = result != NIL ? llast(result) : NULL;
+
+		if (last == NULL || !is_of(last, &watch->request))
+			result = lappend(result, watch);
+		else if (!omni_watch_is_active(last) && omni_watch_is_active(watch))
+			llast(result) = watch;
 	}
 	return result;
 }
@@ -225,15 +257,28 @@ omni_watches(void)
 bool
 omni_watch_find(const OmniRequest *request, OmniWatch *watch)
 {
-	Datum		values[3] = {
-		CStringGetTextDatum(NameStr(request->server)), UUIDPGetDatum(&request->model),
-		UUIDPGetDatum(&request->branch)
-	};
+	List	   *watches = omni_watches();
+	ListCell   *cell;
 
-	if (omni_run(&find_watch, values, request->has_branch ? NULL : "  n") == 0)
-		return false;
-	decode_watch(0, watch);
-	return true;
+	foreach(cell, watches)
+	{
+		*watch = *(OmniWatch *) lfirst(cell);
+		if (is_of(watch, request))
+			return true;
+	}
+	return false;
+}
+
+/* Return whether a watch is for the server, model and branch of a request. */
+static bool
+is_of(const OmniWatch *watch, const OmniRequest *request)
+{
+	const OmniRequest *own = &watch->request;
+
+	return strcmp(NameStr(own->server), NameStr(request->server)) == 0 &&
+		memcmp(&own->model, &request->model, sizeof(own->model)) == 0 &&
+		own->has_branch == request->has_branch &&
+		(!own->has_branch || memcmp(&own->branch, &request->branch, sizeof(own->branch)) == 0);
 }
 
 /*
@@ -345,10 +390,7 @@ omni_watch_add(const OmniWatch *watch, Interval *delay, Interval *removals, Inte
 	omni_set(&row, OMNI_WATCH_owed_hard, BoolGetDatum(false));
 
 	omni_write_begin(&write, &omni_watch_table, NULL);
-	if (!omni_write_insert(&write, &row))
-		ereport(ERROR,
-				(errcode(ERRCODE_TRIGGERED_ACTION_EXCEPTION),
-				 errmsg("a trigger of table \"%s\" kept a watch from being written", omni_watch_table.name)));
+	omni_write_insert(&write, &row);
 	result = omni_written_row(&write);
 	omni_write_end(&write);
 	return result;
@@ -460,14 +502,31 @@ omni_watch_data(const pg_uuid_t *id, int64 *data, int64 *seen, bool *is_new)
 	return true;
 }
 
-/* Delete a watch and its memory. */
+/* Delete a watch and its memory, and whatever a restore has copied beside it. */
 void
 omni_watch_delete(const OmniWatch *watch)
 {
-	Datum		values[1] = {UUIDPGetDatum(&watch->id)};
-
 	omni_seen_forget_all(watch);
-	(void) omni_run(&delete_watch, values, NULL);
+	delete_rows(watch, &delete_watch);
+}
+
+/* Delete what a restore has copied beside an active watch, which the caller has locked. */
+void
+omni_watch_delete_copies(const OmniWatch *watch)
+{
+	delete_rows(watch, &delete_copies);
+}
+
+static void
+delete_rows(const OmniWatch *watch, OmniStatement *statement)
+{
+	const OmniRequest *request = &watch->request;
+	Datum		values[4] = {
+		CStringGetTextDatum(NameStr(request->server)), UUIDPGetDatum(&request->model),
+		UUIDPGetDatum(&request->branch), UUIDPGetDatum(&watch->id)
+	};
+
+	(void) omni_run(statement, values, request->has_branch ? NULL : "  n ");
 }
 
 /* In a backend: return whether any watch is active. */
@@ -688,7 +747,7 @@ insert_relation(const OmniWatch *watch, const char *schema, const char *relation
 	omni_set(&row, OMNI_SEEN_types, PointerGetDatum(shape->types));
 	omni_set(&row, OMNI_SEEN_readers, PointerGetDatum(shape->readers));
 	omni_write_begin(&write, &omni_seen_table, NULL);
-	(void) omni_write_insert(&write, &row);
+	omni_write_insert(&write, &row);
 	omni_write_end(&write);
 }
 

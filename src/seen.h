@@ -8,10 +8,14 @@
 #ifndef OMNI_SEEN_H
 #define OMNI_SEEN_H
 
+#include "access/transam.h"
 #include "nodes/pg_list.h"
 
 #include "api.h"
 #include "difference.h"
+
+/* The OID after which relations are looked at: those before it are the system's */
+#define OMNI_SEEN_START		(FirstNormalObjectId - 1)
 
 /* A watch, as its row has it */
 typedef struct OmniWatch
@@ -63,6 +67,7 @@ extern void omni_watch_owe_all(OmniWatch *watch, bool hard);
 extern void omni_watch_write(const OmniWatch *watch);
 extern bool omni_watch_data(const pg_uuid_t *id, int64 *data, int64 *seen, bool *is_new);
 extern void omni_watch_delete(const OmniWatch *watch);
+extern void omni_watch_delete_copies(const OmniWatch *watch);
 extern bool omni_watch_any(void);
 extern bool omni_watch_is_active(const OmniWatch *watch);
 extern Oid	omni_watch_owner(void);

@@ -12,6 +12,7 @@
 #include "utils/timestamp.h"
 
 #include "clock.h"
+#include "fault.h"
 #include "sent.h"
 #include "setting.h"
 
@@ -33,12 +34,16 @@ static void remember_sent(int64 merge_key, TimestampTz sent_at);
 void
 omni_sent_recall(void)
 {
+	static bool recalled = false;
 	HASHCTL		info = {.keysize = sizeof(int64),.entrysize = sizeof(LastSent)};
 
-	if (last_sent != NULL)
+	if (recalled)
 		return;
-	last_sent = hash_create("omni_refresh last sent", 64, &info, HASH_ELEM | HASH_BLOBS);
+	if (last_sent == NULL)
+		last_sent = hash_create("omni_refresh last sent", 64, &info, HASH_ELEM | HASH_BLOBS);
+	OMNI_FAULT_POINT("look: to recall what was sent");
 	omni_job_recent(GetCurrentTimestamp() - OMNI_MS(omni_min_interval), remember_sent);
+	recalled = true;
 }
 
 /* Note that an earlier worker has sent a job at a time of its row. */

@@ -70,7 +70,7 @@ omni_settings_define(void)
 							NULL, &omni_retry_for, 24 * 3600, 0, INT_MAX,
 							PGC_SIGHUP, GUC_UNIT_S, NULL, NULL, NULL);
 	DefineCustomIntVariable("omni_refresh.max_in_flight",
-							"Sets the maximum number of queued requests in flight to one server.",
+							"Sets the maximum number of queued requests in flight for one role at one server.",
 							NULL, &omni_max_in_flight, 4, 1, 1000,
 							PGC_SIGHUP, 0, NULL, NULL, NULL);
 	DefineCustomBoolVariable("omni_refresh.track",

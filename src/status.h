@@ -21,7 +21,6 @@
 #define OMNI_NAME_CANCELED			"canceled"
 #define OMNI_NAME_MERGED			"merged"
 #define OMNI_NAME_UNKNOWN			"unknown"
-#define OMNI_NAME_REQUESTED			"requested"
 #define OMNI_NAME_ATTEMPT_FAILED	"attempt_failed"
 #define OMNI_NAME_REFUSED			"refused"
 #define OMNI_NAME_RATE_LIMITED		"rate_limited"
@@ -38,7 +37,7 @@
 
 /* The kinds of events; the event that ends a job has the name of its status. */
 #define OMNI_EVENTS(X, SEP) \
-	X(REQUESTED) SEP X(SENDING) SEP X(ACCEPTED) SEP X(ATTEMPT_FAILED) SEP X(REFUSED) SEP \
+	X(SENDING) SEP X(ACCEPTED) SEP X(ATTEMPT_FAILED) SEP X(REFUSED) SEP \
 	X(RATE_LIMITED) SEP X(MERGED) SEP X(RELEASED) SEP X(CANCELED) SEP X(RECOVERED) SEP \
 	X(WAITING) SEP X(CHANGED) SEP \
 	X(COMPLETED) SEP X(FAILED) SEP X(UNKNOWN)

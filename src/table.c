@@ -57,10 +57,10 @@ static const OmniColumn watch_columns[] = {OMNI_WATCH_COLUMNS(COLUMN)};
 static const OmniColumn seen_columns[] = {OMNI_SEEN_COLUMNS(COLUMN)};
 
 OmniTable	omni_job_table = {
-	.name = "omni_refresh_job",.columns = job_columns,.ncolumns = lengthof(job_columns)
+	.name = "omni_refresh_job",.columns = job_columns,.ncolumns = lengthof(job_columns),.nchecks = 3
 };
 OmniTable	omni_event_table = {
-	.name = "omni_refresh_event",.columns = event_columns,.ncolumns = lengthof(event_columns)
+	.name = "omni_refresh_event",.columns = event_columns,.ncolumns = lengthof(event_columns),.nchecks = 1
 };
 OmniTable	omni_watch_table = {
 	.name = "omni_refresh_watch",.columns = watch_columns,.ncolumns = lengthof(watch_columns)
@@ -287,7 +287,18 @@ omni_run(OmniStatement *statement, Datum *values, const char *nulls)
 	omni_as_before(&before);
 	if (code < 0)
 		elog(ERROR, "SPI_execute_snapshot failed: %s", SPI_result_code_string(code));
+	if (statement->must && SPI_processed == 0)
+		omni_not_written(statement->table);
 	return SPI_processed;
+}
+
+/* Raise an error about a row that a statement should have written, and has not. */
+void
+omni_not_written(const OmniTable *table)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_TRIGGERED_ACTION_EXCEPTION),
+			 errmsg("a trigger of table \"%s\" kept a row from being written", table->name)));
 }
 
 /* Plan a statement, unless it has a plan for the present name of its table. */
@@ -371,7 +382,7 @@ find_difference(const OmniTable *table, TupleDesc desc)
 		if (number <= 0)
 			return psprintf("Column \"%s\" does not exist.", column->name);
 		attribute = TupleDescAttr(desc, number - 1);
-		if (getBaseType(attribute->atttypid) != column->type)
+		if (attribute->atttypid != column->type)
 			return psprintf("Column \"%s\" is of type %s, and should be of type %s.", column->name,
 							format_type_be(attribute->atttypid), format_type_be(column->type));
 	}
@@ -487,7 +498,7 @@ omni_value_or_null(int row, int column, Oid type, bool *isnull)
 
 	if (rows == NULL || row >= rows->numvals || column >= rows->tupdesc->natts)
 		omni_table_differs(last_table, "A statement has returned nothing.");
-	found = getBaseType(SPI_gettypeid(rows->tupdesc, column + 1));
+	found = SPI_gettypeid(rows->tupdesc, column + 1);
 	if (found != type)
 		omni_table_differs(last_table,
 						   psprintf("Column %d of a statement's result is of type %s, and should be of type %s.",

@@ -33,6 +33,7 @@ typedef struct OmniTable
 	const char *name;
 	const OmniColumn *columns;
 	int			ncolumns;
+	int			nchecks;		/* CHECK constraints */
 
 	/* set by omni_tables_find() */
 	Oid			oid;
@@ -68,10 +69,14 @@ typedef struct OmniTable
 	X(sent_at, TIMESTAMPTZOID, false) \
 	X(finished_at, TIMESTAMPTZOID, false) \
 	X(attempts, INT4OID, true) \
+	X(may_have_arrived, BOOLOID, false) \
+	X(few_failures, INT4OID, false) \
+	X(recoveries, INT4OID, false) \
 	X(merged_into, INT8OID, false) \
 	X(renewed_at, TIMESTAMPTZOID, false) \
 	X(retry_of, INT8OID, false) \
 	X(called_by, TEXTOID, false) \
+	X(called_by_oid, OIDOID, false) \
 	X(application, TEXTOID, false) \
 	X(database, OIDOID, true) \
 	X(error, TEXTOID, false)
@@ -81,10 +86,12 @@ typedef struct OmniTable
 	X(id, INT8OID, true) \
 	X(job, INT8OID, true) \
 	X(requested_by, TEXTOID, true) \
+	X(requested_by_oid, OIDOID, true) \
 	X(occurred_at, TIMESTAMPTZOID, true) \
 	X(event, TEXTOID, true) \
 	X(attempt, INT4OID, false) \
 	X(http_status, INT4OID, false) \
+	X(sqlstate, TEXTOID, false) \
 	X(duration, INTERVALOID, false) \
 	X(detail, TEXTOID, false)
 
@@ -149,7 +156,7 @@ enum
 
 /* Jobs that agree in these columns may be merged, and share one min_interval. */
 #define ALIKE \
-	"server, requested_by, requested_by_oid, kind, model_id, branch_id, policy"
+	"server, requested_by_oid, kind, model_id, branch_id, policy"
 
 /* The select list that omni_job_decode() expects, for a table without an alias */
 #define OMNI_JOB_COLUMN_TEXT(name, type, required) #name ", "
@@ -165,7 +172,7 @@ enum
 	" OR (status = " OMNI_SQL(PENDING) " AND origin = 'call'))"
 
 /* The predicate of omni_refresh_job_refreshing_idx: refreshes that have not ended */
-#define REFRESHING	"kind = 'schema' AND status = ANY (" OMNI_SQL_UNFINISHED ")"
+#define REFRESHING	"kind <> 'cache' AND status = ANY (" OMNI_SQL_UNFINISHED ")"
 
 /*
  * Conditions for a job that is looked up by id.  Do not write them as "status =": they
@@ -182,6 +189,7 @@ typedef struct OmniStatement
 	bool		read;			/* read-only, with the latest snapshot */
 	bool		latest;			/* with the latest snapshot, though it locks
 								 * rows */
+	bool		must;			/* writes a row that exists: an error if not */
 	const char *text;
 	int			nargs;
 	Oid			argtypes[13];
@@ -197,6 +205,7 @@ typedef struct OmniEvent
 	const char *event;
 	int			attempt;		/* 0 means NULL */
 	int			http_status;	/* 0 means NULL */
+	int			sqlstate;		/* 0 means NULL */
 	int64		duration;		/* microseconds, 0 means NULL */
 	const char *detail;			/* may be NULL */
 } OmniEvent;
@@ -218,6 +227,7 @@ extern uint64 omni_run(OmniStatement *statement, Datum *values, const char *null
 extern void omni_check_table(OmniTable *table);
 extern void omni_as_owner(OmniTable *table, OmniOwner *before);
 extern void omni_as_before(const OmniOwner *before);
+pg_noreturn extern void omni_not_written(const OmniTable *table);
 pg_noreturn extern void omni_table_differs(const OmniTable *table, const char *detail);
 extern TupleDesc omni_table_rowtype(OmniTable *table);
 extern NameData omni_name(Datum text);
@@ -232,8 +242,6 @@ extern void omni_request_decode(OmniRequest *request, int row, int server, int m
 
 /* in event.c */
 extern void omni_event_add(const OmniJob *job, const OmniEvent *event);
-extern void omni_event_add_requested(const OmniJob *job);
-extern int64 omni_events_recoveries(int64 job);
 extern ArrayType *omni_events_sent(TimestampTz since);
 extern ArrayType *omni_events_delete(ArrayType *jobs);
 extern void omni_events_delete_all(const int64 *jobs, int count);

@@ -78,8 +78,8 @@ omni_throttle_ends(void)
 }
 
 /*
- * Set *held to what holds jobs of a kind at the moment: servers that have enough work of
- * that kind in flight, and roles that are throttled or have enough in flight.  The lists are
+ * Set *held to what holds jobs of a kind at the moment: roles that are throttled at a server,
+ * have enough work of that kind in flight there, or have enough work in flight.  The list is
  * palloc'd.
  */
 void
@@ -88,7 +88,7 @@ omni_throttle_list(const OmniWorkKind *kind, OmniHeld *held)
 	ListCell   *cell;
 	dlist_iter	iter;
 
-	held->servers = held->roles = NIL;
+	held->roles = NIL;
 	foreach(cell, throttled)
 	{
 		Throttled  *this = lfirst(cell);
@@ -109,8 +109,8 @@ omni_throttle_list(const OmniWorkKind *kind, OmniHeld *held)
 
 		if (!work->kind->has_caller && omni_works_of_role(request->role) >= OMNI_MAX_OF_ROLE)
 			held->roles = add_once(held->roles, psprintf("%u", request->role));
-		if (work->kind == kind && omni_works_count(kind, &request->server) >= omni_max_in_flight)
-			held->servers = add_once(held->servers, pstrdup(NameStr(request->server)));
+		if (work->kind == kind && omni_works_count(kind, request) >= omni_max_in_flight)
+			held->roles = add_once(held->roles, psprintf("%u %s", request->role, NameStr(request->server)));
 	}
 }
 
@@ -138,7 +138,6 @@ contains(const List *list, const char *string)
 bool
 omni_is_held(const OmniHeld *held, const OmniPlace *place)
 {
-	return contains(held->servers, NameStr(place->server)) ||
-		contains(held->roles, psprintf("%u", place->role)) ||
+	return contains(held->roles, psprintf("%u", place->role)) ||
 		contains(held->roles, psprintf("%u %s", place->role, NameStr(place->server)));
 }

@@ -11,6 +11,7 @@
 #include "postgres.h"
 
 #include "access/htup_details.h"
+#include "catalog/catalog.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
 #include "funcapi.h"
@@ -137,7 +138,7 @@ omni_refresh_changes(PG_FUNCTION_ARGS)
 				 errmsg("there is no watch of this model, server and branch"),
 				 errhint("Call omni_refresh_watch() to set one.")));
 
-	list = omni_seen_differences(&watch, InvalidOid, OID_MAX);
+	list = omni_seen_differences(&watch, OMNI_SEEN_START, OID_MAX);
 	foreach(cell, list)
 	{
 		OmniDifference *difference = lfirst(cell);
@@ -224,6 +225,8 @@ static ArrayType *
 read_schemas(FunctionCallInfo fcinfo)
 {
 	ArrayType  *schemas;
+	Datum	   *names;
+	int			count;
 
 	if (PG_ARGISNULL(2))
 		return NULL;
@@ -237,6 +240,18 @@ read_schemas(FunctionCallInfo fcinfo)
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
 				 errmsg("schemas must not contain nulls")));
+	deconstruct_array(schemas, TEXTOID, -1, false, TYPALIGN_INT, &names, NULL, &count);
+	for (int i = 0; i < count; i++)
+	{
+		char	   *name = TextDatumGetCString(names[i]);
+
+		if (IsReservedName(name) || strcmp(name, "information_schema") == 0)
+			ereport(ERROR,
+					(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+					 errmsg("schema \"%s\" cannot be watched", name),
+					 errdetail("It is a schema of the system, and watches compare what users have made."),
+					 errhint("Leave it out of schemas.")));
+	}
 	return schemas;
 }
 
@@ -290,15 +305,14 @@ find_own(const OmniRequest *request, OmniWatch *watch)
 
 /*
  * Return whether the current user may replace or end a watch.  In a copy of another cluster's,
- * roles have other OIDs.
+ * roles have other OIDs, so that only their names tell.
  */
 static bool
 may_manage(const OmniWatch *watch)
 {
-	Oid			role = get_role_oid(NameStr(watch->request.requested_by), true);
+	Oid			role = omni_watch_is_active(watch) ? watch->request.role :
+		get_role_oid(NameStr(watch->request.requested_by), true);
 
-	if (has_privs_of_role(GetUserId(), omni_watch_owner()))
-		return true;
-	return OidIsValid(role) && has_privs_of_role(GetUserId(), role) &&
-		(role == watch->request.role || !omni_watch_is_active(watch));
+	return has_privs_of_role(GetUserId(), omni_watch_owner()) ||
+		(OidIsValid(role) && has_privs_of_role(GetUserId(), role));
 }

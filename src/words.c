@@ -31,7 +31,8 @@ typedef struct Group
 	int			count;
 } Group;
 
-static List *add(List *groups, const char *schema, const char *relation);
+static List *copy_groups(List *groups);
+static List *add(OmniWords *words, List *groups, const char *schema, const char *relation);
 static void say_groups(StringInfo text, const char *verb, List *groups);
 
 /* Begin to collect, in a memory context. */
@@ -47,27 +48,62 @@ omni_words_begin(OmniWords *words, MemoryContext context)
 	MemoryContextSwitchTo(before);
 }
 
+/* Copy what was collected into another memory context. */
+void
+omni_words_copy(OmniWords *words, const OmniWords *from, MemoryContext context)
+{
+	MemoryContext before = MemoryContextSwitchTo(context);
+	OmniWords	copy = *from;
+
+	copy.context = context;
+	copy.added = copy_groups(from->added);
+	copy.removed = copy_groups(from->removed);
+	copy.altered = makeStringInfo();
+	appendStringInfoString(copy.altered, from->altered->data);
+	*words = copy;
+	MemoryContextSwitchTo(before);
+}
+
+static List *
+copy_groups(List *groups)
+{
+	List	   *result = NIL;
+	ListCell   *cell;
+
+	foreach(cell, groups)
+	{
+		const Group *from = lfirst(cell);
+		Group	   *group = palloc(sizeof(Group));
+
+		*group = *from;
+		group->schema = pstrdup(from->schema);
+		for (int i = 0; i < Min(from->count, MAX_NAMED); i++)
+			group->named[i] = pstrdup(from->named[i]);
+		if (from->last != NULL)
+			group->last = pstrdup(from->last);
+		result = lappend(result, group);
+	}
+	return result;
+}
+
 void
 omni_words_added(OmniWords *words, const char *schema, const char *relation)
 {
-	MemoryContext before = MemoryContextSwitchTo(words->context);
-
-	words->added = add(words->added, schema, relation);
-	MemoryContextSwitchTo(before);
+	words->added = add(words, words->added, schema, relation);
 }
 
 void
 omni_words_removed(OmniWords *words, const char *schema, const char *relation)
 {
-	MemoryContext before = MemoryContextSwitchTo(words->context);
-
-	words->removed = add(words->removed, schema, relation);
-	MemoryContextSwitchTo(before);
+	words->removed = add(words, words->removed, schema, relation);
 }
 
+/* Keep nothing in the words' context but what is in the groups: there may be many relations. */
 static List *
-add(List *groups, const char *schema, const char *relation)
+add(OmniWords *words, List *groups, const char *schema, const char *relation)
 {
+	const char *name = quote_qualified_identifier(schema, relation);
+	MemoryContext before = MemoryContextSwitchTo(words->context);
 	Group	   *group = NULL;
 	ListCell   *cell;
 
@@ -85,14 +121,15 @@ add(List *groups, const char *schema, const char *relation)
 		groups = lappend(groups, group);
 	}
 	if (group->count < MAX_NAMED)
-		group->named[group->count] = pstrdup(quote_qualified_identifier(schema, relation));
+		group->named[group->count] = pstrdup(name);
 	else
 	{
 		if (group->last != NULL)
 			pfree(group->last);
-		group->last = pstrdup(quote_qualified_identifier(schema, relation));
+		group->last = pstrdup(name);
 	}
 	group->count++;
+	MemoryContextSwitchTo(before);
 	return groups;
 }
 

@@ -22,6 +22,7 @@ typedef struct OmniWords
 } OmniWords;
 
 extern void omni_words_begin(OmniWords *words, MemoryContext context);
+extern void omni_words_copy(OmniWords *words, const OmniWords *from, MemoryContext context);
 extern void omni_words_added(OmniWords *words, const char *schema, const char *relation);
 extern void omni_words_removed(OmniWords *words, const char *schema, const char *relation);
 extern void omni_words_altered(OmniWords *words, const char *schema, const char *relation,

@@ -98,7 +98,6 @@ void
 omni_refresh_worker_main(Datum main_arg)
 {
 	MemoryContext context = CurrentMemoryContext;
-	volatile bool leave = false;
 	dsm_handle	starter;
 	bool		leave_at_once;
 
@@ -133,28 +132,15 @@ omni_refresh_worker_main(Datum main_arg)
 	omni_report_begin();
 	if (!leave_at_once)
 		worker.busy_at = omni_clock();
-	while (!leave)
-	{
-		PG_TRY();
-		{
-			leave = !turn();
-		}
-		PG_CATCH();
-		{
-			/*
-			 * Ignore pg_cancel_backend(): no query is running.  Any other
-			 * error outside omni_transact() means that some resource is
-			 * lacking, and may have left a call half taken: end, so that its
-			 * caller hands it over to the next worker.
-			 */
-			if (geterrcode() != ERRCODE_QUERY_CANCELED)
-				PG_RE_THROW();
-			MemoryContextSwitchTo(context);
-			FlushErrorState();
-		}
-		PG_END_TRY();
+
+	/*
+	 * An error outside omni_transact() means that some resource is lacking,
+	 * and may have left a call half taken: it ends the worker, so that the
+	 * caller hands the call over to the next one.
+	 */
+	omni_block_cancel();
+	while (turn())
 		MemoryContextSwitchTo(context);
-	}
 }
 
 /*
@@ -208,6 +194,7 @@ static long
 prune(void)
 {
 	int64		round;
+	OmniTransacted result;
 	OmniError	error;
 
 	if (omni_retention < 0)
@@ -216,12 +203,15 @@ prune(void)
 		return omni_clock_until(worker.prune_at);
 
 	worker.prune_more = false;
+	result = omni_transact(prune_some, NULL, false, &error);
+	if (result != COMMITTED)
+		worker.prune_more = false;	/* begin anew in the next round */
 
 	/*
 	 * check_table() of table.c writes to the log itself about a table that
 	 * was altered
 	 */
-	if (omni_transact(prune_some, NULL, false, &error) == FAILED &&
+	if (result == FAILED &&
 		error.sqlstate != ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE)
 		ereport(LOG,
 				(errcode(error.sqlstate),
@@ -252,6 +242,7 @@ static bool
 turn(void)
 {
 	long		delay;
+	long		notify;
 	bool		again;
 
 	CHECK_FOR_INTERRUPTS();
@@ -265,7 +256,12 @@ turn(void)
 
 	omni_watches_due();
 	delay = move_on();
-	omni_notify_listeners();
+	notify = omni_notify_listeners();
+	if (notify >= 0)
+	{
+		delay = Min(delay, notify);
+		worker.busy_at = omni_clock();
+	}
 	omni_report_left_out();
 	delay = Min(delay, prune());
 	delay = Min(delay, omni_watches_delay());

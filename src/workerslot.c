@@ -50,7 +50,7 @@
 #include "workerslot.h"
 
 /* Raise the number with each change of the structs below, or of OmniCall */
-#define SHARED_NAME			"omni_refresh layout 8"
+#define SHARED_NAME			"omni_refresh layout 9"
 
 /* Keep the total under 20 kB, which PostgreSQL 16 and older have to spare */
 #define MAX_DATABASES		96

@@ -25,9 +25,9 @@ typedef enum OmniTransacted
 	FAILED
 } OmniTransacted;
 
+extern void omni_block_cancel(void);
 extern OmniTransacted omni_transact(bool (*body) (void *), void *arg, bool flush,
 									OmniError *error);
-extern void omni_error_set_locked(OmniError *error);
-extern void omni_notify_listeners(void);
+extern long omni_notify_listeners(void);
 
 #endif							/* OMNI_XACT_H */

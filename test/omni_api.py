@@ -44,6 +44,7 @@ SETTINGS = {
     "rate_limit": 0,                        # requests of one key in a window; 0 means no limit
     "rate_window": 60.0,                    # seconds; a shorter one lets a test see its end
     "retry_after": ("off", "seconds", "date"),
+    "dbt": (True, False),                   # the connection has dbt
     "branch_based_refresh": (False, True),  # the connection's "Branch-based schema refresh"
     "models": 5,                            # how many there are
     "refresh_status": ("running", "completed", "failed"),
@@ -259,12 +260,26 @@ class Omni:
 
         if self.settings["catalog"]:
             self.scan(hard_refresh == "true", *(text and text.split(",") for text in (schemas, tables)))
+        return self.start_job(model, "refresh_schema")
+
+    def dbt_sync(self, request, model_id, *, branch_id=None):
+        model = self.model(model_id)
+        if not self.settings["dbt"]:
+            raise Refusal(405, "The connection has no dbt")
+        if branch_id is None:
+            raise Refusal(400, "branch_id: Required")
+        if branch_id.lower() not in [branch["id"] for branch in model["branches"]]:
+            raise Refusal(404, "No such branch of this model")
+        return self.start_job(model, "dbt_sync")
+
+    def start_job(self, model, job_type):
         status = self.settings["refresh_status"]
         answer = {"modelId": model["id"], "status": status}
         if self.settings["job_id"]:
             job_id = str(uuid.uuid4())
             running = status == "running"
             self.jobs[job_id] = {
+                "type": job_type,
                 "ends": time.monotonic() + (self.settings["job_seconds"] if running else 0),
                 "result": self.settings["job_result"] if running else status.upper(),
                 "early_404s": self.settings["job_early_404s"],
@@ -298,7 +313,7 @@ class Omni:
             raise Refusal(404, "No such job")
         documented = self.settings["job_spelling"] == "documented"
         running = "RUNNING" if documented else "IN_PROGRESS"
-        return {"job_type": "refresh_schema" if documented else "REFRESH_SCHEMA",
+        return {"job_type": job["type"] if documented else job["type"].upper(),
                 "job_id": job_id.lower(),
                 "status": job["result"] if time.monotonic() >= job["ends"] else running}
 
@@ -361,6 +376,7 @@ class Omni:
 
 ROUTES = [(method, re.compile("/api/v1" + pattern), function) for method, pattern, function in (
     ("POST", r"/models/([^/]*)/refresh", Omni.refresh),
+    ("POST", r"/models/([^/]*)/dbt-sync", Omni.dbt_sync),
     ("GET", r"/jobs/([^/]*)/status", Omni.job_status),
     ("GET", r"/models", Omni.list_models),
     ("POST", r"/models/([^/]*)/cache_reset/([^/]+)", Omni.cache_reset),

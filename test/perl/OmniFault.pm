@@ -32,11 +32,12 @@ EOF
 
 # Starts a server. Its DSM segments are files in the data directory, where they can be counted.
 # Options: conf, further lines of configuration; and, in place of what is usual here, settings, more
-# such lines; initdb, a list of options; extension, false for a server without it.
+# such lines; initdb, a list of options; extension, false for a server without it; install_path, as in
+# PostgreSQL::Test::Cluster.
 sub node
 {
 	my ($name, %options) = @_;
-	my $node = OmniNode->new($name);
+	my $node = OmniNode->new($name, defined $options{install_path} ? (install_path => $options{install_path}) : ());
 
 	$first //= $node;
 	$node->init(extra => $options{initdb} // [ '--encoding=UTF8', '--no-locale' ]);

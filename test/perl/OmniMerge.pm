@@ -55,17 +55,17 @@ sub expected
 {
 	my (@requests) = @_;
 	my @extents = map { extent($_) } @requests;
-	my (%schemas, %tables, %both);
+	my (%schemas, %tables, @both);
 
 	return ('hard') if grep { $_ eq 'hard' } @extents;
 	return ('soft') if grep { $_ eq 'soft' } @extents;
 	for my $request (@requests)
 	{
-		if ($request->{schemas} && $request->{tables}) { $both{ extent($request) } = 1 }
+		if ($request->{schemas} && $request->{tables}) { push @{ $both[0]{$_} }, @{ $request->{$_} } for qw(schemas tables) }
 		elsif ($request->{schemas}) { $schemas{$_} = 1 for @{ $request->{schemas} } }
 		else { $tables{$_} = 1 for @{ $request->{tables} } }
 	}
-	return sort keys %both, (%schemas ? 'schemas ' . join(',', sort keys %schemas) : ()), (%tables ? 'tables ' . join(',', sort keys %tables) : ());
+	return sort map({ extent($_) } @both), (%schemas ? 'schemas ' . join(',', sort keys %schemas) : ()), (%tables ? 'tables ' . join(',', sort keys %tables) : ());
 }
 
 # What a stand-in for Omni was sent, as "MODEL BRANCH" => [ extents ].

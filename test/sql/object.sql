@@ -65,20 +65,29 @@ LANGUAGE sql AS $$
 	ORDER BY attnum
 $$;
 
+SELECT is_empty($$
+	SELECT relname::text AS name, attname::text, typname FROM pg_class
+		JOIN pg_attribute ON attrelid = pg_class.oid JOIN pg_type ON pg_type.oid = atttypid
+	WHERE relname ~ '^omni_refresh' AND typtype = 'd'
+	UNION ALL
+	SELECT proname::text, NULL, typname FROM pg_proc
+		JOIN pg_type ON pg_type.oid = ANY (coalesce(proallargtypes, '{}') || proargtypes || prorettype)
+	WHERE proname ~ '^omni_refresh' AND typtype = 'd'$$,
+	'Nothing is of a domain: drivers that read a record do not know it');
 SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_job')$$, $$VALUES
 	('id', 'bigint', true),
-	('status', 'omni_refresh_job_status', true),
+	('status', 'text', true),
 	('job_id', 'uuid', false),
 	('model_id', 'uuid', true),
 	('branch_id', 'uuid', false),
-	('kind', 'omni_refresh_job_kind', true),
+	('kind', 'text', true),
 	('hard', 'boolean', false),
 	('schemas', 'text[]', false),
 	('tables', 'text[]', false),
 	('policy', 'text', false),
 	('reset_at', 'timestamp with time zone', false),
 	('server', 'text', true),
-	('origin', 'omni_refresh_job_origin', true),
+	('origin', 'text', true),
 	('requested_by', 'text', true),
 	('requested_by_oid', 'oid', true),
 	('requested_at', 'timestamp with time zone', true),
@@ -86,10 +95,14 @@ SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_job')$$, $$VALUE
 	('sent_at', 'timestamp with time zone', false),
 	('finished_at', 'timestamp with time zone', false),
 	('attempts', 'integer', true),
+	('may_have_arrived', 'boolean', false),
+	('few_failures', 'integer', false),
+	('recoveries', 'integer', false),
 	('merged_into', 'bigint', false),
 	('renewed_at', 'timestamp with time zone', false),
 	('retry_of', 'bigint', false),
 	('called_by', 'text', false),
+	('called_by_oid', 'oid', false),
 	('application', 'text', false),
 	('database', 'oid', true),
 	('error', 'text', false)$$,
@@ -98,10 +111,12 @@ SELECT results_eq($$SELECT * FROM pg_temp.columns('omni_refresh_event')$$, $$VAL
 	('id', 'bigint', true),
 	('job', 'bigint', true),
 	('requested_by', 'text', true),
+	('requested_by_oid', 'oid', true),
 	('occurred_at', 'timestamp with time zone', true),
-	('event', 'omni_refresh_event_kind', true),
+	('event', 'text', true),
 	('attempt', 'integer', false),
 	('http_status', 'integer', false),
+	('sqlstate', 'text', false),
 	('duration', 'interval', false),
 	('detail', 'text', false)$$,
 	'omni_refresh_event has the columns of its documentation');
@@ -151,10 +166,10 @@ LANGUAGE sql AS $$
 		INSERT INTO omni_refresh_job (status, model_id, kind, server, origin,
 			requested_by, requested_by_oid, requested_at, run_at, database)
 		VALUES (status, '00000000-0000-0000-0000-000000000000', kind, 'omni', origin,
-			role, 1, now(), now(), 1)
-		RETURNING id, requested_by, requested_at)
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event)
-	SELECT id, requested_by, requested_at, 'requested' FROM job
+			role, coalesce(to_regrole(role::text)::oid, 1), now(), now(), 1)
+		RETURNING id, requested_by, requested_by_oid, requested_at)
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event)
+	SELECT id, requested_by, requested_by_oid, requested_at, 'sending' FROM job
 $$;
 
 SELECT lives_ok(format('SELECT pg_temp.add_job(''x'', status => %L)', status),
@@ -177,16 +192,16 @@ SELECT throws_ok(format('SELECT pg_temp.add_job(''x'', origin => %L)', origin), 
 FROM unnest('{"",trigger}'::text[]) AS origin;
 
 CREATE FUNCTION pg_temp.add_event(event text) RETURNS void LANGUAGE sql AS $$
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event)
-	SELECT max(id), 'x', now(), event FROM omni_refresh_job
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event)
+	SELECT max(id), 'x', 1, now(), event FROM omni_refresh_job
 $$;
 SELECT lives_ok(format('SELECT pg_temp.add_event(%L)', event), format('An event can be %L', event))
-FROM unnest('{requested,sending,accepted,attempt_failed,refused,rate_limited,merged,released,canceled,
+FROM unnest('{sending,accepted,attempt_failed,refused,rate_limited,merged,released,canceled,
 	recovered,waiting,changed,completed,failed,unknown}'::text[]) AS event;
 SELECT throws_ok(format('SELECT pg_temp.add_event(%L)', event), '23514', NULL, format('An event cannot be %L', event))
 FROM unnest('{"",pending,running,sent}'::text[]) AS event;
 
-SELECT is(count(*), 16::bigint, 'There are jobs with events') FROM omni_refresh_event WHERE event = 'requested';
+SELECT is(count(*), 16::bigint, 'There are jobs with events') FROM omni_refresh_event WHERE event = 'sending';
 DELETE FROM omni_refresh_job WHERE id % 2 = 0;
 SELECT is_empty('SELECT FROM omni_refresh_event WHERE job % 2 = 0', 'With a job go its events');
 SELECT isnt_empty('SELECT FROM omni_refresh_event WHERE job % 2 = 1', 'but not those of other jobs');
@@ -208,15 +223,15 @@ SELECT has_index('omni_refresh_event', 'omni_refresh_event_job_idx', ARRAY['job'
 	'The events of a job are found by an index');
 SELECT is((SELECT pg_get_expr(indpred, indrelid) FROM pg_index
 		   WHERE indexrelid = 'omni_refresh_job_queue_idx'::regclass),
-	$$(((status)::text = 'pending'::text) AND ((origin)::text <> 'call'::text))$$,
+	$$((status = 'pending'::text) AND (origin <> 'call'::text))$$,
 	'What is queued has an index of its own');
 SELECT is((SELECT pg_get_expr(indpred, indrelid) FROM pg_index
 		   WHERE indexrelid = 'omni_refresh_job_active_idx'::regclass),
-	$$(((status)::text = ANY ('{sending,running}'::text[])) OR (((status)::text = 'pending'::text) AND ((origin)::text = 'call'::text)))$$,
+	$$((status = ANY ('{sending,running}'::text[])) OR ((status = 'pending'::text) AND (origin = 'call'::text)))$$,
 	'So has what is being carried out');
 SELECT is((SELECT pg_get_expr(indpred, indrelid) FROM pg_index
 		   WHERE indexrelid = 'omni_refresh_job_refreshing_idx'::regclass),
-	$$(((kind)::text = 'schema'::text) AND ((status)::text = ANY ('{pending,sending,running}'::text[])))$$,
+	$$((kind <> 'cache'::text) AND (status = ANY ('{pending,sending,running}'::text[])))$$,
 	'So have the refreshes that have not ended');
 
 -- Functions
@@ -228,10 +243,12 @@ SELECT function_returns('omni_refresh', ARRAY['uuid', 'uuid', 'boolean', 'text[]
 SELECT results_eq($$
 	SELECT proname::text COLLATE "default", array_to_string(proargnames, ' ') COLLATE "default" || ' '
 		|| (pronargs - pronargdefaults) || ' ' || proisstrict || ' ' || prosecdef || ' ' || proretset
-	FROM pg_proc WHERE proname ~ '^omni_refresh(_cache)?(_on_commit)?$' ORDER BY 1$$, $$VALUES
+	FROM pg_proc WHERE proname ~ '^omni_refresh(_cache|_dbt_sync)?(_on_commit)?$' ORDER BY 1$$, $$VALUES
 	('omni_refresh', 'model branch hard schemas tables 0 false false false'),
 	('omni_refresh_cache', 'model policy reset_at 0 false false false'),
 	('omni_refresh_cache_on_commit', 'model policy reset_at 0 false false false'),
+	('omni_refresh_dbt_sync', 'model branch 0 false false false'),
+	('omni_refresh_dbt_sync_on_commit', 'model branch 0 false false false'),
 	('omni_refresh_on_commit', 'model branch hard schemas tables 0 false false false')$$,
 	'All arguments may be left out');
 

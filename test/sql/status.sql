@@ -53,7 +53,7 @@ SELECT is(pg_temp.indexed('omni_refresh_job_queue_idx'), 'call pending',
 	'The index on the queue has pending jobs, but those of calls');
 SELECT is(pg_temp.sorted(pg_temp.indexed('omni_refresh_job_active_idx'), 'call'), pg_temp.list('OMNI_STATUSES_UNFINISHED'),
 	'The index on the jobs of a worker has the statuses that are not final');
-SELECT is(pg_temp.sorted(pg_temp.indexed('omni_refresh_job_refreshing_idx'), 'schema'), pg_temp.list('OMNI_STATUSES_UNFINISHED'),
+SELECT is(pg_temp.sorted(pg_temp.indexed('omni_refresh_job_refreshing_idx'), 'cache'), pg_temp.list('OMNI_STATUSES_UNFINISHED'),
 	'The index on refreshes that have not ended has the same');
 SELECT is(pg_temp.indexed('omni_refresh_job_finished_idx'), pg_temp.sorted(pg_temp.list('OMNI_STATUSES_FINAL'), 'merged'),
 	'The index on finished jobs has the final statuses, but merged');

@@ -47,7 +47,7 @@ foreach my $case (
 	is(scalar($omni->requests), 0, "... and nothing is sent: $what");
 	is($job->{status}, 'failed', "... and the job has failed: $what");
 	is($job->{attempts}, 1, "... at once: $what");
-	is($test->events($job->{id}), "requested\nsending attempt 1\nattempt_failed attempt 1, took time\nfailed",
+	is($test->events($job->{id}), "sending attempt 1\nattempt_failed attempt 1, took time\nfailed",
 		"... as the events say: $what");
 }
 
@@ -82,7 +82,7 @@ foreach my $case (
 	like($stderr, qr/^HINT:  The option "ca_file" must name a file of certificates in PEM format /m, '... and what it must be');
 	is(scalar($omni->requests), 0, '... and nothing is sent');
 	is("$job->{status} $job->{attempts}", 'failed 1', '... and the job has failed at once');
-	is($test->events($job->{id}), "requested\nsending attempt 1\nattempt_failed attempt 1, took time\nfailed", '... as the events say');
+	is($test->events($job->{id}), "sending attempt 1\nattempt_failed attempt 1, took time\nfailed", '... as the events say');
 }
 chmod 0700, $closed_folder;
 $omni->reset;

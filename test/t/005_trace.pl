@@ -62,7 +62,7 @@ my $job = $test->job($id);
 is($job->{status}, 'sending', 'when a request arrives, the job says so');
 is($job->{attempts}, 1, 'its attempt is counted');
 ok(defined $job->{sent_at} && !defined $job->{finished_at}, 'it has begun and not ended');
-is($test->events($id), "requested\nsending attempt 1", 'the event is there');
+is($test->events($id), "sending attempt 1", 'the event is there');
 is($test->sql("SELECT state, xact_start IS NULL, coalesce(backend_xmin::text, ''), query = ''
 	FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker'"), 'active|t||f',
 	'the worker says what it does, and has no transaction open meanwhile');
@@ -75,7 +75,7 @@ is("$stdout$stderr", 'ERROR:  57014: canceling statement due to user request',
 	'a call can be canceled');
 $omni->fault('none');
 ok(wait_for_status($id, 'unknown'), 'whether Omni has heard of its job is not known');
-like($test->events($id), qr/^requested\nsending attempt 1\n.*\nunknown[^\n]*$/s, 'as the events say');
+like($test->events($id), qr/^sending attempt 1\n.*\nunknown[^\n]*$/s, 'as the events say');
 OmniLife::until_true('the stand-in has seen the end of it', sub { $omni->stats->{in_flight} == 0 });
 is((grep { $_->{status} eq 'hang' } $omni->requests), 1, 'it is not sent again');
 
@@ -121,14 +121,14 @@ $test->finish($session);
 $omni->reset;
 $node->start;
 is($test->job($id)->{status}, 'sending', 'a crash does not undo the trace of a request');
-is($test->events($id), "requested\nsending attempt 1", 'nor its event');
+is($test->events($id), "sending attempt 1", 'nor its event');
 is($test->workers, '', 'without a preloaded library nobody looks after it yet');
 is($test->sql($call), 'accepted', 'after a crash the next call succeeds');
 $job = $test->job($id);
 is($job->{status}, 'unknown', 'by then the job of before is settled: nobody knows');
 ok(defined $job->{finished_at}, 'that is its end');
 like($job->{error}, qr/^08007: /, 'and it says why');
-is($test->events($id), "requested\nsending attempt 1\nunknown attempt 1", 'so do its events');
+is($test->events($id), "sending attempt 1\nunknown attempt 1", 'so do its events');
 is(scalar($omni->requests), 1, 'it is not sent again');
 
 # More callers than the worker has places for

@@ -3,28 +3,15 @@
 use strict;
 use warnings FATAL => 'all';
 
-use File::Basename qw(dirname);
-use File::Spec;
-use IPC::Run ();
-use PostgreSQL::Test::Utils;
+use OmniUnit;
 use Test::More;
 
-my $top = File::Spec->rel2abs(dirname(__FILE__) . '/../..');
-my $program = PostgreSQL::Test::Utils::tempdir() . '/retry';
-my $include = `pg_config --includedir-server`;
-chomp $include;
-
-IPC::Run::run([ $ENV{CC} // 'cc', '-o', $program, "-I$top/src", "-I$include", "$top/test/unit/retry.c", "$top/src/retry.c" ])
-	or die('could not compile src/retry.c');
+my $program = OmniUnit::compile('retry');
 
 # Asks for one time, in ms.
 sub ms
 {
-	my ($question, $out) = @_;
-
-	IPC::Run::run([$program], '<', \"$question\n", '>', \$out) or die;
-	chomp $out;
-	return $out;
+	return OmniUnit::output($program, '', "$_[0]\n");
 }
 
 # The wait is drawn by lot, up to a bound that doubles with each attempt: the lot just below the

@@ -60,7 +60,7 @@ for my $status (500, 503)
 	my $call = fresh();
 	is($call->{status}, 0, "a call outlives an answer with status $status") or diag($call->{err});
 	is($call->{err}, '', '... without a word');
-	is(OmniFault::story($node), 'accepted: requested sending attempt_failed sending accepted',
+	is(OmniFault::story($node), 'accepted: sending attempt_failed sending accepted',
 		'... but with events');
 	is($node->safe_psql('postgres', q{
 			SELECT attempts, error IS NULL, (SELECT string_agg(attempt || coalesce(':' || http_status, ''), ' ' ORDER BY id)
@@ -73,7 +73,7 @@ for my $status (500, 503)
 }
 $omni->fault('reset');
 is(fresh()->{status}, 0, 'a call outlives a connection that is reset');
-is(OmniFault::story($node), 'accepted: requested sending attempt_failed sending accepted',
+is(OmniFault::story($node), 'accepted: sending attempt_failed sending accepted',
 	'... by a second attempt');
 
 # Retry-After
@@ -127,7 +127,7 @@ $omni->fault('answer', status => 500, body => '', times => -1);
 my $call = fresh(call_timeout => '1500 ms');
 is($call->{sqlstate}, '08006', 'at the end of call_timeout the last error is raised');
 cmp_ok($call->{seconds}, '<', 5, '... in time');
-like(OmniFault::story($node), qr/^failed: requested( sending attempt_failed)+ failed$/, '... and recorded');
+like(OmniFault::story($node), qr/^failed:( sending attempt_failed)+ failed$/, '... and recorded');
 is($node->safe_psql('postgres', 'SELECT attempts FROM omni_refresh_job ORDER BY id DESC LIMIT 1'),
 	scalar(sent_at("fresh$count")), '... with as many attempts as there were requests');
 $call = fresh(call_timeout => '1 ms');
@@ -156,7 +156,7 @@ for my $db ('postgres', 'other')
 	like($call->{detail}, qr/not sent/, '... which was not sent');
 	like($call->{hint}, qr/3 requests a minute/, '... because of the limit');
 	cmp_ok($call->{seconds}, '<', 4, '... as one hears at once');
-	is(OmniFault::story($node, $db), 'canceled: requested canceled', '... and is on record');
+	is(OmniFault::story($node, $db), 'failed: failed', '... and is on record');
 }
 is(OmniFault::call($node, "$use generous; $refresh")->{status}, 0,
 	'a server with a higher limit has more');
@@ -201,7 +201,7 @@ is("$call->{status} $call->{sqlstate}", '3 22004', 'a mistake of the caller is s
 $call = OmniFault::call($node, "BEGIN; CREATE TABLE fresh (i int); $refresh ROLLBACK");
 is("$call->{status} $call->{sqlstate}", '0 01000', 'changes that are not committed are warned of');
 like($call->{hint}, qr/Commit before/, '... with a hint');
-is(OmniFault::story($node), 'accepted: requested sending accepted', 'no rollback undoes the record');
+is(OmniFault::story($node), 'accepted: sending accepted', 'no rollback undoes the record');
 $call = OmniFault::call($node, "BEGIN; SELECT count(*) FROM pg_class; $refresh COMMIT");
 is("$call->{status} $call->{err}", '0 ', 'without changes there is no warning');
 

@@ -35,7 +35,7 @@ sub leave
 	my $call = OmniFault::begin($node, "$set $sql $refresh", app => 'leaver');
 	my $pid = OmniFault::wait_until_waiting($node, 'leaver');
 	$omni->wait_for_requests($before + 1);
-	is(OmniFault::story($node), 'sending: requested sending', "$name: on its way");
+	is(OmniFault::story($node), 'sending: sending', "$name: on its way");
 	isnt(OmniFault::segments($node), $segments, '... by way of shared memory');
 	$act->($pid, $call);
 	if (defined $state)
@@ -45,9 +45,9 @@ sub leave
 	}
 	ok($node->poll_query_until('postgres',
 			"SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $pid"), '... and the session gone');
-	is(OmniFault::story($node), 'sending: requested sending', '... which changes nothing for the request');
+	is(OmniFault::story($node), 'sending: sending', '... which changes nothing for the request');
 	$omni->fault('none');
-	OmniFault::poll_story($node, 'unknown: requested sending attempt_failed unknown',
+	OmniFault::poll_story($node, 'unknown: sending attempt_failed unknown',
 		'... the loss of whose answer is recorded');
 	OmniFault::poll_segments($node, $segments, '... and nothing is left in shared memory');
 	is(OmniFault::worker($node), $worker, '... and the worker is the same');
@@ -73,7 +73,7 @@ for my $case ([ 'running', 'accepted' ], [ 'completed', 'completed' ], [ 'failed
 	$omni->wait_for_requests($requests + 1);
 	$node->safe_psql('postgres', "SELECT pg_cancel_backend($pid)");
 	is(OmniFault::finish($call)->{sqlstate}, '57014', "the caller left before Omni said: $status");
-	OmniFault::poll_story($node, "$end: requested sending $end", '... which is recorded all the same');
+	OmniFault::poll_story($node, "$end: sending $end", '... which is recorded all the same');
 }
 $omni->reset;
 
@@ -84,13 +84,13 @@ OmniFault::server($node, 'down', url => $omni->http, key => $omni->key . '2', ra
 my $down = "$set SET omni_refresh.server = down;";
 my $call = OmniFault::begin($node, "$down $refresh", app => 'retrier');
 my $pid = OmniFault::wait_until_waiting($node, 'retrier');
-OmniFault::poll_story($node, 'pending: requested sending attempt_failed', 'between two attempts');
+OmniFault::poll_story($node, 'pending: sending attempt_failed', 'between two attempts');
 my $queued = OmniFault::begin($node, "$down $refresh", app => 'queued');
 my $queued_pid = OmniFault::wait_until_waiting($node, 'queued');
-OmniFault::poll_story($node, 'pending: requested rate_limited', 'before the first');
+OmniFault::poll_story($node, 'pending: rate_limited', 'before the first');
 $node->safe_psql('postgres', "SELECT pg_cancel_backend($queued_pid)");
 is(OmniFault::finish($queued)->{sqlstate}, '57014', 'a call that was never sent is canceled');
-OmniFault::poll_story($node, 'canceled: requested rate_limited canceled', '... and so is its job');
+OmniFault::poll_story($node, 'canceled: rate_limited canceled', '... and so is its job');
 $node->safe_psql('postgres', "SELECT pg_cancel_backend($pid)");
 is(OmniFault::finish($call)->{sqlstate}, '57014', 'a call between two attempts is canceled');
 ok($node->poll_query_until('postgres', q{
@@ -104,12 +104,12 @@ $omni->fault('hang');
 $omni->fault('answer', status => 503, body => '', headers => { 'Retry-After' => 900 });
 $call = OmniFault::begin($node, "$set SET omni_refresh.server = lossy; $refresh", app => 'lossy');
 $pid = OmniFault::wait_until_waiting($node, 'lossy');
-OmniFault::poll_story($node, 'pending: requested sending attempt_failed sending attempt_failed',
+OmniFault::poll_story($node, 'pending: sending attempt_failed sending attempt_failed',
 	'after an attempt that may have arrived');
 $node->safe_psql('postgres', "SELECT pg_cancel_backend($pid)");
 OmniFault::finish($call);
 OmniFault::poll_story($node,
-	'unknown: requested sending attempt_failed sending attempt_failed unknown',
+	'unknown: sending attempt_failed sending attempt_failed unknown',
 	'a job of which one attempt may have arrived is not called canceled');
 
 # Many come and go at once; more than a ring holds
@@ -150,7 +150,7 @@ OmniFault::finish($call);
 is($call->{sqlstate}, '08007', 'the caller of a worker that was terminated learns it');
 like($call->{detail}, qr/may have received/, '... with what is known');
 cmp_ok($call->{seconds}, '<', 10, '... at once');
-is(OmniFault::story($node), 'unknown: requested sending unknown', '... and the job says so, too');
+is(OmniFault::story($node), 'unknown: sending unknown', '... and the job says so, too');
 isnt(OmniFault::worker($node), $worker, '... by another worker');
 is(OmniFault::call($node, $refresh)->{status}, 0, '... which makes the next call');
 OmniFault::poll_segments($node, $segments, 'nothing is left in shared memory');

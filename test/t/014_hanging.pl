@@ -52,7 +52,7 @@ my $requests = () = $omni->requests;
 my $call = OmniFault::begin($node, "SET omni_refresh.server = relay; $refresh", app => 'leaver');
 my $client = $listener->accept;
 $client->sysread(my $hello, 5) or die;
-is(OmniFault::story($node), 'sending: requested sending', 'a request that waits for TLS');
+is(OmniFault::story($node), 'sending: sending', 'a request that waits for TLS');
 my $pid = OmniFault::wait_until_waiting($node, 'leaver');
 $node->safe_psql('postgres', "SELECT pg_cancel_backend($pid)");
 is(OmniFault::finish($call)->{sqlstate}, '57014', '... does not keep its caller');
@@ -107,7 +107,7 @@ SKIP:
 		like($call->{message}, qr/ after \d+ ms of looking up the host's name$/, '... says so');
 		like($call->{detail}, qr/$host\.example/, '... names it');
 		like($call->{hint}, qr/"base_url".*name service/, '... with a hint');
-		like(OmniFault::story($node), qr/^failed: requested( sending attempt_failed)+ failed$/,
+		like(OmniFault::story($node), qr/^failed:( sending attempt_failed)+ failed$/,
 			'... as is recorded');
 	}
 
@@ -119,7 +119,7 @@ SKIP:
 	is($call->{sqlstate}, '08001', 'a look-up that hangs');
 	like($call->{message}, qr/^timed out on .* of looking up the host's name$/, '... says so');
 	cmp_ok($call->{seconds}, '<', 5, '... in time');
-	is(OmniFault::story($node), 'failed: requested sending attempt_failed failed',
+	is(OmniFault::story($node), 'failed: sending attempt_failed failed',
 		'... and nothing was sent');
 
 	my @hanging = map { OmniFault::begin($node, "$hang '300 s'; $refresh", app => "hanging$_") } 1 .. 3;

@@ -154,7 +154,7 @@ sub with_trigger
 		is($node->safe_psql('postgres', 'SELECT count(*) FROM omni_refresh_job'), $jobs, '... or written');
 	}
 	$node->safe_psql('postgres', 'DROP FUNCTION evil.fail() CASCADE');
-	OmniFault::poll_story($node, 'accepted: requested sending accepted',
+	OmniFault::poll_story($node, 'accepted: sending accepted',
 		'... and the outcome is written as soon as it can be') if $when =~ /UPDATE/;
 	is(OmniFault::call($node, $refresh)->{status}, 0, '... and the next call is fine');
 	is(OmniFault::worker($node), $worker, '... by the same worker');

@@ -25,20 +25,20 @@ OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_lim
 # the next worker tells it.
 my @steps = (
 	[ 'before sending', 'slow', sub { }, 0,
-	  'pending: requested rate_limited', 'canceled: requested rate_limited canceled' ],
+	  'pending: rate_limited', 'canceled: rate_limited canceled' ],
 	[ 'before the answer', 'omni', sub { $omni->fault('hang') }, 1,
-	  'sending: requested sending', 'unknown: requested sending unknown' ],
+	  'sending: sending', 'unknown: sending unknown' ],
 	[ 'in the middle of the answer', 'omni', sub { $omni->fault('hang_middle') }, 1,
-	  'sending: requested sending', 'unknown: requested sending unknown' ],
+	  'sending: sending', 'unknown: sending unknown' ],
 	[ 'before a retry', 'down', sub { $omni->fault('answer', status => 503, body => '', headers => { 'Retry-After' => 900 }) }, 1,
-	  'pending: requested sending attempt_failed', 'unknown: requested sending attempt_failed unknown' ],
+	  'pending: sending attempt_failed', 'unknown: sending attempt_failed unknown' ],
 	[ 'before a retry of what may have arrived', 'lossy2', sub {
 			$omni->fault('hang');
 			$omni->fault('answer', status => 503, body => '', headers => { 'Retry-After' => 900 }) }, 2,
-	  'pending: requested sending attempt_failed sending attempt_failed',
-	  'unknown: requested sending attempt_failed sending attempt_failed unknown' ],
+	  'pending: sending attempt_failed sending attempt_failed',
+	  'unknown: sending attempt_failed sending attempt_failed unknown' ],
 	[ 'with an answer that cannot be written', 'omni', sub { $omni->fault('delay', delay => 3) }, 1,
-	  'sending: requested sending', 'unknown: requested sending unknown' ]);
+	  'sending: sending', 'unknown: sending unknown' ]);
 
 # Who dies, and what the caller hears of it
 my @deaths = (

@@ -86,7 +86,7 @@ is($node->safe_psql('postgres', q{
 		SELECT string_agg(event, ' ' ORDER BY e.id), bool_and(e.requested_by = j.requested_by),
 			min(occurred_at) = j.requested_at
 		FROM omni_refresh_event e JOIN omni_refresh_job j ON j.id = e.job GROUP BY j.id}),
-	'requested sending accepted|t|t', '... and so does the event log');
+	'sending accepted|t|t', '... and so does the event log');
 
 # Before the commit
 
@@ -213,7 +213,7 @@ cmp_ok($node->safe_psql('postgres', 'SELECT count(*) FROM omni_refresh_job'), '>
 is($node->safe_psql('postgres', q{
 		SELECT count(*) FROM omni_refresh_job j WHERE status <> 'merged' AND (status <>
 			(SELECT event FROM omni_refresh_event WHERE job = j.id ORDER BY id DESC LIMIT 1)
-			OR 1 <> (SELECT count(*) FROM omni_refresh_event WHERE job = j.id AND event = 'requested'))}),
+			OR 1 <> (SELECT count(*) FROM omni_refresh_event WHERE job = j.id AND event = 'accepted'))}),
 	'0', '... and its events tell how it ended');
 ok($node->poll_query_until('postgres', q{
 		SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker'}), '... and the worker leaves');

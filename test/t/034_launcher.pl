@@ -54,7 +54,7 @@ sub story
 }
 
 my $all_done = q{count(*) = 0 FROM omni_refresh_job WHERE status IN ('pending', 'sending')};
-my $recovered = 'requested sending recovered sending accepted';
+my $recovered = 'sending recovered sending accepted';
 
 # Without the launcher
 

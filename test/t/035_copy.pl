@@ -110,8 +110,8 @@ for my $identity ('DEFAULT', 'FULL')
 				requested_at, run_at, finished_at, database, error) OVERRIDING SYSTEM VALUE
 			SELECT i, 'failed', '$model', 'schema', 'omni', 'call', current_user, 10, now(), now(), now(), 1, '$name'
 			FROM generate_series(1001, 1003) AS i;
-			INSERT INTO omni_refresh_event (id, job, requested_by, occurred_at, event, detail) OVERRIDING SYSTEM VALUE
-			SELECT i, i, current_user, now(), 'failed', '$name' FROM generate_series(1001, 1003) AS i});
+			INSERT INTO omni_refresh_event (id, job, requested_by, requested_by_oid, occurred_at, event, detail) OVERRIDING SYSTEM VALUE
+			SELECT i, i, current_user, 10, now(), 'failed', '$name' FROM generate_series(1001, 1003) AS i});
 	}
 	my $kept = $subscriber->safe_psql('postgres', $rows);
 	like($kept, qr/job 1001 failed subscriber, .*event 1001 failed subscriber, /s, "the subscriber has rows of the same ids, identity $identity");

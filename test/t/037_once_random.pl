@@ -115,7 +115,7 @@ sub covers
 	return !defined $a->{reset_at} || defined $b->{reset_at} && $b->{reset_at} le $a->{reset_at} if defined $a->{policy};
 	return $there ne 'hard' if $here eq 'soft';
 	return 1 if $here eq 'hard' || $here eq $there;
-	return 0 if "$here;$there" !~ /^(schemas|tables) \S+;\1 \S+$/;
+	return 0 if grep { defined $a->{$_} != defined $b->{$_} } qw(schemas tables);
 	my %names = map { $_ => 1 } split /[ ,]/, $here;
 	return !grep { !$names{$_} } split /[ ,]/, $there;
 }

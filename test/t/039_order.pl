@@ -123,7 +123,7 @@ sub follows
 	until_status($reset, 'completed', 'the reset is sent in the end');
 	follows($reset, $refresh, '... after the refresh');
 	is(asked(), 'refresh p', '... and once');
-	is(sql("SELECT string_agg(event, ' ' ORDER BY id) FROM omni_refresh_event WHERE job = $reset"), 'requested waiting sending completed', '... as the log says, which told of the wait once');
+	is(sql("SELECT string_agg(event, ' ' ORDER BY id) FROM omni_refresh_event WHERE job = $reset"), 'waiting sending completed', '... as the log says, which told of the wait once');
 }
 
 # Whatever the end

@@ -216,7 +216,7 @@ my @invariants = (
 	[ 'every job has come to its end', 'life',
 		q{status IN ('accepted', 'completed', 'failed', 'canceled', 'unknown') AND finished_at >= requested_at} ],
 	[ 'the events of every job tell one life, one attempt after the other, which ends with its status', 'life',
-		q{story ~ ('^requested( rate_limited)*( sending( attempt_failed| rate_limited)( rate_limited)*)*( sending( refused)?)? '
+		q{' ' || story ~ ('^( rate_limited)*( sending( attempt_failed| rate_limited)( rate_limited)*)*( sending( refused)?)? '
 			|| status || '$')} ],
 	[ 'every attempt is in the event log', 'life',
 		q{sendings = ARRAY(SELECT generate_series(1, attempts))} ],

@@ -339,7 +339,7 @@ $soak->holds(\&carriers,
 	[ 'every job has come to an end', 'life', q{status IN ('accepted', 'failed', 'merged', 'unknown') AND finished_at >= requested_at} ],
 	[ 'the events of every job tell one life', 'life',
 		q{status = 'merged' AND story IS NULL OR
-			story ~ ('^requested( rate_limited| merged)*( sending( attempt_failed| rate_limited| recovered)( rate_limited| merged)*)*'
+			' ' || story ~ ('^( rate_limited| merged)*( sending( attempt_failed| rate_limited| recovered)( rate_limited| merged)*)*'
 			|| CASE status WHEN 'accepted' THEN ' sending accepted' WHEN 'failed' THEN ' sending (refused|attempt_failed) failed'
 			WHEN 'unknown' THEN ' sending( refused| attempt_failed)? unknown' ELSE '' END || '$')} ],
 	[ 'every attempt is in the event log', 'life', q{sendings = ARRAY(SELECT generate_series(1, attempts))} ],

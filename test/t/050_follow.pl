@@ -145,7 +145,7 @@ wait_for('... and then it is at its end', "status = 'completed' AND error IS NUL
 is(polls("/api/v1/jobs/$job->{job_id}/status"), 1, '... which one question has told');
 my ($poll) = $omni->requests(qr{/jobs/});
 is("$poll->{method} $poll->{query}$poll->{body} $poll->{headers}{authorization}", 'GET  Bearer ' . $omni->key, '... as Omni wants it asked');
-is(story($job->{id}), 'requested sending accepted completed', '... as the events tell');
+is(story($job->{id}), 'sending accepted completed', '... as the events tell');
 is(sql("SELECT sent_at = '$job->{sent_at}' AND attempts = 1 AND job_id = '$job->{job_id}'
 		AND finished_at - sent_at BETWEEN '1.9 s' AND '20 s' AND finished_at = (SELECT max(occurred_at) FROM omni_refresh_event WHERE job = j.id)
 	FROM omni_refresh_job j WHERE id = $job->{id}"), 't', '... and the row: sent once, finished later');
@@ -249,7 +249,7 @@ for (1 .. 3)
 is(polls(), 1, 'who has been asked is not asked again before there is an answer');
 configure(track => 'off');
 wait_for('when nobody is to follow any more, what runs is as it was accepted', q{count(*) = 4 FROM omni_refresh_job WHERE status = 'accepted' AND finished_at IS NOT NULL AND error IS NULL});
-is(story($id), 'requested sending accepted accepted', '... as the events tell');
+is(story($id), 'sending accepted accepted', '... as the events tell');
 told($id, 'running accepted', '... and listeners are told');
 $omni->fault('none');
 $id = queue();
@@ -319,7 +319,7 @@ is(sends(), 2, '... nothing is sent again');
 say('COMPLETED', '/jobs/', -1);
 hurry();
 wait_for('... and in the end it is completed', q{count(*) = 2 FROM omni_refresh_job WHERE status = 'completed' AND attempts = 1});
-is(story($id) . ', ' . story($call_id), join(', ', ('requested sending accepted completed') x 2), '... as the events tell');
+is(story($id) . ', ' . story($call_id), join(', ', ('sending accepted completed') x 2), '... as the events tell');
 wait_for('... and then the worker leaves', q{count(*) = 0 FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker'});
 configure(idle_timeout => "'10 min'");
 
@@ -351,7 +351,7 @@ for my $server (sort keys %loss)
 {
 	my ($how, $error, $lost) = @{ $loss{$server} };
 	wait_for("who may no longer ask does not know: $how", "status = 'unknown' AND finished_at IS NOT NULL AND error ~ '^$error' FROM omni_refresh_job WHERE id = $lost");
-	is(story($lost), 'requested sending accepted unknown', '... as the events tell');
+	is(story($lost), 'sending accepted unknown', '... as the events tell');
 }
 wait_for('but a key file that is not there is waited for', "status = 'running' AND run_at > now() + interval '4 min' AND error ~ '^28000' FROM omni_refresh_job WHERE id = $filed");
 is(polls(), $asked, '... and nothing is asked');
@@ -359,7 +359,7 @@ rename "$key_file.away", $key_file;
 say('COMPLETED');
 hurry();
 wait_for('... and then it goes on', "status = 'completed' AND error IS NULL FROM omni_refresh_job WHERE id = $filed");
-is(story($filed), 'requested sending accepted waiting completed', '... as the events tell');
+is(story($filed), 'sending accepted waiting completed', '... as the events tell');
 
 # Questions have their share of the rate limit, and leave to calls theirs
 

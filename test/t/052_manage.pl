@@ -83,7 +83,7 @@ is(job($id), 'pending', '... which is undone by a rollback');
 is(story($id), '', '... without a trace');
 is(as('boss', "SELECT omni_refresh_cancel($id)"), 't', 'who has the privileges of its requester may');
 is(job($id, 'status, finished_at >= requested_at, attempts, error IS NULL'), 'canceled|t|0|t', '... and its row says so');
-is(sql("SELECT event, detail FROM omni_refresh_event WHERE job = $id ORDER BY id"), "requested|\ncanceled|by \"boss\"", '... and the log says who');
+is(sql("SELECT event, detail FROM omni_refresh_event WHERE job = $id ORDER BY id"), "canceled|by \"boss\"", '... and the log says who');
 is(as('loader', "SELECT omni_refresh_cancel($id)"), 'f', 'a second time there is nothing to cancel');
 is(sql("SELECT omni_refresh_cancel(" . queue() . ')'), 't', 'a superuser may');
 sql('ALTER TABLE omni_refresh_job OWNER TO keeper');
@@ -123,13 +123,13 @@ is(sql("SELECT omni_refresh_cancel($merged[0])"), 't', 'the job that carries out
 is(job($merged[0], 'status, attempts > 0'), 'unknown|t', '... after an attempt that may have arrived');
 is(sql("SELECT string_agg(concat_ws(' ', status, merged_into, finished_at), ', ') FROM omni_refresh_job WHERE id IN ($merged[1], $merged[2])"),
 	'pending, pending', '... and the others are pending again');
-is(story($merged[1]), 'requested released', '... as the log says');
+is(story($merged[1]), 'released', '... as the log says');
 is(sql("SELECT detail FROM omni_refresh_event WHERE job = $merged[2] AND event = 'released'"), "job $merged[0] was canceled", '... and why');
 $omni->reset;
 hold(0);
 wait_for('they are carried out, together', "string_agg(concat_ws(' ', status, merged_into), ', ' ORDER BY id) = 'accepted, merged $merged[1]'
 	FROM omni_refresh_job WHERE id IN ($merged[1], $merged[2])");
-is(story($merged[2]), 'requested released', '... as the log says');
+is(story($merged[2]), 'released', '... as the log says');
 my ($request) = $omni->requests(qr/refresh/);
 like($request->{query} // $request->{path}, qr/s2%2cs3/i, '... without the one that was canceled');
 unlike($request->{query} // $request->{path}, qr/s1/, '... indeed');
@@ -221,7 +221,7 @@ my $insert = q{INSERT INTO omni_refresh_job (status, model_id, kind, hard, schem
 	finished_at, finished_at, finished_at, nullif(carrier, 0), (SELECT oid FROM pg_database WHERE datname = current_database())};
 sql("$insert FROM generate_series(1, 3000), LATERAL (VALUES ('completed', now() - interval '2 h', 0)) AS v (status, finished_at, carrier);
 	$insert FROM (VALUES ('merged', now() - interval '2 h', $waiting), ('failed', now() - interval '2 h', 0), ('failed', now(), 0)) AS v (status, finished_at, carrier);
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event) SELECT id, requested_by, requested_at, 'requested' FROM omni_refresh_job WHERE status = 'completed'");
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event) SELECT id, requested_by, requested_by_oid, requested_at, 'sending' FROM omni_refresh_job WHERE status = 'completed'");
 my $kept = sql(q{SELECT id FROM omni_refresh_job WHERE status = 'merged'});
 my $old = sql(q{SELECT min(id) FROM omni_refresh_job WHERE status = 'failed'});
 my $locker = OmniLife::session($node, 'postgres');
@@ -232,7 +232,7 @@ is(sql(q{SELECT count(*) FROM omni_refresh_job}), '3004', 'as long as they are k
 $node->append_conf('postgresql.conf', "omni_refresh.retention = '1 h'\nomni_refresh.idle_timeout = 0\n");
 $node->reload;
 wait_for('old jobs are deleted, but for what is locked', "string_agg(status, ' ' ORDER BY id) = 'pending merged failed failed' FROM omni_refresh_job");
-is(sql(q{SELECT count(*) FROM omni_refresh_event WHERE event = 'requested'}), '1', '... with their events');
+is(sql(q{SELECT count(*) FROM omni_refresh_event WHERE event = 'sending'}), '1', '... with their events');
 is(($reader->query('SELECT count(*) FROM omni_refresh_job'))[0], '3004', '... while others look at them');
 $reader->query('COMMIT');
 $locker->query('COMMIT');

@@ -46,7 +46,7 @@ is(said(reset_sql('nightly')), 'completed|cache||||', 'a cache is reset, and tha
 my ($request) = $omni->requests;
 is("$request->{method} $request->{path}", "POST /api/v1/models/$model/cache_reset/nightly", '... by this request');
 ok(!length($request->{body} // ''), '... which names no time') or note($request->{body});
-is(sql(q{SELECT string_agg(event, ' ' ORDER BY id) FROM omni_refresh_event}), 'requested sending completed', '... as the log says');
+is(sql(q{SELECT string_agg(event, ' ' ORDER BY id) FROM omni_refresh_event}), 'sending completed', '... as the log says');
 is(sql('SELECT policy, reset_at, server, origin, requested_by = current_user, finished_at >= sent_at FROM omni_refresh_job'), 'nightly||omni|call|t|t',
 	'... and the job');
 

@@ -218,20 +218,20 @@ clear();
 insert('accepted', 1, '1 min');
 insert('accepted', 1, '1 min', server => q{'second'});
 $test->sql(q{
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event, attempt, http_status, duration)
-	SELECT (SELECT min(id) FROM omni_refresh_job), current_user, now() - i * interval '1 s', 'accepted', 1, 200, i * interval '1 ms'
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event, attempt, http_status, duration)
+	SELECT (SELECT min(id) FROM omni_refresh_job), current_user, 10, now() - i * interval '1 s', 'accepted', 1, 200, i * interval '1 ms'
 	FROM generate_series(0, 100) AS i;
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event, attempt, http_status, duration)
-	SELECT (SELECT min(id) FROM omni_refresh_job), current_user, now() - interval '2 h', 'accepted', 1, 200, '1 h'
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event, attempt, http_status, duration)
+	SELECT (SELECT min(id) FROM omni_refresh_job), current_user, 10, now() - interval '2 h', 'accepted', 1, 200, '1 h'
 	FROM generate_series(1, 1000) AS i;
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event, attempt, duration)
-	SELECT (SELECT min(id) FROM omni_refresh_job), current_user, now(), 'attempt_failed', 1, '1 us'
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event, attempt, duration)
+	SELECT (SELECT min(id) FROM omni_refresh_job), current_user, 10, now(), 'attempt_failed', 1, '1 us'
 	FROM generate_series(1, 1000) AS i;
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event, attempt)
-	SELECT (SELECT min(id) FROM omni_refresh_job), current_user, now() - i * interval '10 s', 'sending', 1
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event, attempt)
+	SELECT (SELECT min(id) FROM omni_refresh_job), current_user, 10, now() - i * interval '10 s', 'sending', 1
 	FROM generate_series(0, 100) AS i;
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event, attempt, http_status, duration)
-	VALUES ((SELECT max(id) FROM omni_refresh_job), current_user, now(), 'accepted', 1, 200, '1 min')});
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event, attempt, http_status, duration)
+	VALUES ((SELECT max(id) FROM omni_refresh_job), current_user, 10, now(), 'accepted', 1, 200, '1 min')});
 is_so('the median and the 95th percentile are those of the last hour, of answers only', q{p50 = '50 ms' AND p95 = '95 ms'});
 is_so('... at each server', q{p50 = '1 min' AND p95 = '1 min'}, 'second');
 
@@ -241,14 +241,14 @@ clear();
 insert('accepted', 50000, '1 h', server => q{CASE i % 3 WHEN 0 THEN 'second' ELSE 'omni' END}, finished_at => q{now() - interval '2 h' - i * interval '40 s'},
 	status => q{('{completed,failed,accepted,canceled,unknown,merged}'::text[])[1 + i % 6]}, error => q{repeat('x', 200)});
 $test->sql(q{
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event, attempt, http_status, duration)
-	SELECT id, requested_by, finished_at, CASE n WHEN 0 THEN 'sending' ELSE 'accepted' END, 1, CASE n WHEN 1 THEN 200 END, CASE n WHEN 1 THEN interval '1 s' END
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event, attempt, http_status, duration)
+	SELECT id, requested_by, requested_by_oid, finished_at, CASE n WHEN 0 THEN 'sending' ELSE 'accepted' END, 1, CASE n WHEN 1 THEN 200 END, CASE n WHEN 1 THEN interval '1 s' END
 	FROM omni_refresh_job, generate_series(0, 1) AS n});
 insert('failed', 20, '10 min', error => q{'recent'});
 insert('pending', 20, '10 min');
 $test->sql(q{
-	INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event, attempt, http_status, duration)
-	SELECT id, requested_by, now() - interval '30 s', CASE n WHEN 0 THEN 'sending' ELSE 'attempt_failed' END, 1, CASE n WHEN 1 THEN 503 END, CASE n WHEN 1 THEN interval '2 s' END
+	INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event, attempt, http_status, duration)
+	SELECT id, requested_by, requested_by_oid, now() - interval '30 s', CASE n WHEN 0 THEN 'sending' ELSE 'attempt_failed' END, 1, CASE n WHEN 1 THEN 503 END, CASE n WHEN 1 THEN interval '2 s' END
 	FROM omni_refresh_job, generate_series(0, 1) AS n WHERE error = 'recent';});
 
 # What a plan reads, all loops together: each scan of our tables as [kind, rows], from its JSON

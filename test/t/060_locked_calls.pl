@@ -87,7 +87,7 @@ for my $last ('COMMIT', 'ROLLBACK')
 			my ($id) = @_;
 			is($omni->stats->{requests}, 2, '... it is sent again');
 			is(sql("SELECT string_agg(event, ' ' ORDER BY id) FROM omni_refresh_event WHERE job = $id"),
-				'requested sending recovered sending accepted', '... as its events tell');
+				'sending recovered sending accepted', '... as its events tell');
 		});
 }
 hold('a call that was waiting when the worker ended', 'cancel', 'ROLLBACK', 'unknown|canceled|failed|accepted', $retry_after,

@@ -104,9 +104,9 @@ my $functions = qq{
 			{"status": "merged", "merged_into": 1001}]')
 		LOOP
 			PERFORM put('omni_refresh_job', base || what || jsonb_build_object('id', number), odd_job, is_null);
-			PERFORM put('omni_refresh_event', jsonb_build_object('id', 10 * number + n, 'job', number, 'requested_by', current_user,
+			PERFORM put('omni_refresh_event', jsonb_build_object('id', 10 * number + n, 'job', number, 'requested_by', current_user, 'requested_by_oid', 10,
 				'occurred_at', now(), 'event', event, 'attempt', 1, 'duration', '1 s', 'detail', '08006: x'), odd_event, is_null)
-			FROM unnest('{requested, sending, recovered, attempt_failed}'::text[]) WITH ORDINALITY AS t (event, n);
+			FROM unnest('{sending, recovered, attempt_failed}'::text[]) WITH ORDINALITY AS t (event, n);
 			number := number + 1;
 		END LOOP;
 	END \$\$};

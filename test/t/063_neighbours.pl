@@ -43,6 +43,23 @@ ends($id, 'accepted', "... and bob goes on at server \"omni $alice\"");
 end_worker();
 sql(q{DELETE FROM omni_refresh_job; ALTER SERVER omni OPTIONS (SET rate_limit '0')});
 
+# max_in_flight is for each role at a server: jobs of alice's that hang there are nobody else's matter, either.
+
+note('the same server');
+$omni->reset;
+$omni->fault('hang', times => -1, path => "/models/(?!$model)");
+sql(q{ALTER SERVER omni OPTIONS (ADD timeout '10 min')});
+OmniFault::call($node, 'SELECT count(omni_refresh_on_commit(gen_random_uuid())) FROM generate_series(1, 400);', user => 'alice');
+OmniLife::until_true('jobs of alice hang', sub { $omni->stats->{in_flight} == 4 }, 60);
+for (1 .. 3)
+{
+	$id = OmniFault::call($node, "SELECT id FROM omni_refresh_on_commit('$model');", user => 'bob')->{out};
+	until_true('... and bob goes on at the same server', "status = 'accepted' FROM omni_refresh_job WHERE id = $id", 60);
+}
+is($omni->stats->{in_flight}, 4, '... while no more of hers are sent');
+end_worker();
+sql(q{DELETE FROM omni_refresh_job; ALTER SERVER omni OPTIONS (DROP timeout)});
+
 # A request that is merged into an older one has its own time to be tried again.
 
 for my $age ('59 min 59 s', '2 h')

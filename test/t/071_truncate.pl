@@ -30,7 +30,7 @@ sub after_truncate
 			INSERT INTO omni_refresh_job (id, status, model_id, kind, server, origin, requested_by, requested_by_oid,
 				requested_at, run_at, finished_at, database) OVERRIDING SYSTEM VALUE
 			VALUES (1, 'failed', gen_random_uuid(), 'schema', 'omni', 'call', current_user, 10, now(), now(), now(), 1);
-			INSERT INTO omni_refresh_event (job, requested_by, occurred_at, event) VALUES (1, current_user, now(), 'failed')});
+			INSERT INTO omni_refresh_event (job, requested_by, requested_by_oid, occurred_at, event) VALUES (1, current_user, 10, now(), 'failed')});
 	}
 	$publisher->safe_psql('postgres', "CREATE PUBLICATION p $publication");
 	$subscriber->safe_psql('postgres', 'CREATE SUBSCRIPTION s CONNECTION $$' . $publisher->connstr('postgres') . '$$ PUBLICATION p');

@@ -55,7 +55,7 @@ for my $case (
 		hurry($id);
 	}
 	until_true("$name, five times: the job has failed", "status = 'failed' AND error ~ '^$state' FROM omni_refresh_job WHERE id = $id");
-	is(story($id), 'requested' . ' sending attempt_failed' x 5 . ' failed', '... as the events tell');
+	is(story($id), 'sending attempt_failed ' x 5 . 'failed', '... as the events tell');
 }
 
 # In a row: any other end of an attempt begins the count anew.
@@ -131,7 +131,7 @@ sql('DELETE FROM omni_refresh_job');
 ends(queue(), 'accepted', 'the first request goes at once');
 $id = queue();
 until_true('the second is told to wait', "count(*) = 1 FROM omni_refresh_event WHERE job = $id AND event = 'waiting' AND detail ~ 'min_interval'");
-is(story($id), 'requested waiting', '... once');
+is(story($id), 'waiting', '... once');
 is(sql("SELECT status, run_at > now() + interval '4 min' FROM omni_refresh_job WHERE id = $id"), 'pending|t', '... and waits');
 
 OmniNeighbour::finish();

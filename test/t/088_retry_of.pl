@@ -179,11 +179,11 @@ my $recipe = <<'END';
 WITH lost AS MATERIALIZED (
 	SELECT id
 	FROM omni_refresh_job AS job
-	WHERE requested_by = current_user
+	WHERE requested_by_oid = current_user::regrole
 		AND (status = 'unknown' OR status = 'failed' AND error ~ '^(08|28|42501|53)')
 		AND finished_at > now() - interval '1 day'
 		AND NOT EXISTS (SELECT FROM omni_refresh_job AS retry
-			WHERE retry.retry_of = job.id AND retry.requested_by = job.requested_by)
+			WHERE retry.retry_of = job.id AND retry.requested_by_oid = job.requested_by_oid)
 		AND NOT EXISTS (SELECT FROM omni_refresh_job AS later
 			WHERE later.status IN ('completed', 'accepted') AND later.finished_at > job.requested_at
 				AND later.sent_at > coalesce(job.renewed_at, job.requested_at)
@@ -273,7 +273,7 @@ my @cases = (
 	[ 'what is merged', { status => q{'merged'}, merged_into => 1 }, [], 0 ],
 	[ 'what is pending', { status => q{'pending'} }, [], 0 ],
 	[ 'what failed two days ago', { finished_at => q{now() - interval '2 days'} }, [], 0 ],
-	[ q{another's job}, { requested_by => q{'other'} }, [], 0 ],
+	[ q{another's job}, { requested_by_oid => '10' }, [], 0 ],
 	[ 'what was done later', {}, [1], 0 ],
 	[ 'what was done before', {}, [0], 1 ],
 	[ 'what was renewed since', { renewed_at => q{now() - interval '7 min'} }, [1], 1 ],

@@ -30,6 +30,7 @@ sub insert
 		requested_by => 'current_user', requested_by_oid => '10', requested_at => "now() - interval '$age'", run_at => "now() - interval '$age'",
 		database => '1', $status =~ /^(pending|sending|running)$/ ? () : (finished_at => "now() - interval '$age'"), %more);
 
+	$columns{requested_by_oid} = "coalesce(to_regrole($columns{requested_by})::oid, 10)";
 	$test->sql('INSERT INTO omni_refresh_job (' . join(', ', sort keys %columns) . ') SELECT '
 		. join(', ', map { $columns{$_} } sort keys %columns) . " FROM generate_series(1, $number) AS i");
 	return;
