@@ -10,6 +10,9 @@
  *
  * A worker that cannot start says why in the segment of the call that it was started for.
  *
+ * No caller relies on being woken: each looks every now and then, and has a deadline of its own,
+ * for a worker that is stopped, or hangs.
+ *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
@@ -33,14 +36,25 @@
 #define START_PATIENCE		5000
 #define START_RETRY			20
 
+/*
+ * How much later than the worker a caller gives up, in ms.  A worker that is only busy has replied
+ * by then.
+ */
+#define GRACE				5000
+
+/* Complain to the log about calls that could not be taken at most this often, in ms */
+#define COMPLAIN_ROUND		60000
+
 static dsm_segment *kept_segment = NULL;	/* of this backend's calls */
 static dsm_segment *starter_call = NULL;	/* in a worker that is starting */
 static emit_log_hook_type next_emit_log_hook = NULL;
 
 static Size reserve(Size *size, Size room);
+static bool give_up(OmniCall *call, OmniError *error);
 static void wait_for_latch(long timeout);
 static void abandon_call(dsm_segment *segment, Datum arg);
 static void keep_reason(ErrorData *data);
+static dsm_segment *attach_call(dsm_handle handle, bool *failed);
 static void lose_call(dsm_segment *segment, Datum arg);
 
 /*
@@ -118,8 +132,8 @@ omni_call_end(dsm_segment *segment)
 
 /*
  * Hand a call over to the worker, starting one if necessary, and wait for the results.
- * Returns false and sets *error if no worker is available; errors of the call itself are
- * among its results.  Can be interrupted.
+ * Returns false and sets *error if no worker is available or replies in time; errors of the call itself
+ * are among its results.  Can be interrupted.
  *
  * If the worker ends meanwhile, the call is handed over to the next worker.  If the call
  * has a job by then, its request may have been sent, so the next worker does not send it
@@ -145,19 +159,22 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 			waiter.generation = 0;
 		}
 
+		if (omni_clock() >= call->deadline + OMNI_MS(GRACE))
+		{
+			ConditionVariableCancelSleep();
+			return !give_up(call, error);
+		}
 		if (state == OMNI_CALL_TAKEN)
-			wait_for_latch(-1);
+			wait_for_latch(OMNI_LOOK_ROUND);
 		else
 		{
 			OmniHandOver result = omni_worker_hand_over(&waiter);
 
 			if (result == HANDED_OVER)
-				wait_for_latch(-1);
-			else if (result == HANDED_OVER_UNWATCHED)
-				wait_for_latch(OMNI_UNWATCHED_START);
+				wait_for_latch(OMNI_LOOK_ROUND);
 			else if (result == RING_FULL)
 				omni_worker_wait_for_room();
-			else if (result == NO_WORKER &&
+			else if ((result == NO_WORKER || result == NO_SLOT) &&
 					 omni_clock() - began < OMNI_MS(START_PATIENCE))
 				wait_for_latch(START_RETRY);
 			else
@@ -173,6 +190,40 @@ omni_call_run(dsm_segment *segment, OmniError *error)
 	}
 }
 
+/*
+ * Give up a call: from now on, the worker sends nothing for it.  Returns false if the worker
+ * has just replied.
+ *
+ * The worker tells the number of the job before it looks whether the call is abandoned, and only then
+ * sends the request.  So if no number is seen after the exchange, which is a barrier, nothing is
+ * sent.
+ */
+static bool
+give_up(OmniCall *call, OmniError *error)
+{
+	static const char *const late = "the background worker of omni_refresh has not answered in time";
+	char	   *why;
+	bool		taken;
+
+	(void) pg_atomic_exchange_u32(&call->abandoned, 1);
+	taken = pg_atomic_read_u32(&call->state) == OMNI_CALL_TAKEN;
+	if (pg_atomic_read_u32(&call->state) == OMNI_CALL_DONE)
+	{
+		pg_read_barrier();
+		return false;
+	}
+	why = omni_worker_describe(taken);
+	if (call->job_id != 0)
+		omni_error_set(error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
+					   "%s; job " INT64_FORMAT " may have been sent", late, call->job_id);
+	else
+		omni_error_set(error, ERRCODE_CONNECTION_FAILURE, "%s", late);
+	omni_error_detail(error, "%s%s.", why, call->job_id != 0 || (taken && call->lookup != 0) ? "" :
+					  "; the request was not sent");
+	omni_error_hint(error, "Look for the worker in pg_stat_activity: its process may be stopped, or wait for something.");
+	return true;
+}
+
 /* Set *error to say that the worker ended before the job of a call did. */
 void
 omni_call_lost(const OmniCall *call, OmniError *error)
@@ -186,7 +237,7 @@ omni_call_lost(const OmniCall *call, OmniError *error)
 					"Look in Omni before you send it again.  The server's log says why the worker ended.");
 }
 
-/* Wait for this process's latch, for up to timeout ms (-1 means no limit), and reset it. */
+/* Wait for this process's latch, for up to timeout ms, and reset it. */
 static void
 wait_for_latch(long timeout)
 {
@@ -195,9 +246,8 @@ wait_for_latch(long timeout)
 	if (wait_event == 0)
 		wait_event = WaitEventExtensionNew("OmniRefreshCall");
 	ConditionVariableCancelSleep();
-	(void) WaitLatch(MyLatch,
-					 WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | (timeout >= 0 ? WL_TIMEOUT : 0),
-					 timeout, wait_event);
+	(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | WL_TIMEOUT, timeout,
+					 wait_event);
 	ResetLatch(MyLatch);
 	CHECK_FOR_INTERRUPTS();
 }
@@ -234,6 +284,20 @@ omni_call_watch_start(dsm_handle call)
 	emit_log_hook = keep_reason;
 }
 
+/* In a worker that is starting: return whether the caller that it was started for waits for it. */
+bool
+omni_call_starter_waits(void)
+{
+	OmniCall   *call;
+
+	if (starter_call == NULL)
+		return false;
+	call = dsm_segment_address(starter_call);
+	return pg_atomic_read_u32(&call->state) == OMNI_CALL_WAITING &&
+		pg_atomic_read_u32(&call->abandoned) == 0 &&
+		omni_clock() < call->deadline + OMNI_MS(GRACE);
+}
+
 /* The worker has started: stop reporting errors in the segment. */
 void
 omni_call_started(void)
@@ -263,30 +327,73 @@ keep_reason(ErrorData *data)
 /*
  * Take the next call out of the ring and return its segment, or NULL.  The segment stays
  * attached until it is detached explicitly; if that happens before omni_call_finish(), the
- * caller learns that its call was lost.
+ * caller learns that its call was lost.  Sets *again if a segment could not be attached, for lack of memory
+ * or of a file descriptor: its call stays in the ring, behind the others.
  */
 dsm_segment *
-omni_call_next(void)
+omni_call_next(bool *again)
 {
 	dsm_handle	handle;
 
-	while ((handle = omni_worker_next_call()) != DSM_HANDLE_INVALID)
+	*again = false;
+	while (!*again && (handle = omni_worker_next_call()) != DSM_HANDLE_INVALID)
 	{
-		dsm_segment *segment;
-		OmniCall   *call;
+		dsm_segment *segment = NULL;
 
-		if (dsm_find_mapping(handle) != NULL)	/* taken already */
-			continue;
-		segment = dsm_attach(handle);
-		if (segment == NULL)	/* the caller has left */
-			continue;
-		dsm_pin_mapping(segment);
-		on_dsm_detach(segment, lose_call, (Datum) 0);
-		call = dsm_segment_address(segment);
-		pg_atomic_write_u32(&call->state, OMNI_CALL_TAKEN);
-		return segment;
+		if (dsm_find_mapping(handle) == NULL)	/* not taken already */
+			segment = attach_call(handle, again);
+		omni_worker_remove_call(*again);
+		if (segment != NULL)
+			return segment;
 	}
 	return NULL;
+}
+
+/*
+ * Attach the segment of a call.  Returns NULL if the caller has left, or with *failed set if
+ * there was an error.
+ */
+static dsm_segment *
+attach_call(dsm_handle handle, bool *failed)
+{
+	static int64 complained_at = 0;
+	MemoryContext context = CurrentMemoryContext;
+	dsm_segment *volatile segment = NULL;
+	OmniError	error = {0};
+
+	PG_TRY();
+	{
+		segment = dsm_attach(handle);
+		if (segment != NULL)
+		{
+			OmniCall   *call = dsm_segment_address(segment);
+
+			dsm_pin_mapping(segment);
+			on_dsm_detach(segment, lose_call, (Datum) 0);
+			pg_atomic_write_u32(&call->state, OMNI_CALL_TAKEN);
+		}
+	}
+	PG_CATCH();
+	{
+		omni_error_catch(&error, context);
+
+		/* a segment that could not be mapped counts as attached */
+		segment = dsm_find_mapping(handle);
+		if (segment != NULL)
+			dsm_detach(segment);
+		segment = NULL;
+	}
+	PG_END_TRY();
+
+	*failed = error.sqlstate != 0;
+	if (*failed && (complained_at == 0 || omni_clock() - complained_at >= OMNI_MS(COMPLAIN_ROUND)))
+	{
+		complained_at = omni_clock();
+		ereport(LOG,
+				(errcode(error.sqlstate),
+				 errmsg("could not take a call, will try again: %s", error.message)));
+	}
+	return segment;
 }
 
 /*

@@ -82,8 +82,9 @@ extern void omni_call_end(dsm_segment *segment);
 
 /* in the worker */
 extern void omni_call_watch_start(dsm_handle call);
+extern bool omni_call_starter_waits(void);
 extern void omni_call_started(void);
-extern dsm_segment *omni_call_next(void);
+extern dsm_segment *omni_call_next(bool *again);
 extern void omni_call_finish(dsm_segment *segment, int64 job_id,
 							 const OmniError *error);
 

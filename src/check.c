@@ -431,8 +431,8 @@ check_watch(ReturnSetInfo *result, const OmniWatch *watch)
 	}
 	else if (watch->failures > 0)
 	{
-		problem = watch->failures == 1 ? psprintf("its last job, job " INT64_FORMAT ", has failed", watch->job) :
-			psprintf("%d jobs in a row have failed, the last one is job " INT64_FORMAT, watch->failures, watch->job);
+		problem = watch->failures == 1 ? psprintf("its last job, job " INT64_FORMAT ", has failed", omni_job_carrier(watch->job)) :
+			psprintf("%d jobs in a row have failed, the last one is job " INT64_FORMAT, watch->failures, omni_job_carrier(watch->job));
 		hint = "Read the events of that job.";
 	}
 	else if (omni_seen_count(watch, &relations, &gone), gone * 2 > relations)

@@ -940,9 +940,9 @@ tell_mostly_gone(void)
 {
 	OmniError	error;
 
-	look.watched->missing = look.gone;
 	look.watched->told_at = omni_clock();
-	(void) omni_transact(tell_missing, NULL, false, &error);
+	if (omni_transact(tell_missing, NULL, false, &error) == COMMITTED)
+		look.watched->missing = look.gone;	/* else tell it again */
 	ereport(LOG,
 			(errmsg("omni_refresh does not ask Omni to remove %d of %d relations that no longer exist",
 					look.gone, look.relations),
@@ -1053,7 +1053,7 @@ is_reset_due(Watched *watched, int64 data)
 }
 
 /*
- * Write an error to the log, at most once a minute.  omni_check_table() writes about a
+ * Write an error to the log, at most once a minute.  omni_check_table() of table.c writes about a
  * table that was altered itself.
  */
 static void

@@ -196,6 +196,20 @@ curl_before_request_compat(CURL *easy, int (*function) (void *, char *, char *, 
 }
 
 /*
+ * Let libcurl act on all transfers of a multi handle, and name the sockets to watch.  libcurl 7.87
+ * began to mark as deprecated what does so.
+ */
+static inline void
+curl_multi_act_compat(CURLM *multi, int *running)
+{
+#ifdef CURL_IGNORE_DEPRECATION
+	CURL_IGNORE_DEPRECATION((void) curl_multi_socket_all(multi, running);)
+#else
+	(void) curl_multi_socket_all(multi, running);
+#endif
+}
+
+/*
  * libcurl 7.87 can exit without joining the resolver's thread.  With older versions, the
  * worker cannot exit before a hanging name look-up ends.
  */

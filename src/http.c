@@ -20,6 +20,9 @@
  * older versions (such as 7.88) miss a TLS connection whose closing alert is still unread,
  * and newer ones (such as 8.22) an HTTP/2 connection that the server has asked to close.
  *
+ * libcurl sends a request a second time only if the server has said that it did not process it,
+ * by refusing its HTTP/2 stream.
+ *
  * This file does not depend on Omni's API or on the tables.
  *
  *-------------------------------------------------------------------------
@@ -27,11 +30,15 @@
 #include "postgres.h"
 
 #include <arpa/inet.h>
+#include <ctype.h>
 #include <netinet/in.h>
 #include <signal.h>
+#include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
+#include "lib/ilist.h"
 #include "miscadmin.h"
 #include "storage/latch.h"
 #include "utils/memutils.h"
@@ -48,16 +55,29 @@
  */
 #define MAX_CONNECTIONS		64
 
+/* How often to call libcurl while it connects, in ms: see is_connecting() */
+#define CONNECT_INTERVAL	250
+
+/* Maximum size of a header's value that is kept; longer ones are ignored */
+#define MAX_HEADER			64
+
+/* Argument of drive(): act on all transfers */
+#define EVERYTHING			(-1)
+
 /* A transfer.  The public part comes first, so that both have the same address. */
 typedef struct Transfer
 {
 	OmniTransfer public;
+	dlist_node	node;			/* in loop.transfers */
 	CURL	   *easy;
 	struct curl_slist *headers;
 	int64		started_at;		/* by omni_clock() */
 	bool		begun;			/* the request was sent, or is about to be */
-	bool		stale;			/* it was not, since its connection was closed */
+	bool		stale;			/* it was not, or the server has refused it,
+								 * since its connection was closed */
+	bool		fresh;			/* it was started over on a new connection */
 	uint64		connection;		/* number of its connection; 0: none */
+	unsigned long stream;		/* its stream there, if that is HTTP/2 */
 	bool		http_proxy;		/* it uses an HTTP proxy */
 	bool		socks_proxy;	/* it uses a SOCKS proxy */
 	char	   *ca_file;		/* NULL: the system's */
@@ -66,6 +86,10 @@ typedef struct Transfer
 	char	   *body;			/* malloc'd */
 	size_t		capacity;		/* of body, in bytes */
 	bool		in_headers;		/* the headers of the answer have not ended */
+	char		retry_after[MAX_HEADER];	/* headers, empty if there are none */
+	char		date[MAX_HEADER];
+	char		encoding[MAX_HEADER];
+	bool		asked_for_certificate;	/* in the TLS handshake */
 	char		error[CURL_ERROR_SIZE];
 	char		ca_error[1024]; /* why ca_file cannot be used */
 	MemoryContextCallback release;
@@ -89,6 +113,8 @@ typedef struct Connection
 	int			port;
 	int			local_port;
 	int			transfers;		/* number of transfers that use it now */
+	unsigned long requests;		/* number of requests sent on it */
+	bool		closing;		/* the server takes no more requests on it */
 } Connection;
 
 /* The state of libcurl and of the event loop.  The arrays are malloc'd. */
@@ -97,6 +123,10 @@ typedef struct EventLoop
 	CURLM	   *multi;			/* NULL until the first request */
 	int64		timer;			/* when libcurl wants to be called, in ms by
 								 * omni_clock(); -1: never */
+	int64		looked_at;		/* when all transfers were last acted on, in
+								 * ms by omni_clock() */
+	int			running;		/* number of transfers that are not done */
+	dlist_head	transfers;		/* all, also those that are done */
 
 	/* the sockets to wait for */
 	Watch	   *watches;
@@ -112,7 +142,7 @@ typedef struct EventLoop
 	uint64		last_connection;	/* the highest number given */
 } EventLoop;
 
-static EventLoop loop = {.timer = -1};
+static EventLoop loop = {.timer = -1,.transfers = DLIST_STATIC_INIT(loop.transfers)};
 
 static void start_libcurl(void);
 static void add_header(Transfer *transfer, const char *header);
@@ -128,12 +158,17 @@ static bool has_ended(curl_socket_t socket);
 static void leave_connection(Transfer *transfer);
 static int	allow_request(void *arg, char *host, char *local_host, int port, int local_port);
 static int	note_timer(CURLM *unused, long timeout, void *arg);
+static int	note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg);
 static size_t note_header(char *line, size_t size, size_t count, void *arg);
+static void note_goaway(uint64 number, unsigned long last_stream);
+static void keep_header(const char *line, size_t length, const char *name, char *value);
 static size_t keep_body(char *data, size_t size, size_t count, void *arg);
+static bool is_connecting(void);
 static void drive(curl_socket_t socket, int mask);
 static void collect_done(void);
 static bool start_over(Transfer *transfer);
 static void fill_answer(Transfer *transfer, CURLcode code);
+static int	seconds_to_wait(const char *value, const char *date);
 static void tell_connection(CURL *easy, OmniAnswer *answer);
 static bool failed_at_proxy(Transfer *transfer, CURLcode code, long connect_status);
 static bool is_about_tls(CURLcode code);
@@ -175,6 +210,7 @@ omni_http_start(const OmniHttpRequest *request)
 	transfer->release.func = release_transfer;
 	transfer->release.arg = transfer;
 	MemoryContextRegisterResetCallback(CurrentMemoryContext, &transfer->release);
+	dlist_push_tail(&loop.transfers, &transfer->node);
 
 	transfer->easy = curl_easy_init();
 	if (transfer->easy == NULL)
@@ -188,6 +224,16 @@ omni_http_start(const OmniHttpRequest *request)
 	SETOPT(CURLOPT_HEADERDATA, transfer);
 	SETOPT(CURLOPT_WRITEFUNCTION, keep_body);
 	SETOPT(CURLOPT_WRITEDATA, transfer);
+	SETOPT(CURLOPT_DEBUGFUNCTION, note_text);
+	SETOPT(CURLOPT_DEBUGDATA, transfer);
+	SETOPT(CURLOPT_VERBOSE, 1L);
+
+	/*
+	 * Without this, libcurl would take any request on a used connection for
+	 * one that it may send again, and not tell of a refused stream.  It has
+	 * no other effect on HTTP.  A libcurl without RTSP does not know it.
+	 */
+	(void) curl_easy_setopt(transfer->easy, CURLOPT_RTSP_REQUEST, (long) CURL_RTSPREQ_RECEIVE);
 
 	/* The request */
 	SETOPT(CURLOPT_URL, request->url);
@@ -201,6 +247,10 @@ omni_http_start(const OmniHttpRequest *request)
 	add_header(transfer, authorization);
 	explicit_bzero(authorization, strlen(authorization));
 	add_header(transfer, "Accept: application/json");
+
+	/* Decode an answer that is encoded, but do not ask for that */
+	SETOPT(CURLOPT_ACCEPT_ENCODING, "");
+	add_header(transfer, "Accept-Encoding:");
 	add_header(transfer,
 			   request->body != NULL ? "Content-Type: application/json" : "Content-Type:");
 	SETOPT(CURLOPT_HTTPHEADER, transfer->headers);
@@ -282,6 +332,8 @@ omni_http_wait(long timeout, uint32 wait_event)
 		if (timeout < 0 || until_timer < timeout)
 			timeout = until_timer;
 	}
+	if (is_connecting() && (timeout < 0 || timeout > CONNECT_INTERVAL))
+		timeout = CONNECT_INTERVAL;
 
 	if (loop.wait_set == NULL || loop.watches_changed)
 		make_wait_set();
@@ -308,6 +360,8 @@ omni_http_wait(long timeout, uint32 wait_event)
 		loop.timer = -1;
 		drive(CURL_SOCKET_TIMEOUT, 0);
 	}
+	if (is_connecting() && omni_clock() / 1000 - loop.looked_at >= CONNECT_INTERVAL)
+		drive(CURL_SOCKET_TIMEOUT, EVERYTHING);
 	if (loop.multi != NULL)
 		collect_done();
 }
@@ -351,6 +405,7 @@ release_transfer(void *arg)
 {
 	Transfer   *transfer = arg;
 
+	dlist_delete(&transfer->node);
 	leave_connection(transfer);
 	if (transfer->easy != NULL)
 	{
@@ -524,9 +579,10 @@ leave_connection(Transfer *transfer)
 }
 
 /*
- * libcurl callback: allow a request to be sent, once, if it is still wanted and its connection
- * is still open.  Without this, libcurl would silently send a request again when the server
- * closes a used connection without an answer.
+ * libcurl callback: allow a request to be sent if it is still wanted and its connection is still
+ * open.  Allow it once, unless note_text() has learned that it was refused unprocessed.  Without
+ * this, libcurl would silently send a request again when the server closes a used connection
+ * without an answer.
  */
 static int
 allow_request(void *arg, char *host, char *local_host, int port, int local_port)
@@ -539,7 +595,8 @@ allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 	if (connection != NULL)
 	{
 		/* with HTTP/2, unread data may belong to another transfer */
-		if (connection->used && connection->transfers == 0 && has_ended(connection->socket))
+		if (connection->closing || (connection->used && connection->transfers == 0 &&
+									has_ended(connection->socket)))
 		{
 			/* otherwise libcurl would keep an HTTP/2 connection open */
 			curl_easy_setopt(transfer->easy, CURLOPT_FORBID_REUSE, 1L);
@@ -549,8 +606,10 @@ allow_request(void *arg, char *host, char *local_host, int port, int local_port)
 		connection->used = true;
 		connection->transfers++;
 		transfer->connection = connection->number;
+		transfer->stream = 2 * connection->requests++ + 1;
 	}
 	transfer->begun = true;
+	transfer->stale = false;
 	return 0;
 }
 
@@ -563,8 +622,71 @@ note_timer(CURLM *unused, long timeout, void *arg)
 }
 
 /*
- * libcurl callback: note where the headers of an answer begin and end, which libcurl does not
- * check: it takes an answer cut off within its headers for one without a body.
+ * libcurl callback: note from libcurl's log what it does not tell in another way, and do without
+ * it if a version of libcurl words it differently:
+ *
+ * - the server has refused a stream of HTTP/2, by REFUSED_STREAM or GOAWAY, so that it has not
+ * processed the request, which libcurl is about to send again; otherwise its answer is lost
+ * - by GOAWAY, the server takes no more streams on the connection
+ * - the server asks for a certificate
+ */
+static int
+note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg)
+{
+	static const char *const certificate[] = {"handshake, Request CERT", NULL};
+	static const char refused[] = "REFUSED_STREAM";
+	static const char last_stream[] = "last_stream=";
+	Transfer   *transfer = arg;
+	char		text[128];
+	size_t		length = Min(size, sizeof(text) - 1);
+	const char *last;
+
+	if (type != CURLINFO_TEXT)
+		return 0;
+	memcpy(text, data, length);
+	text[length] = '\0';
+	if (strncmp(text, refused, strlen(refused)) == 0)
+	{
+		leave_connection(transfer);
+		transfer->begun = false;
+	}
+	else if (strstr(text, "GOAWAY") != NULL && (last = strstr(text, last_stream)) != NULL)
+		note_goaway(transfer->connection, strtoul(last + strlen(last_stream), NULL, 10));
+	else if (mentions(text, certificate))
+		transfer->asked_for_certificate = true;
+	return 0;
+}
+
+/*
+ * Note that a server has announced the last stream of a connection that it processes.  libcurl
+ * sends the requests of later streams again, or ends them without an answer.
+ */
+static void
+note_goaway(uint64 number, unsigned long last_stream)
+{
+	dlist_iter	iter;
+
+	if (number == 0)
+		return;
+	for (int i = 0; i < loop.nconnections; i++)
+		loop.connections[i].closing |= loop.connections[i].number == number;
+	dlist_foreach(iter, &loop.transfers)
+	{
+		Transfer   *transfer = dlist_container(Transfer, node, iter.cur);
+
+		if (transfer->connection == number && transfer->stream > last_stream)
+		{
+			leave_connection(transfer);
+			transfer->begun = false;
+			transfer->stale = !transfer->fresh;
+		}
+	}
+}
+
+/*
+ * libcurl callback: keep some headers of the last answer, which may follow interim ones.  Note
+ * where the headers begin and end, which libcurl does not check: it takes an answer cut off
+ * within its headers for one without a body.
  */
 static size_t
 note_header(char *line, size_t size, size_t count, void *arg)
@@ -573,10 +695,36 @@ note_header(char *line, size_t size, size_t count, void *arg)
 	size_t		n = size * count;
 
 	if (n >= 5 && memcmp(line, "HTTP/", 5) == 0)
+	{
 		transfer->in_headers = true;
+		transfer->retry_after[0] = transfer->date[0] = transfer->encoding[0] = '\0';
+	}
 	else if (n > 0 && (line[0] == '\r' || line[0] == '\n'))
 		transfer->in_headers = false;
+	keep_header(line, n, "Retry-After:", transfer->retry_after);
+	keep_header(line, n, "Date:", transfer->date);
+	keep_header(line, n, "Content-Encoding:", transfer->encoding);
 	return n;
+}
+
+/* Copy the value of a header, without white space around it, if the line is that header. */
+static void
+keep_header(const char *line, size_t length, const char *name, char *value)
+{
+	const char *end = line + length;
+
+	if (length < strlen(name) || pg_strncasecmp(line, name, strlen(name)) != 0)
+		return;
+	line += strlen(name);
+	while (line < end && isspace((unsigned char) *line))
+		line++;
+	while (line < end && isspace((unsigned char) end[-1]))
+		end--;
+	if (end - line < MAX_HEADER)
+	{
+		memcpy(value, line, end - line);
+		value[end - line] = '\0';
+	}
 }
 
 /* libcurl callback: append a piece of the body.  Return less than its size to give up. */
@@ -608,7 +756,25 @@ keep_body(char *data, size_t size, size_t count, void *arg)
 }
 
 /*
- * Let libcurl act on one socket, or on its timers.  Block all signals meanwhile, so that a
+ * Return whether libcurl is connecting: it has a socket on which no request was sent.  Then call
+ * it from time to time.  When it gives up one address of a host and tries the next one, some
+ * versions (such as 7.88) do not name the new socket by note_socket().
+ */
+static bool
+is_connecting(void)
+{
+	if (loop.running == 0)
+		return false;
+	for (int i = 0; i < loop.nconnections; i++)
+	{
+		if (!loop.connections[i].used)
+			return true;
+	}
+	return false;
+}
+
+/*
+ * Let libcurl act on one socket, on its timers, or on everything.  Block all signals meanwhile, so that a
  * thread it starts for a name look-up inherits the mask and never runs our handlers.
  */
 static void
@@ -616,11 +782,16 @@ drive(curl_socket_t socket, int mask)
 {
 	sigset_t	all;
 	sigset_t	old;
-	int			running;
 
 	sigfillset(&all);
 	sigprocmask(SIG_SETMASK, &all, &old);
-	(void) curl_multi_socket_action(loop.multi, socket, mask, &running);
+	if (mask == EVERYTHING)
+	{
+		curl_multi_act_compat(loop.multi, &loop.running);
+		loop.looked_at = omni_clock() / 1000;
+	}
+	else
+		(void) curl_multi_socket_action(loop.multi, socket, mask, &loop.running);
 	sigprocmask(SIG_SETMASK, &old, NULL);
 }
 
@@ -637,7 +808,7 @@ collect_done(void)
 
 		curl_easy_getinfo(message->easy_handle, CURLINFO_PRIVATE, (char **) &transfer);
 		leave_connection(transfer);
-		if (transfer->stale && start_over(transfer))
+		if (transfer->stale && code != CURLE_OPERATION_TIMEDOUT && start_over(transfer))
 			continue;
 		fill_answer(transfer, code);
 		curl_multi_remove_handle(loop.multi, transfer->easy);
@@ -651,6 +822,7 @@ start_over(Transfer *transfer)
 {
 	curl_multi_remove_handle(loop.multi, transfer->easy);
 	transfer->stale = false;
+	transfer->fresh = true;
 	transfer->error[0] = '\0';
 	return curl_easy_setopt(transfer->easy, CURLOPT_FORBID_REUSE, 0L) == CURLE_OK &&
 		curl_easy_setopt(transfer->easy, CURLOPT_FRESH_CONNECT, 1L) == CURLE_OK &&
@@ -668,31 +840,54 @@ fill_answer(Transfer *transfer, CURLcode code)
 	static const char *const no_tls[] = {
 		"wrong version number", "packet length too long", "unexpected TLS packet", NULL
 	};
+	static const char *const expired[] = {
+		"expired", "not yet valid", "not yet activated", NULL
+	};
+	static const char *const no_certificate[] = {
+		"certificate required", "ertificate is required", NULL
+	};
+	static const char *const alert[] = {"alert", NULL};
+	static const char *const long_headers[] = {"response headers", NULL};
 	OmniAnswer *answer = &transfer->public.answer;
 	CURL	   *easy = transfer->easy;
 	long		status = 0;
 	long		connect_status = 0;
 	long		request_size = 0;
-	curl_off_t	number = 0;
+	char	   *type = NULL;
 
 	curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
-	answer->status = (int) status;
+	answer->status = status / 100 == 1 ? 0 : (int) status;
 	curl_easy_getinfo(easy, CURLINFO_REQUEST_SIZE, &request_size);
 	curl_easy_getinfo(easy, CURLINFO_HTTP_CONNECTCODE, &connect_status);
-	answer->sent = transfer->begun && (connect_status == 0 || connect_status / 100 == 2) &&
+	answer->wants_certificate = code != CURLE_OK && answer->status == 0 &&
+		(mentions(transfer->error, no_certificate) ||
+		 (transfer->asked_for_certificate && mentions(transfer->error, alert)));
+	answer->sent = transfer->begun && !answer->wants_certificate && (connect_status == 0 || connect_status / 100 == 2) &&
 		(request_size > 0 || code == CURLE_ABORTED_BY_CALLBACK);
 	answer->withdrawn = !transfer->begun && code == CURLE_ABORTED_BY_CALLBACK;
 	answer->elapsed = omni_clock() - transfer->started_at;
-	curl_easy_getinfo(easy, CURLINFO_RETRY_AFTER, &number);
-	answer->retry_after = (int) Min(number, PG_INT32_MAX);
+	if (answer->status != 0)
+		answer->retry_after = seconds_to_wait(transfer->retry_after, transfer->date);
+	curl_easy_getinfo(easy, CURLINFO_CONTENT_TYPE, &type);
+	answer->json = type != NULL && strcasestr(type, "json") != NULL;
 	curl_easy_getinfo(easy, CURLINFO_REDIRECT_URL, &answer->redirect_url);
 	answer->body = transfer->body;
 	tell_connection(easy, answer);
 
-	if (code == CURLE_OK && transfer->in_headers)
+	if (code == CURLE_BAD_CONTENT_ENCODING && transfer->encoding[0] != '\0')
+	{
+		/* the answer has come, although its body cannot be read */
+		code = CURLE_OK;
+		answer->encoding = transfer->encoding;
+		answer->length = 0;
+	}
+	if (code == CURLE_OK && (transfer->in_headers || answer->status == 0))
 	{
 		code = CURLE_PARTIAL_FILE;
-		strlcpy(transfer->error, "The connection was closed within the headers of the answer",
+		strlcpy(transfer->error, transfer->in_headers ?
+				"The connection was closed within the headers of the answer" :
+				status != 0 ? "The connection was closed after an interim answer" :
+				"The connection was closed without an answer",
 				sizeof(transfer->error));
 	}
 	if (code != CURLE_OK)
@@ -704,7 +899,12 @@ fill_answer(Transfer *transfer, CURLcode code)
 		answer->timed_out = code == CURLE_OPERATION_TIMEDOUT;
 		answer->tls_version = code == CURLE_SSL_CONNECT_ERROR && mentions(transfer->error, version);
 		answer->no_tls = code == CURLE_SSL_CONNECT_ERROR && mentions(transfer->error, no_tls);
-		answer->retryable = !answer->too_large &&
+		answer->expired = code == CURLE_PEER_FAILED_VERIFICATION &&
+			mentions(transfer->error, expired);
+		answer->long_headers = transfer->in_headers &&
+			(code == CURLE_OUT_OF_MEMORY || mentions(transfer->error, long_headers));
+		answer->retryable = !answer->too_large && !answer->long_headers &&
+			!answer->wants_certificate &&
 			code != CURLE_PEER_FAILED_VERIFICATION &&
 			code != CURLE_SSL_CACERT_BADFILE &&
 			!answer->tls_version &&
@@ -720,6 +920,36 @@ fill_answer(Transfer *transfer, CURLcode code)
 				answer->reason = transfer->ca_error;
 		}
 	}
+}
+
+/*
+ * Return how long to wait, in seconds, by a Retry-After header: a number, or a date, which is
+ * compared with the Date header of the same answer, since the server's clock may differ from this
+ * one.  A date in the past, and what is no such value, counts as none.
+ */
+static int
+seconds_to_wait(const char *value, const char *date)
+{
+	int64		seconds = 0;
+
+	if (value[0] != '\0' && value[strspn(value, "0123456789")] == '\0')
+	{
+		errno = 0;
+		seconds = strtoll(value, NULL, 10);
+		if (errno == ERANGE)
+			seconds = 0;
+	}
+	else
+	{
+		time_t		until = curl_getdate(value, NULL);
+		time_t		now = curl_getdate(date, NULL);
+
+		if (now == -1)
+			now = time(NULL);
+		if (until != -1)
+			seconds = (int64) until - now;
+	}
+	return (int) Min(Max(seconds, 0), PG_INT32_MAX);
 }
 
 /* Fill in the address and the certificate of the host that a transfer was connected to. */

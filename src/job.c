@@ -527,6 +527,24 @@ omni_job_look_carrier(int64 id, OmniJobState *own, OmniJobState *carrier)
 	return true;
 }
 
+/*
+ * In a backend with SPI connected: return the id of a job's carrier, or of the job itself if it
+ * was not merged, has been deleted, or another session holds a conflicting lock on the table.
+ */
+int64
+omni_job_carrier(int64 id)
+{
+	OmniJobState own;
+	OmniJobState carrier;
+
+	if (!ConditionalLockRelationOid(omni_job_table.oid, AccessShareLock))
+		return id;
+	if (omni_job_look_carrier(id, &own, &carrier))
+		id = carrier.job.id;
+	UnlockRelationOid(omni_job_table.oid, AccessShareLock);
+	return id;
+}
+
 static ArrayType *
 keep_list(ArrayType *list)
 {
@@ -632,7 +650,7 @@ omni_request_decode(OmniRequest *request, int row, int server, int model, int br
 static const char *
 origin_of(const char *name)
 {
-	static const char *const origins[] = {OMNI_ORIGIN_CALL, OMNI_ORIGIN_RETRY};
+	static const char *const origins[] = {OMNI_ORIGIN_CALL, OMNI_ORIGIN_RETRY, OMNI_ORIGIN_DDL};
 
 	for (int i = 0; i < lengthof(origins); i++)
 	{

@@ -138,6 +138,7 @@ extern void omni_notify_sent(void);
 extern bool omni_job_begin(OmniJob *job, const char *url);
 extern bool omni_job_is_first_reset(const OmniJob *job);
 extern void omni_job_delay(OmniJob *job, int64 wait);
+extern void omni_job_defer(int64 id, TimestampTz run_at);
 extern void omni_job_refuse(OmniJob *job, const OmniOutcome *outcome);
 extern OmniRow omni_job_record(OmniJob *job, const OmniOutcome *outcome);
 extern bool omni_job_any_unfinished(void);
@@ -149,6 +150,7 @@ extern Datum omni_job_read_outcome(int64 id, int64 carrier);
 extern int64 omni_job_last_retry(const OmniJob *job);
 extern bool omni_job_look(int64 id, OmniJobState *state);
 extern bool omni_job_look_carrier(int64 id, OmniJobState *own, OmniJobState *carrier);
+extern int64 omni_job_carrier(int64 id);
 extern Oid	omni_job_owner(void);
 extern bool omni_job_count(OmniJobCounts *counts);
 extern Datum omni_job_form(const OmniJob *job, const char *status,
@@ -156,7 +158,6 @@ extern Datum omni_job_form(const OmniJob *job, const char *status,
 
 /* in queue.c */
 extern OmniRow *omni_job_lock(const int64 *ids, int count);
-extern void omni_job_defer(int64 id, TimestampTz run_at);
 extern bool omni_job_settle(const int64 *in_flight, int count,
 							void (*tell) (const OmniJob *job, const OmniOutcome *outcome));
 extern OmniHead *omni_queue_heads(const OmniPlace *place, const OmniHeld *held, int limit,

@@ -8,7 +8,8 @@
  * A worker that finds nothing to do exits at once.  The launcher then sleeps instead of
  * exiting: so the postmaster restarts it after the crash of a backend, which ends all
  * workers.  It wakes up to start a worker that another process could not start, because all
- * worker processes were in use.
+ * worker processes were in use; if there was no slot to remember its database, it looks into all
+ * databases again.
  *
  *-------------------------------------------------------------------------
  */
@@ -39,12 +40,15 @@
 #define RESTART_AFTER		60
 
 /* How long to wait for a worker that was just started, in ms */
+#define MOMENT				250
+
+/* How often to try to start a worker while none is available, in ms */
 #define PATIENCE			1000
 
 PGDLLEXPORT void omni_refresh_launcher_main(Datum main_arg);
 
 static List *list_databases(void);
-static void launch(Oid database);
+static bool launch(Oid database);
 static void wait_for_latch(long timeout);
 
 /* Register the launcher.  Called while the library is preloaded. */
@@ -68,7 +72,6 @@ void
 omni_refresh_launcher_main(Datum main_arg)
 {
 	List	   *databases;
-	ListCell   *cell;
 
 	pqsignal(SIGTERM, die);
 	BackgroundWorkerUnblockSignals();
@@ -77,11 +80,19 @@ omni_refresh_launcher_main(Datum main_arg)
 	omni_launcher_attach();
 
 	databases = list_databases();
-	foreach(cell, databases)
-		launch(lfirst_oid(cell));
-
 	for (;;)
-		wait_for_latch(omni_worker_launch_lacking());
+	{
+		bool		all_in_use = databases != NIL && !launch(linitial_oid(databases));
+
+		if (databases != NIL && !all_in_use)
+			databases = list_delete_first(databases);
+		else if (all_in_use)
+			wait_for_latch(PATIENCE);
+		else if (omni_worker_take_forgotten())
+			databases = list_databases();
+		else
+			wait_for_latch(omni_worker_launch_lacking());
+	}
 }
 
 /* List the databases that accept connections and are not templates. */
@@ -117,24 +128,25 @@ list_databases(void)
 }
 
 /*
- * Start the worker of a database, waiting while no background worker is available.  Then
- * give the worker a moment to find out whether it has anything to do, so that no more than
- * a few of max_worker_processes are in use at a time.
+ * Start the worker of a database.  Then give the worker a moment to find out whether it has
+ * anything to do, so that no more than a few of max_worker_processes are in use at a time.
+ * Returns false if no background worker is available.
  */
-static void
+static bool
 launch(Oid database)
 {
 	BackgroundWorkerHandle *handle = NULL;
-	int64		began;
+	int64		began = omni_clock();
 	pid_t		pid;
 
-	while (!omni_worker_launch(database, &handle))
-		wait_for_latch(PATIENCE);
-
-	began = omni_clock();
+	if (!omni_worker_launch(database, &handle))
+		return false;
 	while (handle != NULL && GetBackgroundWorkerPid(handle, &pid) != BGWH_STOPPED &&
-		   omni_clock() - began < OMNI_MS(PATIENCE))
-		wait_for_latch(PATIENCE);
+		   omni_clock() - began < OMNI_MS(MOMENT))
+		wait_for_latch(omni_clock_until(began + OMNI_MS(MOMENT)));
+	if (handle != NULL)
+		pfree(handle);
+	return true;
 }
 
 /* Wait for this process's latch, for up to timeout ms (-1 means no limit), and reset it. */

@@ -10,12 +10,19 @@
  * a hash of the key and the host.  The salt of the hash changes with each start of the server.
  *
  * Calls, queued jobs and polls each have a share of the limit.  The other classes do not
- * use that share while a class is being refused and has not used it up.
+ * use that share while a class is being refused and has not used it up.  In addition, jobs and
+ * polls always leave some places free, so that a call need not wait until their requests are
+ * a minute old.
  *
  * Omni may still answer 429, for others use the key, too.  Then omni_rate_block() stops all
  * requests with the key until the time that Omni gave.
  *
  * For monitoring, count what each database sends to each of its servers in the same way.
+ *
+ * The counts of keys and servers are entries of one table, in a DSM segment that the first process makes
+ * that needs it.  An entry is found by its id in one of many sets.  It is in use for a
+ * minute after each request.  If all entries of its set are in use, a further key must wait: no
+ * key ever exceeds its limit because its count was forgotten.
  *
  *-------------------------------------------------------------------------
  */
@@ -23,13 +30,14 @@
 
 #include "common/hashfn.h"
 #include "miscadmin.h"
+#include "storage/dsm.h"
 
 #include "clock.h"
 #include "compat.h"
 #include "omni_refresh.h"
 #include "rate.h"
 
-#define SHARED_NAME			"omni_refresh rates layout 5"
+#define SHARED_NAME			"omni_refresh rates layout 6"
 
 /*
  * 12 whole slices and the current one are a minute and a second or more.  The second
@@ -38,11 +46,15 @@
 #define SLICES				13
 #define SLICE_LENGTH		OMNI_MS(5100)
 
-/* If more keys than this are in use in a minute, some may exceed their limit */
-#define MAX_KEYS			32
+/*
+ * The table has places for 4096 keys and servers.  As their ids are hashes that nobody can
+ * foresee, they fill the sets evenly.
+ */
+#define SETS				256
+#define SET_SIZE			16
 
-/* Likewise, of this many servers in all databases, some may be forgotten */
-#define MAX_SERVERS			32
+/* Jobs and polls leave one n-th of the limit free for calls */
+#define FREE_FOR_CALLS		6
 
 /* How many slices to sum up as the last minute */
 #define SLICES_SHOWN		12
@@ -59,13 +71,12 @@ typedef struct Rate
 
 typedef struct Shared
 {
-	LWLock		lock;
+	LWLock		lock;			/* protects the table, too */
 	uint64		salt;
-	Rate		keys[MAX_KEYS];
-	Rate		servers[MAX_SERVERS];	/* only counts */
+	dsm_handle	table;			/* DSM_HANDLE_INVALID before it is made */
 } Shared;
 
-StaticAssertDecl(sizeof(Shared) < 20 * 1024, "too much shared memory");
+typedef Rate Set[SET_SIZE];
 
 /* Each class has one n-th of the limit as its share */
 static const int shares[OMNI_RATE_CLASSES] = {
@@ -75,15 +86,17 @@ static const int shares[OMNI_RATE_CLASSES] = {
 };
 
 static Shared *shared = NULL;
+static Set *table = NULL;		/* SETS of them */
 
 static void attach_shared(void);
 static void init_shared(OMNI_SHARED_INIT_ARGS);
+static void attach_table(void);
 static bool has_room(const Rate *rate, OmniRateClass class, int limit,
 					 const uint32 *used, int64 all);
 static uint64 hash(const char *text);
 static uint64 server_id(const char *server);
-static Rate *find_rate(Rate *rates, int count, uint64 id);
-static bool is_dispensable(const Rate *one, const Rate *other);
+static Rate *find_rate(uint64 id, int64 *free_at);
+static int64 in_use_until(const Rate *rate);
 
 /* Return an identifier of a key at a host, which is valid until the server stops. */
 uint64
@@ -116,15 +129,17 @@ hash(const char *text)
 int64
 omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 {
-	int64		when = 0;
+	int64		when;
 	Rate	   *rate;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	rate = find_rate(shared->keys, MAX_KEYS, id);
-	*blocked = rate->blocked_until != 0;
+	rate = find_rate(id, &when);
+	*blocked = rate != NULL && rate->blocked_until != 0;
 	if (*blocked)
 		when = rate->blocked_until;
-	else if (limit > 0)
+	else if (limit == 0)
+		when = 0;
+	else if (rate != NULL)
 	{
 		uint32		used[OMNI_RATE_CLASSES] = {0};
 		int64		all;
@@ -151,9 +166,9 @@ omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 		}
 	}
 
-	if (when == 0)
+	if (rate != NULL && when == 0)
 		rate->counts[rate->slice % SLICES][class]++;
-	else
+	else if (rate != NULL)
 		rate->refused[class] = rate->slice;
 	LWLockRelease(&shared->lock);
 	return when;
@@ -168,6 +183,7 @@ omni_rate_take(uint64 id, OmniRateClass class, int limit, bool *blocked)
 static bool
 has_room(const Rate *rate, OmniRateClass class, int limit, const uint32 *used, int64 all)
 {
+	int64		free = class == OMNI_RATE_CALL ? 0 : limit / FREE_FOR_CALLS;
 	int64		kept = 0;
 
 	for (int c = 0; c < OMNI_RATE_CLASSES; c++)
@@ -175,24 +191,25 @@ has_room(const Rate *rate, OmniRateClass class, int limit, const uint32 *used, i
 		int64		share = Max(limit / shares[c], 1);
 
 		if (c == class && used[c] < share)
-			return all < limit;
+			return all + free < limit;
 		if (c != class && used[c] < share &&
 			(rate->refused[c] > rate->slice - SLICES ||
 			 (c == OMNI_RATE_CALL && class == OMNI_RATE_POLL)))
 			kept += share - used[c];
 	}
-	return all + kept < limit;
+	return all + Max(kept, free) < limit;
 }
 
 /* Give back a place that was reserved a moment ago, for a request that is not sent. */
 void
 omni_rate_give_back(uint64 id, OmniRateClass class)
 {
+	int64		free_at;
 	Rate	   *rate;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	rate = find_rate(shared->keys, MAX_KEYS, id);
-	if (rate->counts[rate->slice % SLICES][class] > 0)
+	rate = find_rate(id, &free_at);
+	if (rate != NULL && rate->counts[rate->slice % SLICES][class] > 0)
 		rate->counts[rate->slice % SLICES][class]--;
 	LWLockRelease(&shared->lock);
 }
@@ -202,16 +219,17 @@ int
 omni_rate_left(uint64 id, int limit)
 {
 	int			left = limit;
+	int64		free_at;
 	Rate	   *rate;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	rate = find_rate(shared->keys, MAX_KEYS, id);
-	for (int i = 0; i < SLICES; i++)
+	rate = find_rate(id, &free_at);
+	for (int i = 0; rate != NULL && i < SLICES; i++)
 	{
 		for (int c = 0; c < OMNI_RATE_CLASSES; c++)
 			left -= rate->counts[i][c];
 	}
-	if (rate->blocked_until != 0)
+	if (rate == NULL || rate->blocked_until != 0)
 		left = 0;
 	LWLockRelease(&shared->lock);
 	return Max(left, 0);
@@ -221,11 +239,13 @@ omni_rate_left(uint64 id, int limit)
 void
 omni_rate_block(uint64 id, int64 until)
 {
+	int64		free_at;
 	Rate	   *rate;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	rate = find_rate(shared->keys, MAX_KEYS, id);
-	rate->blocked_until = Max(rate->blocked_until, until);
+	rate = find_rate(id, &free_at);
+	if (rate != NULL)
+		rate->blocked_until = Max(rate->blocked_until, until);
 	LWLockRelease(&shared->lock);
 }
 
@@ -234,11 +254,13 @@ void
 omni_rate_sent(const char *server, OmniRateClass class)
 {
 	uint64		id = server_id(server);
+	int64		free_at;
 	Rate	   *rate;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	rate = find_rate(shared->servers, MAX_SERVERS, id);
-	rate->counts[rate->slice % SLICES][class]++;
+	rate = find_rate(id, &free_at);
+	if (rate != NULL)
+		rate->counts[rate->slice % SLICES][class]++;
 	LWLockRelease(&shared->lock);
 }
 
@@ -254,9 +276,9 @@ omni_rate_sent_lately(const char *server)
 	int64		sent = 0;
 
 	LWLockAcquire(&shared->lock, LW_SHARED);
-	for (int i = 0; i < MAX_SERVERS; i++)
+	for (int i = 0; i < SET_SIZE; i++)
 	{
-		const Rate *rate = &shared->servers[i];
+		const Rate *rate = &table[id % SETS][i];
 
 		if (rate->id != id)
 			continue;
@@ -283,30 +305,33 @@ server_id(const char *server)
 
 /*
  * Return the entry of a key or server.  Clear the counts of slices older than a minute, and blocked_until
- * if its time has passed.  A new key or server replaces the most dispensable entry.
+ * if its time has passed.  A new key or server gets an entry that is no longer in use.  If
+ * there is none, return NULL, and in *free_at when there may be one.
  */
 static Rate *
-find_rate(Rate *rates, int count, uint64 id)
+find_rate(uint64 id, int64 *free_at)
 {
 	int64		now = omni_clock();
 	int64		slice = now / SLICE_LENGTH + SLICES;	/* the first slice needs
 														 * predecessors */
 	Rate	   *rate = NULL;
 
-	for (int i = 0; i < count; i++)
+	for (int i = 0; i < SET_SIZE; i++)
 	{
-		Rate	   *other = &rates[i];
+		Rate	   *other = &table[id % SETS][i];
 
-		if (other->blocked_until <= now)
-			other->blocked_until = 0;
 		if (other->id == id)
 		{
 			rate = other;
 			break;
 		}
-		if (rate == NULL || is_dispensable(other, rate))
+		if (rate == NULL || in_use_until(other) < in_use_until(rate))
 			rate = other;
 	}
+	*free_at = in_use_until(rate);
+	if (rate->id != id && *free_at > now)
+		return NULL;
+	*free_at = 0;
 	if (rate->id != id)
 	{
 		memset(rate, 0, sizeof(Rate));
@@ -317,22 +342,19 @@ find_rate(Rate *rates, int count, uint64 id)
 	for (int64 i = Max(rate->slice, slice - SLICES) + 1; i <= slice; i++)
 		memset(rate->counts[i % SLICES], 0, sizeof(rate->counts[0]));
 	rate->slice = slice;
+	if (rate->blocked_until <= now)
+		rate->blocked_until = 0;
 	return rate;
 }
 
 /*
- * Return whether to replace one entry rather than another.  Replace entries that are not
- * blocked first, the one unused for longer before the other.  Of two blocked entries, replace
- * the one blocked for longer: a role that fills the table with long blocks must not drop the
- * short ones of other roles.
+ * Return until when an entry is in use: its newest slice counts for a minute, and a block
+ * must be kept.
  */
-static bool
-is_dispensable(const Rate *one, const Rate *other)
+static int64
+in_use_until(const Rate *rate)
 {
-	if (one->blocked_until == 0 && other->blocked_until == 0)
-		return one->slice < other->slice;
-	return one->blocked_until == 0 ||
-		(other->blocked_until != 0 && one->blocked_until > other->blocked_until);
+	return rate->id == 0 ? 0 : Max(rate->slice * SLICE_LENGTH, rate->blocked_until);
 }
 
 static void
@@ -340,6 +362,8 @@ attach_shared(void)
 {
 	if (shared == NULL)
 		shared = shared_memory_compat(SHARED_NAME, sizeof(Shared), init_shared);
+	if (table == NULL)
+		attach_table();
 }
 
 static void
@@ -351,4 +375,26 @@ init_shared(OMNI_SHARED_INIT_ARGS)
 	LWLockInitialize(&new->lock, LWLockNewTrancheId(OMNI_EXTENSION));
 	if (!pg_strong_random(&new->salt, sizeof(new->salt)))
 		new->salt = omni_clock();
+	new->table = DSM_HANDLE_INVALID;
+}
+
+/* Attach the table for the life of this process; the first process makes it. */
+static void
+attach_table(void)
+{
+	dsm_segment *segment;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	if (shared->table != DSM_HANDLE_INVALID)
+		segment = dsm_attach(shared->table);
+	else
+	{
+		segment = dsm_create(SETS * sizeof(Set), 0);
+		memset(dsm_segment_address(segment), 0, SETS * sizeof(Set));
+		dsm_pin_segment(segment);
+		shared->table = dsm_segment_handle(segment);
+	}
+	LWLockRelease(&shared->lock);
+	dsm_pin_mapping(segment);
+	table = dsm_segment_address(segment);
 }

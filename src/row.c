@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * row.c
- *		Insert, update and read single rows of the two tables, without SQL.
+ *		Insert, update and read single rows of the tables, without SQL.
  *
  * Each job costs a few such writes, and to start the executor for a statement would cost
  * more than the write itself.  So do as the apply worker of logical replication does: use

@@ -1,7 +1,7 @@
 /*-------------------------------------------------------------------------
  *
  * row.h
- *		Insert, update and read single rows of the two tables.  See row.c.
+ *		Insert, update and read single rows of the tables.  See row.c.
  *
  *-------------------------------------------------------------------------
  */

@@ -429,7 +429,7 @@ omni_table_differs(const OmniTable *table, const char *detail)
 			 errhint(REPAIR)));
 }
 
-/* Check the columns of a table as check_table() does, and return its row type, palloc'd. */
+/* Check the columns of a table as omni_check_table() does, and return its row type, palloc'd. */
 TupleDesc
 omni_table_rowtype(OmniTable *table)
 {

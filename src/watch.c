@@ -40,7 +40,7 @@ static ArrayType *read_schemas(FunctionCallInfo fcinfo);
 static Interval *read_interval(FunctionCallInfo fcinfo, int argno, const char *name, int64 least);
 static void check_quiet(const OmniRequest *request);
 static bool find_own(const OmniRequest *request, OmniWatch *watch);
-static bool may_manage(const OmniWatch *watch);
+static Oid	role_of(const OmniWatch *watch);
 static void show(ReturnSetInfo *result, const char *schema, const char *relation,
 				 const char *change, const char *refresh);
 
@@ -292,27 +292,33 @@ check_quiet(const OmniRequest *request)
 static bool
 find_own(const OmniRequest *request, OmniWatch *watch)
 {
+	Oid			role;
+
 	if (!omni_watch_find(request, watch))
 		return false;
-	if (!may_manage(watch))
+	role = role_of(watch);
+	if (!has_privs_of_role(GetUserId(), omni_watch_owner()) &&
+		!(OidIsValid(role) && has_privs_of_role(GetUserId(), role)))
+	{
+		const char *rolename = OidIsValid(role) ? GetUserNameFromId(role, true) : NULL;
+
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("permission denied for the watch of role \"%s\"",
-						NameStr(watch->request.requested_by)),
+						rolename != NULL ? rolename : NameStr(watch->request.requested_by)),
 				 errdetail("Only roles with the privileges of the role that set it, or of the owner of the table of watches, may replace or end it.")));
+	}
 	return true;
 }
 
 /*
- * Return whether the current user may replace or end a watch.  In a copy of another cluster's,
- * roles have other OIDs, so that only their names tell.
+ * Return the role that has set a watch, or 0 if there is none.  In a copy of another cluster's
+ * watch, OIDs are those of other roles, so that only the name tells.
  */
-static bool
-may_manage(const OmniWatch *watch)
+static Oid
+role_of(const OmniWatch *watch)
 {
-	Oid			role = omni_watch_is_active(watch) ? watch->request.role :
-		get_role_oid(NameStr(watch->request.requested_by), true);
-
-	return has_privs_of_role(GetUserId(), omni_watch_owner()) ||
-		(OidIsValid(role) && has_privs_of_role(GetUserId(), role));
+	if (omni_watch_is_active(watch))
+		return watch->request.role;
+	return get_role_oid(NameStr(watch->request.requested_by), true);
 }

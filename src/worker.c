@@ -58,6 +58,19 @@
 #define PRUNE_LIMIT			200
 #define PRUNE_PAUSE			100
 
+/* How long a worker that is not for a call waits for another one to leave, in ms */
+#define ATTACH_PATIENCE		5000
+
+/*
+ * Where other databases lack a worker, leave if there is nothing to do for at least this long, in
+ * ms, and come back after no more than that
+ */
+#define YIELD_LEAST			1000
+#define YIELD_MOST			60000
+
+/* How many calls may be in flight, each with a file descriptor; the others stay in the ring */
+#define MAX_CALLS			(max_safe_fds / 2)
+
 /* When none is left, look for old jobs again after a tenth of the retention, within limits */
 #define PRUNE_ROUND			(60 * 60 * 1000)
 #define PRUNE_ROUND_MIN		1000
@@ -82,6 +95,7 @@ static Worker worker;
 PGDLLEXPORT void omni_refresh_worker_main(Datum main_arg);
 
 static void override_settings(void);
+static bool attach(void);
 static long prune(void);
 static bool prune_some(void *unused);
 static bool turn(void);
@@ -90,7 +104,8 @@ static bool compare_extension(void *same);
 static bool has_work_for_next(void);
 static bool has_caller(void);
 static long move_on(void);
-static void take_calls(void);
+static bool take_calls(void);
+static void begin_call(dsm_segment *segment);
 static ArrayType *copy_list(MemoryContext context, OmniCall *call, Size offset);
 
 /* The entry point of the worker.  The argument is the OID of the database. */
@@ -125,9 +140,10 @@ omni_refresh_worker_main(Datum main_arg)
 		omni_worker_turn_back();
 		return;
 	}
-	omni_worker_attach(has_work_for_next);
-	omni_call_started();
 	CommitTransactionCommand();
+	if (!attach())
+		return;
+	omni_call_started();
 
 	omni_report_begin();
 	if (!leave_at_once)
@@ -162,7 +178,7 @@ override_settings(void)
 		{"statement_timeout", "0"},
 		{"idle_in_transaction_session_timeout", "0"},
 		{"transaction_timeout", "0"},	/* 17 added it */
-		{"lock_timeout", "5s"},
+		{"lock_timeout", OMNI_LOCK_TIMEOUT},
 		{"jit", "off"},
 
 		/* each look of a watch reads each number once */
@@ -187,6 +203,29 @@ override_settings(void)
 }
 
 /*
+ * Become the worker of the database once another one has left, which may serve calls of older
+ * sessions, with another version of the library.  The caller that this worker was started for
+ * knows how long to wait.  Returns false if that caller no longer waits.
+ */
+static bool
+attach(void)
+{
+	bool		for_call = omni_call_starter_waits();
+	int64		began = omni_clock();
+
+	while (!omni_worker_attach(has_work_for_next))
+	{
+		if (for_call && !omni_call_starter_waits())
+			return false;
+		if (!for_call && omni_clock() - began >= OMNI_MS(ATTACH_PATIENCE))
+			ereport(FATAL,
+					(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+					 errmsg("another background worker of omni_refresh has not left")));
+	}
+	return true;
+}
+
+/*
  * Delete a batch of the jobs that were finished longer ago than "omni_refresh.retention",
  * if it is time to.  Returns how long to wait for the next time, in ms.
  */
@@ -208,8 +247,8 @@ prune(void)
 		worker.prune_more = false;	/* begin anew in the next round */
 
 	/*
-	 * check_table() of table.c writes to the log itself about a table that
-	 * was altered
+	 * omni_check_table() of table.c writes to the log itself about a table
+	 * that was altered
 	 */
 	if (result == FAILED &&
 		error.sqlstate != ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE)
@@ -271,7 +310,8 @@ turn(void)
 
 	if (dlist_is_empty(&omni_works) && !omni_dispatch_any_left() && !omni_watches_any_left())
 	{
-		long		idle_left = omni_clock_until(worker.busy_at + OMNI_MS(omni_idle_timeout));
+		long		idle_left = omni_worker_others_lack() ? 0 :
+		omni_clock_until(worker.busy_at + OMNI_MS(omni_idle_timeout));
 
 		if (idle_left <= 0 && omni_clock() - omni_dispatch_read_at() > OMNI_MS(CHECK_ROUND))
 			omni_dispatch_soon();	/* once more: COMMIT PREPARED sets no flag */
@@ -280,6 +320,10 @@ turn(void)
 		pgstat_report_activity(STATE_IDLE, NULL);
 		delay = Min(idle_left, delay);
 	}
+	else if (dlist_is_empty(&omni_works) && !omni_watches_any_left() &&
+			 omni_dispatch_delay() >= YIELD_LEAST && omni_worker_others_lack() &&
+			 omni_worker_yield(Min(omni_dispatch_delay(), YIELD_MOST)))
+		return false;
 	if (worker.check_at <= omni_clock())
 	{
 		bool		unwanted = omni_worker_is_unwanted(&again);
@@ -354,7 +398,8 @@ move_on(void)
 	dlist_iter	iter;
 	long		delay = CHECK_ROUND;
 
-	take_calls();
+	if (!take_calls())
+		delay = OMNI_LOCAL_DELAY;
 	omni_dispatch_due();
 	if (omni_dispatch_any_left())
 		worker.busy_at = omni_clock();
@@ -365,7 +410,7 @@ move_on(void)
 	worker.busy_at = omni_clock();
 	pgstat_report_activity(STATE_RUNNING, "sending refreshes to Omni");
 	if (!omni_attempts_begin())
-		delay = OMNI_LOCAL_DELAY;
+		delay = Min(delay, OMNI_LOCAL_DELAY);
 
 	omni_attempts_send();
 	omni_attempts_record();
@@ -382,25 +427,56 @@ move_on(void)
 	return Min(delay, omni_dispatch_delay());
 }
 
-/* Put the calls of the ring in flight. */
-static void
+/* Put the calls of the ring in flight.  Returns false if one must be tried again soon. */
+static bool
 take_calls(void)
 {
+	MemoryContext context = CurrentMemoryContext;
 	dsm_segment *segment;
+	bool		again = false;
 
-	while ((segment = omni_call_next()) != NULL)
+	while (omni_works_count(&omni_call_kind, NULL) + omni_works_count(&omni_lookup_kind, NULL) < MAX_CALLS &&
+		   (segment = omni_call_next(&again)) != NULL)
 	{
-		OmniCall   *call = dsm_segment_address(segment);
-		OmniWork   *work = omni_work_begin(call->lookup != 0 ? &omni_lookup_kind : &omni_call_kind);
+		PG_TRY();
+		{
+			begin_call(segment);
+		}
+		PG_CATCH();
+		{
+			OmniError	error;
 
-		work->job.origin = OMNI_ORIGIN_CALL;
+			omni_error_catch(&error, context);
+			omni_call_finish(segment, ((OmniCall *) dsm_segment_address(segment))->job_id, &error);
+		}
+		PG_END_TRY();
+	}
+	return !again;
+}
+
+/* Put a call in flight.  Once nothing can fail, the work owns the segment. */
+static void
+begin_call(dsm_segment *segment)
+{
+	OmniCall   *call = dsm_segment_address(segment);
+	OmniWork   *work = omni_work_begin(call->lookup != 0 ? &omni_lookup_kind : &omni_call_kind);
+
+	PG_TRY();
+	{
 		work->job.request = call->request;
 		work->job.request.schemas = copy_list(work->context, call, call->schemas);
 		work->job.request.tables = copy_list(work->context, call, call->tables);
-		work->deadline = call->deadline;
-		work->segment = segment;
-		work->call = call;
 	}
+	PG_CATCH();
+	{
+		omni_work_end(work);
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+	work->job.origin = OMNI_ORIGIN_CALL;
+	work->deadline = call->deadline;
+	work->segment = segment;
+	work->call = call;
 }
 
 /* Copy the list at an offset of a call.  Returns NULL if the offset is 0. */

@@ -18,20 +18,25 @@
  *
  * No process watches the start of a worker for queued jobs: one that a commit, the launcher
  * or a worker that ends has requested.  The worker takes the slot over as soon as its
- * process exists.  If it does not within OMNI_UNWATCHED_START, the next process that looks
+ * process exists.  If it does not within UNWATCHED_START, the next process that looks
  * for the slot frees it.
  *
  * A worker that ends with work left, for whatever reason, hands the slot over to its
  * successor.  The successor rests before it connects to the database, the longer the more
  * workers have ended early in a row, so that a worker that cannot run, or a start that cannot
  * succeed, does not keep the server busy.  A call does not wait for the end of the rest, but
- * ends it.  While all worker processes are in use, the launcher, if there is one, tries again
- * to start any worker.
+ * ends it.
+ *
+ * While all worker processes are in use, the launcher, if there is one, tries again
+ * to start any worker: the slot of a database that lacks one says so.  Where another database
+ * needs that slot, the launcher must look into all databases instead.  While any database lacks
+ * a worker, idle workers leave at once; with a launcher, so do workers that only wait.
  *
  *-------------------------------------------------------------------------
  */
 #include "postgres.h"
 
+#include "access/xact.h"
 #include "catalog/pg_database.h"
 #include "miscadmin.h"
 #include "postmaster/bgworker.h"
@@ -58,6 +63,18 @@
 
 /* How many workers a call starts before it gives up */
 #define MAX_STARTS			3
+
+/* How long an unwatched start of a worker may take before it counts as failed, in ms */
+#define UNWATCHED_START		5000
+
+/* How long a worker waits at a time for another one to leave, as a setting */
+#define ATTACH_ROUND		"1s"
+
+/* A database is taken to lack a worker for this long after its last try to start one, in ms */
+#define LACK_LASTS			2000
+
+/* Tell the workers so at most this often, in ms */
+#define LACK_ROUND			100
 
 /* How long a successor rests, in ms: the least, doubled after each worker that ended early */
 #define REST_MIN			1000
@@ -97,6 +114,8 @@ typedef struct Slot
 	int			rest;			/* of the last successor in ms, 0 if there was
 								 * none */
 	int64		rest_until;		/* by omni_clock() */
+	bool		blocked;		/* the worker that starts waits for another
+								 * one to leave */
 	uint64		generation;		/* never used twice */
 	int			first;			/* oldest entry of the ring */
 	int			count;			/* entries in use */
@@ -110,6 +129,10 @@ typedef struct Shared
 	int			launcher;		/* its PGPROC, or NOBODY */
 	ConditionVariable room;		/* some ring was full and no longer is */
 	int64		complained_at;	/* see omni_worker_may_complain() */
+	int64		lacked_at;		/* the last time a worker could not start, by
+								 * omni_clock(), or 0 */
+	bool		forgotten;		/* there was no slot for a database that lacks
+								 * a worker */
 	Slot		slots[MAX_DATABASES];
 } Shared;
 
@@ -134,6 +157,7 @@ static void init_shared(OMNI_SHARED_INIT_ARGS);
 static Slot *find_slot(Oid database);
 static Slot *make_slot(Oid database, SlotState state, int owner);
 static void free_slot(Slot *slot);
+static void empty_ring(Slot *slot);
 static void set_state(Slot *slot, SlotState state, int owner);
 static bool start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handle);
 static OmniHandOver ensure_worker(Oid database, int flags, bool at_once, bool leave_at_once,
@@ -141,7 +165,10 @@ static OmniHandOver ensure_worker(Oid database, int flags, bool at_once, bool le
 static OmniHandOver start_in_slot(Oid database, int owner, const StartInfo *info,
 								  BackgroundWorkerHandle **handle, Slot **slot);
 static bool is_mine(const Slot *slot);
-static bool rests(long *left);
+static void note_lack(void);
+static bool others_lack(void);
+static bool acquire_lock(void);
+static bool rests(long *left, bool *leave);
 static void end_rest(Slot *slot);
 static void wake_callers(const Slot *slot);
 static OmniHandOver start_successor(Slot *slot, bool in_order);
@@ -213,8 +240,6 @@ omni_worker_hand_over(OmniWaiter *waiter)
 				omni_set_latch(slot->owner);
 		}
 	}
-	if (result == HANDED_OVER && slot->owner == NOBODY)
-		result = HANDED_OVER_UNWATCHED;
 	LWLockRelease(&shared->lock);
 	return result;
 }
@@ -239,7 +264,7 @@ omni_worker_explain(OmniHandOver result, const OmniError *start_error, OmniError
 		omni_error_set(error, ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
 					   "too many databases use omni_refresh at once");
 		omni_error_detail(error, "At most %d databases can have a background worker at a time.", MAX_DATABASES);
-		omni_error_hint(error, "Try again when a worker has left; the setting \"omni_refresh.idle_timeout\" says when it does.");
+		omni_error_hint(error, "Try again later: a worker leaves for another database as soon as it has nothing to do.");
 	}
 	else
 	{
@@ -254,7 +279,35 @@ omni_worker_explain(OmniHandOver result, const OmniError *start_error, OmniError
 	}
 }
 
-/* Wait until a ring that was full has room. */
+/*
+ * Return, palloc'd, what a call waits for: whether a worker has taken it or not, the beginning of a
+ * sentence about that worker.
+ */
+char *
+omni_worker_describe(bool taken)
+{
+	Slot	   *slot;
+	bool		running;
+	bool		blocked;
+	int			pid = 0;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(MyDatabaseId);
+	running = slot != NULL && slot->state == SLOT_RUNNING;
+	blocked = slot != NULL && slot->blocked;
+	if (running)
+		pid = ProcGlobal->allProcs[slot->owner].pid;
+	LWLockRelease(&shared->lock);
+
+	if (blocked)
+		return pstrdup("The worker has not started, since one of another version of the library still serves older sessions");
+	if (!running)
+		return pstrdup("The worker has not started");
+	return psprintf(taken ? "The worker (PID %d) has taken the call and not replied" :
+					"The worker (PID %d) has not taken the call", pid);
+}
+
+/* Wait until a ring that was full has room, for a while. */
 void
 omni_worker_wait_for_room(void)
 {
@@ -262,7 +315,7 @@ omni_worker_wait_for_room(void)
 
 	if (wait_event == 0)
 		wait_event = WaitEventExtensionNew("OmniRefreshRing");
-	ConditionVariableSleep(&shared->room, wait_event);
+	(void) ConditionVariableTimedSleep(&shared->room, OMNI_LOOK_ROUND, wait_event);
 }
 
 /*
@@ -320,14 +373,22 @@ ensure_worker(Oid database, int flags, bool at_once, bool leave_at_once,
 }
 
 /*
- * Start the worker of a database for the launcher.  If the database has one already,
- * *handle stays unchanged.  Returns false if no worker is available at the moment.
+ * Start the worker of a database for the launcher.  If the database has one already, or its
+ * worker rests, *handle stays unchanged.  Returns false if no worker is available at the moment.
  */
 bool
 omni_worker_launch(Oid database, BackgroundWorkerHandle **handle)
 {
-	omni_workerslots_attach();
-	return ensure_worker(database, 0, false, true, handle) == HANDED_OVER;
+	StartInfo	info = {.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = true};
+	OmniHandOver result = HANDED_OVER;
+	Slot	   *slot;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(database);
+	if (slot == NULL || (slot->state == SLOT_LACKING && slot->rest_until <= omni_clock()))
+		result = start_in_slot(database, NOBODY, &info, handle, &slot);
+	LWLockRelease(&shared->lock);
+	return result == HANDED_OVER;
 }
 
 /* Become the process that starts the workers that could not be started at once. */
@@ -351,26 +412,51 @@ forget_launcher(int code, Datum arg)
 }
 
 /*
- * In the launcher: start the workers that databases lack.  Returns how long to wait for the
- * next try, in ms, or -1 if no database lacks one.
+ * In the launcher: start the workers that databases lack, first where one has been lacking for
+ * longest.  Returns how long to wait for the next try, in ms, or -1 if no database lacks one.
  */
 long
 omni_worker_launch_lacking(void)
 {
 	StartInfo	info = {.layout = SHARED_NAME,.call = DSM_HANDLE_INVALID,.leave_at_once = true};
-	long		delay = -1;
+	bool		any_rests = false;
+	Slot	   *next;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
-	for (int i = 0; i < MAX_DATABASES; i++)
+	do
 	{
-		Slot	   *slot = &shared->slots[i];
+		next = NULL;
+		for (int i = 0; i < MAX_DATABASES; i++)
+		{
+			Slot	   *slot = &shared->slots[i];
 
-		if (slot->state == SLOT_LACKING && (slot->rest_until > omni_clock() ||
-											start_in_slot(slot->database, NOBODY, &info, NULL, &slot) != HANDED_OVER))
-			delay = LAUNCH_AGAIN;
-	}
+			if (slot->state != SLOT_LACKING)
+				continue;
+			if (slot->rest_until > omni_clock())
+				any_rests = true;
+			else if (next == NULL || slot->made_at < next->made_at)
+				next = slot;
+		}
+	} while (next != NULL &&
+			 start_in_slot(next->database, NOBODY, &info, NULL, &next) == HANDED_OVER);
 	LWLockRelease(&shared->lock);
-	return delay;
+	return next != NULL || any_rests ? LAUNCH_AGAIN : -1;
+}
+
+/*
+ * In the launcher: return whether a database that lacks a worker has no slot, since the last
+ * call of this function.
+ */
+bool
+omni_worker_take_forgotten(void)
+{
+	bool		forgotten;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	forgotten = shared->forgotten;
+	shared->forgotten = false;
+	LWLockRelease(&shared->lock);
+	return forgotten;
 }
 
 /* Return whether this database has a worker, running, starting or resting. */
@@ -426,7 +512,8 @@ omni_worker_may_complain(int64 round)
 
 /*
  * Start a worker in *slot, which is SLOT_LACKING, or in a new slot if *slot is NULL.  If that
- * fails, and there is a launcher, it tries again.  Called with the lock held.
+ * fails, and there is a launcher, it tries again; the launcher itself knows what it has not
+ * started.  Called with the lock held.
  */
 static OmniHandOver
 start_in_slot(Oid database, int owner, const StartInfo *info, BackgroundWorkerHandle **handle,
@@ -437,15 +524,49 @@ start_in_slot(Oid database, int owner, const StartInfo *info, BackgroundWorkerHa
 	if (is_new)
 		*slot = make_slot(database, SLOT_STARTING, owner);
 	if (*slot == NULL)
+	{
+		note_lack();
 		return NO_SLOT;
+	}
 	if (!start_worker(database, info, handle))
 	{
-		if (is_new && !leave_to_launcher(*slot))
+		if (is_new && (shared->launcher == omni_my_proc() || !leave_to_launcher(*slot)))
 			free_slot(*slot);
+		note_lack();
 		return NO_WORKER;
 	}
+	if ((*slot)->rest == 0)
+		(*slot)->rest_until = 0;	/* it has only waited for a job to be due */
+	shared->lacked_at = 0;		/* who still lacks one says so again */
 	set_state(*slot, SLOT_STARTING, owner);
 	return HANDED_OVER;
+}
+
+/*
+ * A worker could not be started: have workers that only wait leave.  Called with the lock held,
+ * as the next function.
+ */
+static void
+note_lack(void)
+{
+	int64		now = omni_clock();
+
+	if (shared->lacked_at != 0 && now - shared->lacked_at < OMNI_MS(LACK_ROUND))
+		return;
+	shared->lacked_at = now;
+	for (int i = 0; i < MAX_DATABASES; i++)
+	{
+		const Slot *slot = &shared->slots[i];
+
+		if (slot->state == SLOT_RUNNING || slot->state == SLOT_RESTING)
+			omni_set_latch(slot->owner);
+	}
+}
+
+static bool
+others_lack(void)
+{
+	return shared->lacked_at != 0 && omni_clock() - shared->lacked_at < OMNI_MS(LACK_LASTS);
 }
 
 /* Return whether an unwatched start has taken too long.  Called with the lock held. */
@@ -453,13 +574,13 @@ static bool
 start_has_failed(const Slot *slot)
 {
 	return slot->state == SLOT_STARTING && slot->owner == NOBODY &&
-		omni_clock() - slot->made_at >= OMNI_MS(OMNI_UNWATCHED_START);
+		omni_clock() - slot->made_at >= OMNI_MS(UNWATCHED_START);
 }
 
 /*
  * Register a worker with the postmaster.  Returns false if none is available.  With a
- * handle, the latch of this process is set when the worker starts and when it ends;
- * without one, nothing is allocated and no error raised.
+ * handle, or in the launcher, the latch of this process is set when the worker starts and when
+ * it ends; without one, nothing is allocated and no error raised.
  */
 static bool
 start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handle)
@@ -475,7 +596,7 @@ start_worker(Oid database, const StartInfo *info, BackgroundWorkerHandle **handl
 	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
 	worker.bgw_restart_time = BGW_NEVER_RESTART;
 	worker.bgw_main_arg = ObjectIdGetDatum(database);
-	if (handle != NULL)
+	if (handle != NULL || shared->launcher == omni_my_proc())
 		worker.bgw_notify_pid = MyProcPid;
 	memcpy(worker.bgw_extra, info, sizeof(*info));
 	return RegisterDynamicBackgroundWorker(&worker, handle);
@@ -515,13 +636,15 @@ omni_worker_begin(dsm_handle *call)
 /*
  * Before the worker connects to its database: take over the slot if no process watches this
  * start, and rest as long as the slot says.  Returns false if the database has another worker,
- * which is then to read the queue.
+ * which is then to read the queue; or if another database lacks a worker, and the launcher starts
+ * this one again later.
  */
 bool
 omni_worker_take_slot(void)
 {
 	Slot	   *slot;
 	bool		taken;
+	bool		leave = false;
 	long		left;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
@@ -545,19 +668,22 @@ omni_worker_take_slot(void)
 	}
 	LWLockRelease(&shared->lock);
 
-	while (taken && rests(&left))
+	while (taken && rests(&left, &leave))
 	{
 		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_EXIT_ON_PM_DEATH | WL_TIMEOUT, left,
 						 WaitEventExtensionNew("OmniRefreshRest"));
 		ResetLatch(MyLatch);
 		CHECK_FOR_INTERRUPTS();
 	}
-	return taken;
+	return taken && !leave;
 }
 
-/* Return whether this worker has to rest, and for how long; if no longer, end the rest. */
+/*
+ * Return whether this worker has to rest, and for how long; if no longer, end the rest.  Sets
+ * *leave instead if another database lacks a worker.
+ */
 static bool
-rests(long *left)
+rests(long *left, bool *leave)
 {
 	Slot	   *slot;
 	bool		resting;
@@ -571,6 +697,11 @@ rests(long *left)
 		resting = *left > 0;
 		if (!resting)
 			end_rest(slot);
+		else if (others_lack() && leave_to_launcher(slot))
+		{
+			*leave = true;
+			resting = false;
+		}
 	}
 	LWLockRelease(&shared->lock);
 	return resting;
@@ -619,8 +750,8 @@ omni_not_in_worker(void)
 }
 
 /*
- * Make this process the worker of its database.  Waits for up to lock_timeout for
- * another worker to leave, then raises an error.  Needs a transaction.
+ * Make this process the worker of its database.  Waits for another worker to leave, for a
+ * while; returns false if it has not left.
  *
  * The lock is held for the life of the process.  It is of the advisory kind,
  * which survives aborted transactions, with a fourth field that the SQL
@@ -629,13 +760,21 @@ omni_not_in_worker(void)
  * *has_work_for_next is called when this worker leaves: whether the next worker would
  * have anything to do.  It must raise no error.
  */
-void
+bool
 omni_worker_attach(bool (*has_work_for_next) (void))
 {
 	Slot	   *slot;
 
 	SET_LOCKTAG_ADVISORY(worker_lock, MyDatabaseId, 0x6f6d6e69, 0x72667368, 0x4f52);	/* "omnirfsh" */
-	(void) LockAcquire(&worker_lock, ExclusiveLock, true, false);
+	if (!acquire_lock())
+	{
+		LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+		slot = find_slot(worker_database);
+		if (slot != NULL && slot->state == SLOT_STARTING)
+			slot->blocked = true;
+		LWLockRelease(&shared->lock);
+		return false;
+	}
 	has_work = has_work_for_next;
 
 	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
@@ -650,6 +789,41 @@ omni_worker_attach(bool (*has_work_for_next) (void))
 		ereport(ERROR,
 				(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
 				 errmsg("too many databases use omni_refresh at once")));
+	return true;
+}
+
+/*
+ * Acquire the lock of the worker for this session, in a transaction of its own.  Wait in the
+ * lock's queue, where the other worker sees it.  Returns false after ATTACH_ROUND.
+ */
+static bool
+acquire_lock(void)
+{
+	MemoryContext context = CurrentMemoryContext;
+	volatile bool acquired = false;
+
+	SetConfigOption("lock_timeout", ATTACH_ROUND, PGC_SUSET, PGC_S_OVERRIDE);
+	StartTransactionCommand();
+	PG_TRY();
+	{
+		(void) LockAcquire(&worker_lock, ExclusiveLock, true, false);
+		acquired = true;
+	}
+	PG_CATCH();
+	{
+		if (geterrcode() != ERRCODE_LOCK_NOT_AVAILABLE)
+			PG_RE_THROW();
+		MemoryContextSwitchTo(context);
+		FlushErrorState();
+	}
+	PG_END_TRY();
+	if (acquired)
+		CommitTransactionCommand();
+	else
+		AbortCurrentTransaction();
+	MemoryContextSwitchTo(context);
+	SetConfigOption("lock_timeout", OMNI_LOCK_TIMEOUT, PGC_SUSET, PGC_S_OVERRIDE);
+	return acquired;
 }
 
 /*
@@ -663,14 +837,25 @@ omni_worker_hold(void)
 }
 
 /*
- * Before the end of the transaction, or after it if there was an error: make sure that the
- * session holds this lock, and no advisory lock that a trigger may have taken.  If another
- * worker has acquired the lock in between, this one ends.
+ * Before the end of the transaction, while omni_worker_hold() still holds this lock: make sure
+ * that the session holds it, and no advisory lock that a trigger may have taken.
  */
 void
 omni_worker_keep(void)
 {
 	LockReleaseSession(USER_LOCKMETHOD);
+	omni_worker_keep_after_error();
+}
+
+/*
+ * After an error has ended the transaction: make sure that the session holds this lock.
+ * Release no other one, which could only be done with this one, and would hand it to another worker that
+ * waits for it; the next transaction does so.  If another worker has acquired the lock, since a
+ * trigger has released it, this one ends.
+ */
+void
+omni_worker_keep_after_error(void)
+{
 	if (LockAcquire(&worker_lock, ExclusiveLock, true, true) == LOCKACQUIRE_NOT_AVAIL)
 		ereport(FATAL,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -748,6 +933,44 @@ omni_worker_leave_if_idle(void)
 	return idle;
 }
 
+/* Return whether any database lacks a worker. */
+bool
+omni_worker_others_lack(void)
+{
+	bool		lack;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	lack = others_lack();
+	LWLockRelease(&shared->lock);
+	return lack;
+}
+
+/*
+ * This worker has nothing to do for some ms, and another database lacks a worker: have the
+ * launcher start the next one after that time.  Returns whether this worker must leave; not if
+ * there is no launcher, or a call or a wake-up has arrived.
+ */
+bool
+omni_worker_yield(long wait)
+{
+	Slot	   *slot;
+	bool		yields;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(worker_database);
+	yields = is_mine(slot) && slot->count == 0 && slot->flags == 0 &&
+		shared->launcher != NOBODY;
+	if (yields)
+	{
+		LockReleaseSession(USER_LOCKMETHOD);
+		slot->rest = 0;
+		slot->rest_until = omni_clock() + OMNI_MS(wait);
+		(void) leave_to_launcher(slot);
+	}
+	LWLockRelease(&shared->lock);
+	return yields;
+}
+
 /*
  * before_shmem_exit callback: on every way out, free the slot if it is this worker's, and
  * start a successor if any work is left, or if that is not known.  ShutdownPostgres(), which
@@ -823,8 +1046,7 @@ leave_to_launcher(Slot *slot)
 {
 	if (shared->launcher == NOBODY)
 		return false;
-	wake_callers(slot);
-	slot->count = 0;
+	empty_ring(slot);
 	slot->generation = ++shared->generation;
 	set_state(slot, SLOT_LACKING, NOBODY);
 	omni_set_latch(shared->launcher);
@@ -863,11 +1085,28 @@ omni_worker_take_flag(int flag)
 	return is_set;
 }
 
-/* Remove the oldest call from the ring.  Returns its segment, or DSM_HANDLE_INVALID. */
+/* Return the segment of the oldest call in the ring, or DSM_HANDLE_INVALID. */
 dsm_handle
 omni_worker_next_call(void)
 {
 	dsm_handle	handle = DSM_HANDLE_INVALID;
+	Slot	   *slot;
+
+	LWLockAcquire(&shared->lock, LW_EXCLUSIVE);
+	slot = find_slot(worker_database);
+	if (slot != NULL && slot->count > 0)
+		handle = slot->ring[slot->first].handle;
+	LWLockRelease(&shared->lock);
+	return handle;
+}
+
+/*
+ * Remove the oldest call from the ring, which this worker has taken; or, if it is to be tried
+ * again, make it the newest one.
+ */
+void
+omni_worker_remove_call(bool again)
+{
 	bool		was_full = false;
 	Slot	   *slot;
 
@@ -875,16 +1114,19 @@ omni_worker_next_call(void)
 	slot = find_slot(worker_database);
 	if (slot != NULL && slot->count > 0)
 	{
-		handle = slot->ring[slot->first].handle;
-		was_full = slot->count == RING_SIZE;
+		RingEntry	oldest = slot->ring[slot->first];
+
+		was_full = slot->count == RING_SIZE && !again;
 		slot->first = (slot->first + 1) % RING_SIZE;
-		slot->count--;
+		if (again)
+			slot->ring[(slot->first + slot->count - 1) % RING_SIZE] = oldest;
+		else
+			slot->count--;
 	}
 	LWLockRelease(&shared->lock);
 
 	if (was_full)
 		ConditionVariableBroadcast(&shared->room);
-	return handle;
 }
 
 /*
@@ -929,36 +1171,57 @@ find_slot(Oid database)
 	return NULL;
 }
 
-/* Make a slot for a database.  Returns NULL if all are in use. */
+/*
+ * Make a slot for a database, if need be of one that lacks a worker, which the launcher then
+ * has to find.  Returns NULL if all are in use by workers.
+ */
 static Slot *
 make_slot(Oid database, SlotState state, int owner)
 {
-	for (int i = 0; i < MAX_DATABASES; i++)
-	{
-		Slot	   *slot = &shared->slots[i];
+	Slot	   *slot = NULL;
 
-		if (slot->state == SLOT_FREE)
-		{
-			set_state(slot, state, owner);
-			slot->database = database;
-			slot->flags = 0;
-			slot->rest = 0;
-			slot->rest_until = 0;
-			slot->generation = ++shared->generation;
-			slot->first = 0;
-			slot->count = 0;
-			return slot;
-		}
+	for (int i = 0; i < MAX_DATABASES && (slot == NULL || slot->state != SLOT_FREE); i++)
+	{
+		Slot	   *other = &shared->slots[i];
+
+		if (other->state == SLOT_FREE || (other->state == SLOT_LACKING && slot == NULL))
+			slot = other;
 	}
-	return NULL;
+	if ((slot == NULL || slot->state == SLOT_LACKING) && shared->launcher != NOBODY)
+	{
+		shared->forgotten = true;
+		omni_set_latch(shared->launcher);
+	}
+	if (slot == NULL)
+		return NULL;
+
+	set_state(slot, state, owner);
+	slot->database = database;
+	slot->flags = 0;
+	slot->rest = 0;
+	slot->rest_until = 0;
+	slot->generation = ++shared->generation;
+	slot->first = 0;
+	slot->count = 0;
+	return slot;
 }
 
-/* Free a slot.  The callers in its ring hand over their calls anew. */
 static void
 free_slot(Slot *slot)
 {
-	wake_callers(slot);
+	empty_ring(slot);
 	slot->state = SLOT_FREE;
+}
+
+/*
+ * Empty the ring of a slot that ends: the callers in it, and those who wait for room, hand over their
+ * calls anew.  Called with the lock held.
+ */
+static void
+empty_ring(Slot *slot)
+{
+	wake_callers(slot);
+	slot->count = 0;
 	ConditionVariableBroadcast(&shared->room);
 }
 
@@ -976,6 +1239,7 @@ set_state(Slot *slot, SlotState state, int owner)
 {
 	slot->state = state;
 	slot->owner = owner;
+	slot->blocked = false;
 	slot->made_at = omni_clock();
 }
 

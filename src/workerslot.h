@@ -13,10 +13,11 @@
 
 #include "error.h"
 
-/*
- * How long an unwatched start of a worker may take before it counts as failed, in ms
- */
-#define OMNI_UNWATCHED_START	5000
+/* How often a waiting caller looks whether its worker is still there, in ms */
+#define OMNI_LOOK_ROUND		1000
+
+/* The worker's lock_timeout */
+#define OMNI_LOCK_TIMEOUT	"5s"
 
 /* What a commit asks the worker for */
 #define OMNI_WAKE_QUEUE		1	/* read the queue */
@@ -27,7 +28,6 @@
 typedef enum OmniHandOver
 {
 	HANDED_OVER,
-	HANDED_OVER_UNWATCHED,		/* to a worker whose start no process watches */
 	RING_FULL,
 	NO_WORKER,					/* max_worker_processes are in use */
 	NO_SLOT,					/* the slots of all databases are in use */
@@ -50,6 +50,7 @@ extern OmniHandOver omni_worker_ensure(int flags);
 extern bool omni_worker_may_complain(int64 round);
 extern void omni_worker_explain(OmniHandOver result, const OmniError *start_error,
 								OmniError *error);
+extern char *omni_worker_describe(bool taken);
 extern void omni_worker_wait_for_room(void);
 extern void omni_worker_abandon_call(void);
 extern bool omni_worker_wake(int flags, OmniError *error);
@@ -59,19 +60,24 @@ extern bool omni_worker_exists(void);
 extern void omni_launcher_attach(void);
 extern bool omni_worker_launch(Oid database, BackgroundWorkerHandle **handle);
 extern long omni_worker_launch_lacking(void);
+extern bool omni_worker_take_forgotten(void);
 
 /* in the worker */
 extern void omni_not_in_worker(void);
 extern bool omni_worker_begin(dsm_handle *call);
 extern bool omni_worker_take_slot(void);
 extern void omni_worker_turn_back(void);
-extern void omni_worker_attach(bool (*has_work) (void));
+extern bool omni_worker_attach(bool (*has_work) (void));
 extern void omni_worker_hold(void);
 extern void omni_worker_keep(void);
+extern void omni_worker_keep_after_error(void);
 extern bool omni_worker_is_unwanted(bool *again);
 extern bool omni_worker_leave_if_idle(void);
+extern bool omni_worker_others_lack(void);
+extern bool omni_worker_yield(long wait);
 extern bool omni_worker_take_flag(int flag);
 extern dsm_handle omni_worker_next_call(void);
+extern void omni_worker_remove_call(bool again);
 
 /* in both */
 extern int	omni_my_proc(void);

@@ -130,7 +130,7 @@ omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 		disable_timeout(STATEMENT_TIMEOUT, false);
 		AbortCurrentTransaction();	/* first, since it frees memory */
 		omni_error_catch(error, context);
-		omni_worker_keep();
+		omni_worker_keep_after_error();
 		result = error->sqlstate == ERRCODE_QUERY_CANCELED ||
 			error->sqlstate == ERRCODE_LOCK_NOT_AVAILABLE ||
 			ERRCODE_TO_CATEGORY(error->sqlstate) == ERRCODE_TRANSACTION_ROLLBACK ? NOT_NOW : FAILED;

@@ -10,6 +10,7 @@ on the plain http address only: settings, faults, the record of what was asked, 
 import contextlib
 import datetime
 import email.utils
+import gzip
 import http
 import itertools
 import json
@@ -28,6 +29,7 @@ import threading
 import time
 import urllib.parse
 import uuid
+import zlib
 from collections import defaultdict, deque
 
 # Random, so that a client which talks to the instance of another test is refused; unless this is
@@ -387,10 +389,19 @@ ROUTES = [(method, re.compile("/api/v1" + pattern), function) for method, patter
 # Faults. Each returns the last bytes to be sent, after which the connection lives on, or None to
 # have it closed. What acts as Omni would does so first: there, too, a lost answer undoes nothing.
 
-def answer(connection, omni, request, status, headers, body):
+def answer(connection, omni, request, status, headers, body, encoding):
     if isinstance(body, str):
         body = body.encode("utf-8", "surrogateescape")  # "\udcff" stands for the byte ff
+    if encoding:                            # one that is not in ENCODERS is claimed only
+        headers = {"Content-Encoding": encoding, **(headers or {})}
+        body = ENCODERS.get(encoding, bytes)(body)
     return render(int(status), body, headers)
+
+
+def raw(connection, omni, request, data, hang):
+    connection.sock.sendall(data.encode("latin-1"))
+    if hang:
+        connection.pause()
 
 
 def redirect(connection, omni, request, location):
@@ -463,7 +474,7 @@ def huge(connection, omni, request, size):
 
 
 def plain(body, status=200, headers=None):
-    return answer, {"status": status, "headers": headers, "body": body}
+    return answer, {"status": status, "headers": headers, "body": body, "encoding": None}
 
 
 def odd(value):
@@ -472,6 +483,8 @@ def odd(value):
                  b'"status": %b, "detail": %b}'
                  % (MODEL.encode(), MODEL.encode(), MODEL.encode(), value, value))
 
+
+ENCODERS = {"gzip": gzip.compress, "x-gzip": gzip.compress, "deflate": zlib.compress}
 
 # The parameters of a fault with their defaults; those of "answer" suit every plain() and odd().
 FAULTS = {
@@ -485,6 +498,7 @@ FAULTS = {
     "not_utf8": odd(b'"completed\xff\xfe"'),
     "nul": odd(b'"completed\0hidden"'),
     "nul_escape": odd(b'"completed\\u0000hidden"'),
+    "raw": (raw, {"data": "", "hang": False}),
     "redirect": (redirect, {"location": "https://elsewhere.example/login"}),
     "echo_key": (echo_key, {}),
     "hang": (hang, {}),
@@ -616,9 +630,9 @@ class Connection:
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
-def listen(handle, port=0):
+def listen(handle, port=0, host="127.0.0.1"):
     """Calls handle(socket) for each connection, in a new thread; returns the port."""
-    listener = socket.create_server(("127.0.0.1", port), backlog=1024)
+    listener = socket.create_server((host, port), backlog=1024)
 
     def accept():
         while True:
@@ -628,9 +642,9 @@ def listen(handle, port=0):
     return listener.getsockname()[1]
 
 
-def fill_backlog():
+def fill_backlog(host):
     """Returns a listener whose further connections the kernel leaves incomplete, and its fill."""
-    sockets = [socket.create_server(("127.0.0.1", 0), backlog=0)]
+    sockets = [socket.create_server((host, 0), backlog=0)]
     while True:
         sockets.append(socket.socket())
         sockets[-1].settimeout(0.05)        # far longer than a loopback connection takes
@@ -662,7 +676,7 @@ default_md = sha256
 default_days = 30
 policy = name
 [good]
-subjectAltName = DNS:localhost, IP:127.0.0.1
+subjectAltName = DNS:localhost, DNS:two.example, IP:127.0.0.1
 authorityKeyIdentifier = keyid
 [wrong_host]
 subjectAltName = DNS:elsewhere.example
@@ -710,14 +724,19 @@ def main():
         server = Server()
         refused = socket.socket()           # bound, so that nobody else comes to listen there
         refused.bind(("127.0.0.1", 0))
-        filled = fill_backlog()
+        filled = fill_backlog("127.0.0.1")
+        first = fill_backlog("127.0.0.2")   # of the two addresses of a host
         silent = socket.create_server(("127.0.0.1", 0), backlog=1024)   # the kernel alone accepts
         ports = {name: sock.getsockname()[1] for name, sock in (
             ("refused", refused), ("connect_hangs", filled[0]), ("tls_hangs", silent))}
-        for name, context in make_certificates(directory).items():
+        contexts = make_certificates(directory)
+        ports["second_address"] = listen(lambda sock: Connection(server, sock, contexts["https"]).run(),
+                                         first[0].getsockname()[1], "127.0.0.3")
+        for name, context in contexts.items():
             ports[name] = listen(lambda sock, context=context:
                                  Connection(server, sock, context).run())
         urls = {name: f"https://127.0.0.1:{port}" for name, port in ports.items()}
+        urls["second_address"] = f"https://two.example:{ports['second_address']}"
         port = listen(lambda sock: Connection(server, sock).run(), PORT)
         urls["http"] = f"http://127.0.0.1:{port}"
         ready = {**urls, "ca": f"{directory}/ca.pem", "key": KEY, "model": MODEL, "branch": BRANCH}

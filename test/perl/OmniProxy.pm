@@ -45,7 +45,8 @@ sub program
 	return (grep { -x } map { "$_/$name" } split(/:/, $ENV{PATH}), '/usr/local/sbin', '/usr/sbin')[0];
 }
 
-# Starts nginx in front of a stand-in. It closes idle connections after "keepalive".
+# Starts nginx in front of a stand-in. It closes idle connections after "keepalive", and each one after
+# so many "requests".
 sub nginx
 {
 	my ($class, $omni, %options) = @_;
@@ -77,6 +78,7 @@ http {
 	uwsgi_temp_path uwsgi;
 	scgi_temp_path scgi;
 	keepalive_timeout $options{keepalive};
+	keepalive_requests ${\ ($options{requests} // 1000)};
 $servers}
 EOF
 	return $self->run(program('nginx'), '-p', "$self->{directory}/", '-c', "$self->{directory}/nginx.conf",

@@ -1,7 +1,7 @@
 /*
  * Look-ups of names as a test wants them, to be preloaded into the server: the
  * host "hang.example" keeps whoever asks waiting, "nowhere.example" does not
- * exist, "later.example" may exist another time.
+ * exist, "later.example" may exist another time, "two.example" has two addresses.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -27,5 +27,14 @@ getaddrinfo(const char *node, const char *service, const struct addrinfo *hints,
 		return EAI_NONAME;
 	if (node != NULL && strcmp(node, "later.example") == 0)
 		return EAI_AGAIN;
+	if (node != NULL && strcmp(node, "two.example") == 0)
+	{
+		struct addrinfo numeric = *hints;
+		int			failed;
+
+		numeric.ai_flags |= AI_NUMERICHOST;
+		failed = next("127.0.0.2", service, &numeric, result);
+		return failed ? failed : next("127.0.0.3", service, &numeric, &(*result)->ai_next);
+	}
 	return next(node, service, hints, result);
 }

@@ -108,7 +108,10 @@ $_->quit for @sessions;
 
 $node->append_conf('postgresql.conf', "max_worker_processes = 2\n");	# one is PostgreSQL's own
 $node->restart;
-is($node->safe_psql('closed', $refresh), 'accepted', 'a worker takes the last place of the server');
+$omni->reset;
+$omni->fault('hang');
+my $held = OmniFault::begin($node, "$refresh;", db => 'closed');
+$omni->wait_for_requests(1);	# a worker has taken the last place of the server, and is busy
 my $holder = OmniFault::worker($node, 'closed');
 $forks = OmniLife::forks($node);
 my $call = OmniFault::call($node, "$refresh;");
@@ -122,10 +125,11 @@ is(OmniLife::forks($node), $forks, '... without a fork');
 is(OmniFault::worker($node, 'closed'), $holder, '... or harm to the other one');
 my $waiting = OmniFault::begin($node, "$refresh;", app => 'waiting');
 OmniFault::wait_until_waiting($node, 'waiting');
-$node->safe_psql('postgres', "SELECT pg_terminate_backend($holder)");
+$omni->fault('none');
 OmniFault::finish($waiting);
-is($waiting->{out}, 'accepted', 'a call that waits for a place gets it when there is one') or diag($waiting->{err});
-is($node->safe_psql('postgres', $worker_is), '1', '... and there is one worker');
+is($waiting->{out}, 'accepted', 'a call that waits for a place gets it once the other worker has nothing to do') or diag($waiting->{err});
+is(OmniFault::finish($held)->{out}, 'accepted', '... which it has done');
+cmp_ok($node->safe_psql('postgres', $worker_is), '<=', 1, '... and there is no more than one worker');
 
 $node->stop('fast');
 OmniLife::clean($node, 'nothing else went wrong', qr/is not currently accepting connections$/,

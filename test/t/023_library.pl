@@ -133,6 +133,43 @@ is($node->safe_psql('postgres', q{SELECT string_agg(e.event, ' ' ORDER BY e.id) 
 		WHERE job > (SELECT max(id) - 2 FROM omni_refresh_job)}),
 	'sending accepted sending accepted', '... one after the other');
 
+# ... and sessions of the new one wait for it, longer than for any other lock, but not beyond their call_timeout
+replace("$build/old.so");
+$node->safe_psql('postgres', q{SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+	WHERE backend_type = 'omni_refresh worker'});
+$node->safe_psql('postgres', q{
+	CREATE FUNCTION trouble() RETURNS trigger LANGUAGE plpgsql AS $$
+	BEGIN
+		IF NEW.schemas = '{trouble}' THEN RAISE 'trouble'; END IF;
+		RETURN NEW;
+	END$$;
+	CREATE TRIGGER trouble BEFORE INSERT ON omni_refresh_job FOR EACH ROW EXECUTE FUNCTION trouble()});
+$omni->reset;
+$omni->fault('hang');
+my $troubled = OmniLife::session($node, 'postgres');
+$troubled->query("SET omni_refresh.server = nobody; $refresh");
+$troubled->query('RESET omni_refresh.server');
+$old->send($refresh);
+$omni->wait_for_requests(1);
+replace("$build/omni_refresh.so");
+my $hasty = OmniLife::session($node, 'postgres');
+$hasty->query("SET omni_refresh.call_timeout = '1 s'");
+$new->quit;
+$new = OmniLife::session($node, 'postgres');
+$_->send($refresh) for $new, $hasty;
+ok($node->poll_query_until('postgres', q{SELECT count(*) > 0 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted}),
+	'a worker of the new library waits for the old one');
+like(($troubled->query($refresh =~ s/'\)/', schemas => '{trouble}')/r))[1], qr/ERROR:  P0001: trouble/, '... in which a trigger raises an error');
+my ($answer, $why) = $hasty->answer;
+like($why, qr/^ERROR:  08006: the background worker of omni_refresh has not answered in time\nDETAIL:  .*another version of the library/m,
+	'... and a session of the new library learns what it has waited for');
+unlike($why, qr/lock timeout/, '... and not of a lock');
+$omni->fault('none');
+is(($old->answer)[0], 'accepted', '... which does not disturb the others');
+is(($new->answer)[0], 'accepted', '... and one of the new library waits its turn');
+$node->safe_psql('postgres', 'DROP FUNCTION trouble() CASCADE');
+$_->quit for $hasty, $troubled;
+
 # ... while a job waits
 replace("$build/old.so");
 $node->safe_psql('postgres', q{SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
@@ -169,5 +206,6 @@ is($node->safe_psql('postgres', $workers), '70', '... with as many workers');
 $_->quit for @sessions;
 $seconds = OmniLife::timed(sub { $node->stop('fast') });
 cmp_ok($seconds, '<', 5, 'a server with seventy workers is stopped quickly');
-OmniLife::clean($node, 'the log is clean', qr/could not (start|access|load)/, qr/library of omni_refresh is not the one/);
+OmniLife::clean($node, 'the log is clean', qr/could not (start|access|load)/, qr/library of omni_refresh is not the one/,
+	qr/has not answered in time/);
 done_testing();

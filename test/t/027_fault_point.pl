@@ -67,7 +67,7 @@ my %statements = (
 # scenario of each kind. A new worker passes some of them only once.
 my @points = map { [ $_, 1 ] } sort { ($b =~ /recall/) <=> ($a =~ /recall/) || $a cmp $b } keys %{ { map { $_ => 1 } map { slurp_file($_) =~ /OMNI_FAULT_POINT\("([^"]+)"\)/g } glob "$build/src/*.c" } };
 cmp_ok(scalar(@points), '>', 20, 'the library has fault points');
-push @points, map { my $n = $_; map { [ $_, $n ] } 'look: polls claimed', 'look: done', 'to commit' } 2 .. 4;
+push @points, map { my $n = $_; map { [ $_, $n ] } 'look: lanes read', 'look: polls claimed', 'look: done', 'to commit' } 2 .. 4;
 push @points, [ 'to commit', 5 ], [ 'to commit', 6 ];
 
 sub points
@@ -241,9 +241,9 @@ SKIP:
 		OmniFault::finish($call);
 		my $end = $node->safe_psql('postgres', "SELECT status FROM omni_refresh_job WHERE model_id = '$model'");
 
-		# Without memory to begin it, or to read the answer, it also may end otherwise; and in a worker that ends, as lost.
+		# Without memory to begin or send it, or to read the answer, it may also end otherwise; and as lost if the worker ends.
 		push @ends, "$megabytes MB: $call->{sqlstate} $end"
-			if "$call->{sqlstate} $end" !~ /^(?:22023 failed|53200 (?:failed)?|08006 unknown|08007 (?:unknown|failed|canceled))$/;
+			if "$call->{sqlstate} $end" !~ /^(?:22023 failed|53200 (?:failed)?|(?:08001|08006|08007) (?:unknown|failed|canceled))$/;
 	}
 	is(join("\n", @ends), '', 'a worker without memory records an answer once it has some');
 	unlike(slurp_file($node->logfile), qr/terminated by signal|PANIC|TRAP/, '... and the server is up');

@@ -289,6 +289,18 @@ for my $case ([ '0', 'a a' ], [ '1s', 'a b' ], [ '1d', 'a a' ])
 	within(ask() . 'SELECT FROM pg_sleep(0.2);' . ask(), $expected, "requests that are 0.2 s apart, when retry_for is $time");
 }
 
+# The number of a job comes from a sequence: what the documents say of lastval() behind a trigger
+
+$node->safe_psql('postgres', qq{CREATE TABLE orders (id serial); GRANT ALL ON orders, orders_id_seq TO one;
+	CREATE FUNCTION ask_once() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM ${\ (call('') =~ s/'/''/gr)}; RETURN NULL; END';
+	CREATE TRIGGER ask_once AFTER INSERT ON orders FOR EACH ROW EXECUTE FUNCTION ask_once()});
+my ($rc, $out, $err) = $node->psql('postgres', q{SET omni_refresh.enabled = on; SET ROLE one;
+	INSERT INTO orders DEFAULT VALUES RETURNING id; SELECT currval('orders_id_seq'); SELECT lastval()}, on_error_stop => 0,
+	extra_params => [ '-v', 'VERBOSITY=verbose' ]);
+is($out, "1\n1", 'INSERT ... RETURNING and currval() tell the number that an INSERT has given, though its trigger has asked');
+like($err, qr/ERROR:  42501: .*omni_refresh_job_id_seq/, '... and lastval() is about the last sequence, whose number is not shown');
+$node->safe_psql('postgres', 'DELETE FROM omni_refresh_job; DROP TABLE orders');
+
 # Very many requests
 
 my $memory = q{SELECT sum(total_bytes) AS bytes FROM pg_backend_memory_contexts \gset} . "\n";

@@ -42,6 +42,13 @@ $node->safe_psql('postgres', "UPDATE omni_refresh_job SET merged_into = id WHERE
 my $call = OmniFault::call($node, "SET statement_timeout = '5s'; SELECT status FROM omni_refresh_wait($id);");
 is($call->{out}, 'merged', 'a job that is merged into itself is not waited for for ever') or diag($call->{err});
 
+# CHECK constraints that somebody has added hold for what the extension writes, beside its own.
+
+$node->safe_psql('postgres', q{ALTER TABLE omni_refresh_job ADD CONSTRAINT odd CHECK (origin <> 'on_commit') NOT VALID});
+is(OmniFault::call($node, "SELECT id FROM omni_refresh_on_commit('$model');")->{sqlstate}, '23514', 'a CHECK constraint of somebody holds');
+$node->safe_psql('postgres', 'ALTER TABLE omni_refresh_job DROP CONSTRAINT odd');
+is(OmniFault::call($node, "SELECT status FROM omni_refresh_on_commit('$model');")->{out}, 'pending', '... until it is dropped');
+
 # The case of a setting's name does not matter in the file either.
 
 $node->append_conf('postgresql.conf', "Omni_Refresh.ENABLED = off\n");

@@ -282,12 +282,12 @@ for my $relation (split ' ', list(q{SELECT relname FROM pg_class AS c JOIN pg_de
 }
 
 my %words = map { $_ => list(qq{SELECT (regexp_matches(pg_get_constraintdef(oid), '[{,"'']+([a-z_]+)(?=["'',}])', 'g'))[1]
-	FROM pg_constraint WHERE contypid = 'omni_refresh_$_'::regtype}) } qw(job_status event_kind);
-is(names($reference, 'status'), $words{job_status}, 'the statuses');
-is(names($reference, 'event'), $words{event_kind}, 'the events');
+	FROM pg_constraint WHERE conname = 'omni_refresh_$_'}) } qw(job_status_check event_event_check);
+is(names($reference, 'status'), $words{job_status_check}, 'the statuses');
+is(names($reference, 'event'), $words{event_event_check}, 'the events');
 my ($mermaid) = map { $_->{text} } grep { $_->{language} eq 'mermaid' } OmniDoc::blocks('README.md');
 my %drawn = map { $_ => 1 } grep { $_ ne '[*]' } $mermaid =~ /^ *(\S+) --> (\w+)/mg;
-is(join(' ', sort keys %drawn), $words{job_status}, '... which are all drawn');
+is(join(' ', sort keys %drawn), $words{job_status_check}, '... which are all drawn');
 
 # Messages in bold code are the program's, or PostgreSQL's; "..." stands for any text.
 

@@ -126,7 +126,16 @@ $omni->fault('answer', status => 400);
 my $last = $watch->sql('SELECT max(id) FROM omni_refresh_job');
 $watch->sql('CREATE TABLE theirs.t6 ()');
 ok($node->poll_query_until('postgres', 'SELECT failures = 1 AND owed_hard IS NOT NULL AND owed_schemas IS NULL FROM omni_refresh_watch'), 'if a job fails, all is owed');
-like($watch->sql($check), qr/: its last job, job \d+, has failed$/, '... omni_refresh_check() says so');
+my $failed = $watch->sql("SELECT id FROM omni_refresh_job WHERE status = 'failed' AND id > $last");
+like($watch->sql($check), qr/: its last job, job $failed, has failed$/, '... omni_refresh_check() says so');
+ok($node->wait_for_log(qr/job $failed ended as "failed" \(.*, origin ddl, /), '... and the log, with what asked for it');
+my $merged = $watch->sql("INSERT INTO omni_refresh_job (status, merged_into, model_id, kind, hard, server, origin, requested_by, requested_by_oid,
+		requested_at, run_at, finished_at, database)
+	SELECT 'merged', id, model_id, kind, hard, server, origin, requested_by, requested_by_oid, requested_at, run_at, finished_at, database
+	FROM omni_refresh_job WHERE id = $failed RETURNING id");
+$watch->sql("UPDATE omni_refresh_watch SET job = $merged");
+like($watch->sql($check), qr/: its last job, job $failed, has failed$/, '... naming the one with the events, if it was merged into that');
+$watch->sql("UPDATE omni_refresh_watch SET job = $failed; DELETE FROM omni_refresh_job WHERE id = $merged");
 $watch->sql('CREATE TABLE theirs.t7 ()');
 is($watch->sql("SELECT count(*) FROM omni_refresh_job WHERE id > $last"), '1', '... and is not asked for again at once');
 $watch->set;
