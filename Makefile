@@ -43,7 +43,9 @@ TAP_TESTS := $(wildcard test/t/*.pl)
 slow := 086_successor 106_watch_data 039_order 100_watch 105_watch_random 101_watch_tools 068_locked_jobs 033_queue 022_crash 021_ddl \
 	041_delivery 063_neighbours 061_altered_table 081_await 023_library 064_clock 054_models 024_obstacle 102_watch_neighbours \
 	060_locked_calls 104_watch_requests 080_share 026_stop 107_watch_slices 050_follow 090_monitoring 017_hostile 040_soak
-PROVE_TESTS ?= $(slow:%=test/t/%.pl) $(filter-out $(slow:%=test/t/%.pl),$(sort $(wildcard test/t/*.pl)))
+scripts := $(slow:%=test/t/%.pl)
+scripts += $(filter-out $(scripts),$(sort $(wildcard test/t/*.pl)))
+PROVE_TESTS ?= $(scripts)
 EXTRA_CLEAN = tmp_check_regress
 
 # The databases' encoding and locale, whatever those of the environment are

@@ -17,6 +17,7 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
+our $first;						# node
 my ($directory, $count);
 
 my $settings = <<'EOF';
@@ -38,6 +39,7 @@ sub node
 	my ($name, %options) = @_;
 	my $node = OmniNode->new($name, defined $options{install_path} ? (install_path => $options{install_path}) : ());
 
+	$first //= $node;
 	$node->init(extra => $options{initdb} // [ '--encoding=UTF8', '--no-locale' ]);
 	$node->append_conf('postgresql.conf', "lc_messages = 'C'\nomni_refresh.track = off\n"
 		. ($options{settings} // $settings) . ($options{conf} // ''));
@@ -165,7 +167,7 @@ sub story
 sub poll
 {
 	my ($function, $node, $wanted, $name) = @_;
-	my $end = time + 30;
+	my $end = time + 60;
 	my $now;
 
 	while (($now = $function->($node)) ne $wanted && time < $end)

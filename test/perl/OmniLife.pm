@@ -151,11 +151,11 @@ sub timed
 	return Time::HiRes::time - $began;
 }
 
-# Polls until a function returns true, for up to 30 s.
+# Polls until a function returns true, for up to a minute.
 sub until_true
 {
 	my ($name, $function, $seconds) = @_;
-	my $end = time + ($seconds // 30);
+	my $end = time + ($seconds // 60);
 	my $result;
 
 	while (!($result = $function->()) && time < $end)

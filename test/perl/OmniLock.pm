@@ -97,7 +97,7 @@ sub others
 	cmp_ok($call->{seconds}, '<', 4, '... is not kept');
 	my $id = sql("SET ROLE bob; SET omni_refresh.server = other; SELECT id FROM omni_refresh_on_commit('" . $other->model . "')");
 	OmniLife::until_true("... nor is another's job in the queue", sub {
-			sql("SELECT sent_at - requested_at < '4 s' AND status IN ('accepted', 'running', 'completed') FROM omni_refresh_job WHERE id = $id") eq 't' }, 8);
+			sql("SELECT sent_at - requested_at < '4 s' AND status IN ('accepted', 'running', 'completed') FROM omni_refresh_job WHERE id = $id") eq 't' });
 	return;
 }
 
@@ -129,7 +129,7 @@ sub hold
 	$worker = OmniFault::worker($node);
 	$session->query($last);
 	OmniLife::until_true("... the job itself comes to its end: $status", sub {
-			sql("SELECT coalesce((SELECT status FROM omni_refresh_job WHERE id = $id), 'none')") =~ /^(?:$status)$/ }, 15)
+			sql("SELECT coalesce((SELECT status FROM omni_refresh_job WHERE id = $id), 'none')") =~ /^(?:$status)$/ })
 		or diag(sql("SELECT status, attempts, run_at - now() FROM omni_refresh_job WHERE id = $id"));
 	is(OmniFault::worker($node), $worker, '... by the same worker');
 	$omni->fault('none');

@@ -4,9 +4,9 @@
 #	is($watch->told('CREATE TABLE sales.t1 (id int)'), 'added sales.t1', '...');
 #	is($watch->asked, 'soft sales/t1', '...');
 #
-# There is one node, whose time passes fast while a test waits if test/shim/clock.c can be compiled, one
-# OmniAPI, and a watch of the superuser's whose delay is a second. Since nothing tells that a watch has found nothing, each told() ends with a
-# table of its own, which the watch finds in any case.
+# There is one node, one OmniAPI, and a watch of the superuser's whose delay is a second. While a test waits, the
+# node's time passes fast, if test/shim/clock.c can be compiled. Since nothing tells that a watch has found
+# nothing, each told() ends with a table of its own, which the watch finds in any case.
 
 package OmniWatch;
 
@@ -20,7 +20,8 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-# Options: conf, as OmniFault::node() has it, or node, whose time passes as ever, and the arguments of omni_refresh_watch().
+# Options: conf, as OmniFault::node() has it, or node, whose time passes as ever, and the arguments of
+# omni_refresh_watch().
 sub new
 {
 	my ($class, $name, %options) = @_;

@@ -11,6 +11,7 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniSQL qw(sql wait_for status story);
 
 my $omni = OmniAPI->start;
 my $other = OmniAPI->start;
@@ -22,11 +23,6 @@ END { my $rc = $?; $_->stop for grep { $_ } $omni, $other; $? = $rc; }
 
 OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0);
 OmniFault::server($node, 'other', url => $other->http, key => $other->key, rate_limit => 0);
-
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
-}
 
 # Changes settings in the configuration file. No worker is there that has not heard of it.
 sub configure
@@ -62,28 +58,6 @@ sub queue
 sub queue_elsewhere
 {
 	return sql("SET omni_refresh.server = other; SELECT id FROM omni_refresh_on_commit('" . $other->model . "')");
-}
-
-sub wait_for
-{
-	my ($name, $condition) = @_;
-	local $Test::Builder::Level = $Test::Builder::Level + 1;
-
-	return ok($node->poll_query_until('postgres', "SELECT $condition"), $name);
-}
-
-sub status
-{
-	my ($id) = @_;
-
-	return sql("SELECT status FROM omni_refresh_job WHERE id = $id");
-}
-
-sub story
-{
-	my ($id) = @_;
-
-	return sql("SELECT string_agg(event, ' ' ORDER BY id) FROM omni_refresh_event WHERE job = $id");
 }
 
 sub all_done

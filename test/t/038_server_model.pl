@@ -11,6 +11,7 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniSQL qw(sql);
 
 my $omni = OmniAPI->start;
 my $node = OmniFault::node('model', conf => "omni_refresh.min_interval = 0\n");
@@ -30,11 +31,6 @@ sub forget
 	$omni->fault('answer', status => 200, body => qq({"status": "running", "jobId": "$other"}), times => -1, path => 'refresh');
 	$node->safe_psql('postgres', 'TRUNCATE omni_refresh_job, omni_refresh_event');
 	return;
-}
-
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
 }
 
 sub options

@@ -13,6 +13,7 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniSQL qw(sql wait_for);
 
 my $omni = OmniAPI->start;
 my $node = OmniFault::node('order', conf => "omni_refresh.track = on\nomni_refresh.min_interval = 0\nomni_refresh.max_in_flight = 16\nclient_min_messages = error\n");
@@ -22,11 +23,6 @@ END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
 
 OmniFault::server($node, $_, url => $omni->http, key => $omni->key, rate_limit => 0) for 'omni', 'twin';
 sql('CREATE ROLE other LOGIN');
-
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
-}
 
 sub models
 {
@@ -68,20 +64,12 @@ sub transaction
 	return split /\n/, sql(join(";\n", 'BEGIN', @_, 'COMMIT'));
 }
 
-sub until_sql
-{
-	my ($name, $condition) = @_;
-	local $Test::Builder::Level = $Test::Builder::Level + 1;
-
-	return ok($node->poll_query_until('postgres', "SELECT $condition"), $name);
-}
-
 sub until_status
 {
 	my ($id, $status, $name) = @_;
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 
-	return until_sql($name, "status = '$status' FROM omni_refresh_job WHERE id = $id");
+	return wait_for($name, "status = '$status' FROM omni_refresh_job WHERE id = $id");
 }
 
 # A later event of the worker's shows that it has looked at the queue: here a request of another role's.
@@ -100,7 +88,7 @@ sub held
 	my ($id, $name) = @_;
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 
-	until_sql("$name: the reset waits, and says so", "count(*) = 1 FROM omni_refresh_event WHERE job = $id AND event = 'waiting'");
+	wait_for("$name: the reset waits, and says so", "count(*) = 1 FROM omni_refresh_event WHERE job = $id AND event = 'waiting'");
 	look();
 	return is(sql("SELECT status, attempts FROM omni_refresh_job WHERE id = $id"), 'pending|0', '... it is not sent');
 }
@@ -180,8 +168,10 @@ sub postpone
 {
 	my ($id) = @_;
 
-	return OmniLife::until_true('a job is to be retried', sub {
+	OmniLife::until_true('a job is to be retried', sub {
 			sql("UPDATE omni_refresh_job SET run_at = now() + interval '50 min' WHERE id = $id AND status = 'pending' AND attempts > 0 RETURNING id") ne '' });
+	sql('SELECT omni_refresh_wake()');	# or the worker looks at what is behind it in a minute
+	return;
 }
 
 {
@@ -224,7 +214,7 @@ sub postpone
 	my @resets = map { (transaction(reset_p()))[0] } 1 .. 5;
 	held($resets[0], 'after it');
 	end_refreshes();
-	until_sql('... and all resets', "count(*) = 0 FROM omni_refresh_job WHERE status NOT IN ('completed', 'merged')");
+	wait_for('... and all resets', "count(*) = 0 FROM omni_refresh_job WHERE status NOT IN ('completed', 'merged')");
 	is(asked(), 'refresh p', '... are merged when it ends');
 	is(sql("SELECT DISTINCT merged_into FROM omni_refresh_job WHERE id IN ($resets[1], $resets[4])"), $resets[0], '... into the first one');
 }
@@ -254,7 +244,7 @@ sub postpone
 	sql("SET ROLE other; SET omni_refresh.server = omni; " . refresh());
 	sql('SET omni_refresh.server = twin; ' . refresh());
 	sql(refresh(undef, $elsewhere));
-	until_sql('refreshes of another role, server and model run', "count(*) = 3 FROM omni_refresh_job WHERE status = 'running'");
+	wait_for('refreshes of another role, server and model run', "count(*) = 3 FROM omni_refresh_job WHERE status = 'running'");
 	my ($reset) = transaction(reset_p());
 	until_status($reset, 'completed', '... and hold no reset');
 	my ($again, $refresh) = transaction(reset_p('q'), refresh());
@@ -301,7 +291,7 @@ sub postpone
 	until_status($failed, 'running', 'another one');
 	end_refreshes('FAILED');
 	until_status($failed, 'failed', '... fails');
-	until_sql('... and the resets go, the second one as part of the first if both were held until then',
+	wait_for('... and the resets go, the second one as part of the first if both were held until then',
 		"count(*) = 0 FROM omni_refresh_job WHERE id IN ($one, $two) AND status NOT IN ('completed', 'merged')");
 	$omni->fault('none');
 	my ($three, $retry, $four) = transaction(reset_p('r'), "SELECT id FROM omni_refresh_retry($failed)", reset_p('r'));
@@ -417,7 +407,7 @@ sub postpone
 	my ($reset, $merged) = map { (transaction(reset_p()))[0] } 1, 2;
 	held($reset, 'after it, and another one is requested before the resets');
 	sql("UPDATE omni_refresh_job SET sent_at = sent_at - interval '15 min' WHERE id = $refresh; SELECT omni_refresh_wake()");
-	until_sql('the worker finds the resets free', "count(*) = 1 FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker' AND wait_event = 'PgSleep'");
+	wait_for('the worker finds the resets free', "count(*) = 1 FROM pg_stat_activity WHERE backend_type = 'omni_refresh worker' AND wait_event = 'PgSleep'");
 	$session->query('COMMIT');
 	$session->quit;
 	sql('DELETE FROM gate');
@@ -462,7 +452,7 @@ sub postpone
 	{
 		my ($steady, $other) = @$stream;
 		my $bench = OmniLife::bench($node, 'postgres', $steady . ';', '-T', 100);
-		until_sql('a steady stream', 'count(*) > 100 FROM omni_refresh_job');
+		wait_for('a steady stream', 'count(*) > 100 FROM omni_refresh_job');
 		my $id = sql($other);
 		until_status($id, 'completed', '... keeps no other request from being sent');
 		$bench->{run}->kill_kill;
@@ -493,7 +483,7 @@ sub postpone
 	OmniLife::until_true('the worker looks', sub { reads() > $before });
 	cmp_ok(reads() - $before, '<', 10000, '... and does not read them again and again');
 	end_refreshes();
-	until_sql('they go in the end', "count(*) = 0 FROM omni_refresh_job WHERE status IN ('pending', 'sending', 'running')");
+	wait_for('they go in the end', "count(*) = 0 FROM omni_refresh_job WHERE status IN ('pending', 'sending', 'running')");
 	is(asked(), 'refresh refresh p', '... by one request');
 }
 

@@ -12,6 +12,7 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniSQL qw(sql wait_for status story);
 
 my $omni = OmniAPI->start;
 my $node = OmniFault::node('follow', conf => "omni_refresh.track = on\nomni_refresh.min_interval = 0\n");
@@ -22,36 +23,9 @@ END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
 
 OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0);
 
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
-}
-
-sub wait_for
-{
-	my ($name, $condition) = @_;
-	local $Test::Builder::Level = $Test::Builder::Level + 1;
-
-	return ok($node->poll_query_until('postgres', "SELECT $condition"), $name);
-}
-
 sub queue
 {
 	return sql("SELECT id FROM omni_refresh_on_commit('$model')");
-}
-
-sub status
-{
-	my ($id) = @_;
-
-	return sql("SELECT status FROM omni_refresh_job WHERE id = $id");
-}
-
-sub story
-{
-	my ($id) = @_;
-
-	return sql("SELECT string_agg(event, ' ' ORDER BY id) FROM omni_refresh_event WHERE job = $id");
 }
 
 # How often Omni was asked about a job, or about any

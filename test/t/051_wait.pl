@@ -12,6 +12,7 @@ use OmniAPI;
 use OmniFault;
 use OmniLife;
 use OmniNode;
+use OmniSQL qw(sql);
 
 my $omni = OmniAPI->start;
 my $node = OmniFault::node('wait', conf => "omni_refresh.track = on\nomni_refresh.min_interval = 0\nmax_connections = 60\nmax_wal_senders = 4\nhot_standby = on\n");
@@ -20,11 +21,6 @@ my $model = $omni->model;
 END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
 
 OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0);
-
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
-}
 
 sub queue
 {

@@ -11,6 +11,7 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniSQL qw(sql wait_for story);
 
 my $omni = OmniAPI->start;
 my $node = OmniFault::node('manage', conf => "omni_refresh.min_interval = 0\n");
@@ -21,11 +22,6 @@ END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
 OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0);
 $node->safe_psql('postgres', "CREATE ROLE loader LOGIN; CREATE ROLE other LOGIN; CREATE ROLE boss LOGIN;
 	GRANT loader TO boss; CREATE ROLE keeper LOGIN");
-
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
-}
 
 # What a statement of a role's prints and what it complains of, as "SQLSTATE: message".
 sub as
@@ -63,21 +59,6 @@ sub job
 	return sql('SELECT ' . ($columns // 'status') . " FROM omni_refresh_job WHERE id = $id");
 }
 
-sub story
-{
-	my ($id) = @_;
-
-	return sql("SELECT string_agg(event, ' ' ORDER BY id) FROM omni_refresh_event WHERE job = $id");
-}
-
-sub until_true
-{
-	my ($name, $condition) = @_;
-	local $Test::Builder::Level = $Test::Builder::Level + 1;
-
-	return ok($node->poll_query_until('postgres', "SELECT $condition"), $name);
-}
-
 # A job that has failed at once
 sub failed
 {
@@ -85,7 +66,7 @@ sub failed
 
 	$omni->fault('answer', status => 400, body => '{"detail": "no", "status": 400}');
 	my $id = queue($arguments, $role);
-	until_true("a job of ${role}'s is refused", "status = 'failed' FROM omni_refresh_job WHERE id = $id");
+	wait_for("a job of ${role}'s is refused", "status = 'failed' FROM omni_refresh_job WHERE id = $id");
 	return $id;
 }
 
@@ -119,8 +100,8 @@ $id = queue();
 $omni->wait_for_requests(1);
 is(sql("SELECT omni_refresh_cancel($id)"), 'f', 'what is being sent cannot be canceled');
 $omni->reset;
-until_true('... and goes on', "status IN ('accepted', 'pending') FROM omni_refresh_job WHERE id = $id");
-until_true('... to its end', "status = 'accepted' FROM omni_refresh_job WHERE id = $id");
+wait_for('... and goes on', "status IN ('accepted', 'pending') FROM omni_refresh_job WHERE id = $id");
+wait_for('... to its end', "status = 'accepted' FROM omni_refresh_job WHERE id = $id");
 is(sql("SELECT omni_refresh_cancel($id)"), 'f', 'what is at its end cannot be canceled');
 is(job($id), 'accepted', '... and stays what it is');
 
@@ -131,10 +112,10 @@ my @merged = map { queue("schemas => '{s$_}'") } 1 .. 3;
 $omni->reset;
 $omni->fault('close', times => -1);
 hold(0);
-until_true('a set of jobs waits for another attempt', "count(*) = 2 FROM omni_refresh_job WHERE merged_into = $merged[0] AND status = 'merged'
+wait_for('a set of jobs waits for another attempt', "count(*) = 2 FROM omni_refresh_job WHERE merged_into = $merged[0] AND status = 'merged'
 	AND (SELECT attempts >= 1 AND status = 'pending' FROM omni_refresh_job WHERE id = $merged[0])");
 hold(1);
-until_true('... and is held there', "status = 'pending' FROM omni_refresh_job WHERE id = $merged[0]");
+wait_for('... and is held there', "status = 'pending' FROM omni_refresh_job WHERE id = $merged[0]");
 is(as('loader', "BEGIN; SELECT omni_refresh_cancel($merged[0]); ROLLBACK"), 't', 'the job that carries out others is canceled');
 is(job($merged[1]), 'merged', '... in vain if rolled back');
 is(sql("SELECT omni_refresh_cancel($merged[1])"), 'f', 'one that is merged has no more to cancel');
@@ -146,7 +127,7 @@ is(story($merged[1]), 'released', '... as the log says');
 is(sql("SELECT detail FROM omni_refresh_event WHERE job = $merged[2] AND event = 'released'"), "job $merged[0] was canceled", '... and why');
 $omni->reset;
 hold(0);
-until_true('they are carried out, together', "string_agg(concat_ws(' ', status, merged_into), ', ' ORDER BY id) = 'accepted, merged $merged[1]'
+wait_for('they are carried out, together', "string_agg(concat_ws(' ', status, merged_into), ', ' ORDER BY id) = 'accepted, merged $merged[1]'
 	FROM omni_refresh_job WHERE id IN ($merged[1], $merged[2])");
 is(story($merged[2]), 'released', '... as the log says');
 my ($request) = $omni->requests(qr/refresh/);
@@ -189,7 +170,7 @@ my $jobs = sql('SELECT count(*) FROM omni_refresh_job');
 like(as('loader', "BEGIN; SELECT status FROM omni_refresh_retry($failed); ROLLBACK"), qr/^pending$/, 'its requester may repeat it');
 is(sql('SELECT count(*) FROM omni_refresh_job'), $jobs, '... but not if the transaction is rolled back');
 my $again = as('loader', "SELECT id FROM omni_refresh_retry($failed)");
-until_true('it is sent once it is committed', "status = 'accepted' FROM omni_refresh_job WHERE id = $again");
+wait_for('it is sent once it is committed', "status = 'accepted' FROM omni_refresh_job WHERE id = $again");
 is(job($again, 'origin, model_id, branch_id, hard, schemas, tables, server, requested_by'),
 	"retry|$model|" . $omni->branch . '|f|{a,b}||omni|loader', '... as it was');
 is(job($failed), 'failed', '... and what failed stays what it is');
@@ -215,11 +196,11 @@ sql("CREATE USER MAPPING FOR boss SERVER omni OPTIONS (api_key 'the-key-of-boss'
 $omni->reset;
 $omni->set(key => 'the-key-of-boss', branch_based_refresh => 1);
 $again = as('boss', "SELECT id FROM omni_refresh_retry($failed)");
-until_true('who repeats the job of another uses a key of his own', "status = 'accepted' AND requested_by = 'boss' FROM omni_refresh_job WHERE id = $again");
+wait_for('who repeats the job of another uses a key of his own', "status = 'accepted' AND requested_by = 'boss' FROM omni_refresh_job WHERE id = $again");
 $omni->set(key => $omni->key);
 
 my $reset = as('loader', "SELECT id FROM omni_refresh_cache_on_commit('$model', 'every hour', '2026-01-02 03:04:05.678901+00')");
-until_true('a reset of a cache is done', "status <> 'pending' AND status <> 'sending' FROM omni_refresh_job WHERE id = $reset");
+wait_for('a reset of a cache is done', "status <> 'pending' AND status <> 'sending' FROM omni_refresh_job WHERE id = $reset");
 sql("UPDATE omni_refresh_job SET status = 'unknown' WHERE id = $reset");
 is(as('loader', "SELECT kind, policy, reset_at = '2026-01-02 03:04:05.678901+00', hard FROM omni_refresh_retry($reset)"), 'cache|every hour|t|',
 	'... and repeated as it was');
@@ -227,14 +208,14 @@ sql('ALTER SERVER omni RENAME TO gone');
 like(as('loader', "SELECT omni_refresh_retry($failed)"), qr/^42704: server "omni" does not exist$/, 'a server that is gone is an error');
 sql('ALTER SERVER gone RENAME TO omni');
 like(as('loader', "SET omni_refresh.enabled = off; SELECT status FROM omni_refresh_retry($failed)"), qr/^canceled/, 'who is switched off repeats nothing');
-until_true('all is done', q{count(*) = 0 FROM omni_refresh_job WHERE status IN ('pending', 'sending')});
+wait_for('all is done', q{count(*) = 0 FROM omni_refresh_job WHERE status IN ('pending', 'sending')});
 
 # Retention
 
 sql(q{TRUNCATE omni_refresh_job, omni_refresh_event});
 $omni->fault('answer', status => 503, headers => { 'Retry-After' => 3000 });
 my $waiting = queue("schemas => '{w}'");
-until_true('a job waits for another attempt', "attempts = 1 AND status = 'pending' FROM omni_refresh_job WHERE id = $waiting");
+wait_for('a job waits for another attempt', "attempts = 1 AND status = 'pending' FROM omni_refresh_job WHERE id = $waiting");
 my $insert = q{INSERT INTO omni_refresh_job (status, model_id, kind, hard, schemas, server, origin, requested_by, requested_by_oid, requested_at, run_at,
 	finished_at, merged_into, database) SELECT status, gen_random_uuid(), 'schema', false, '{w}', 'omni', 'on_commit', 'loader', 'loader'::regrole,
 	finished_at, finished_at, finished_at, nullif(carrier, 0), (SELECT oid FROM pg_database WHERE datname = current_database())};
@@ -250,7 +231,7 @@ $reader->query('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM omni
 is(sql(q{SELECT count(*) FROM omni_refresh_job}), '3004', 'as long as they are kept, they are kept');
 $node->append_conf('postgresql.conf', "omni_refresh.retention = '1 h'\nomni_refresh.idle_timeout = 0\n");
 $node->reload;
-until_true('old jobs are deleted, but for what is locked', "string_agg(status, ' ' ORDER BY id) = 'pending merged failed failed' FROM omni_refresh_job");
+wait_for('old jobs are deleted, but for what is locked', "string_agg(status, ' ' ORDER BY id) = 'pending merged failed failed' FROM omni_refresh_job");
 is(sql(q{SELECT count(*) FROM omni_refresh_event WHERE event = 'sending'}), '1', '... with their events');
 is(($reader->query('SELECT count(*) FROM omni_refresh_job'))[0], '3004', '... while others look at them');
 $reader->query('COMMIT');

@@ -11,6 +11,7 @@ use Test::More;
 
 use OmniAPI;
 use OmniFault;
+use OmniSQL qw(sql wait_for);
 
 my $omni = OmniAPI->start;
 my $node = OmniFault::node('cache', conf => "omni_refresh.track = on\nomni_refresh.min_interval = 0\n");
@@ -20,11 +21,6 @@ END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
 
 OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0);
 $node->safe_psql('postgres', 'CREATE ROLE loader LOGIN');
-
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
-}
 
 # What a statement prints, and all that it complains of.
 sub said
@@ -40,14 +36,6 @@ sub reset_sql
 	my ($policy, $reset_at) = @_;
 
 	return "SELECT status, kind, hard, schemas, tables, job_id FROM omni_refresh_cache('$model', '$policy'" . (defined $reset_at ? ", '$reset_at')" : ')');
-}
-
-sub until_true
-{
-	my ($name, $condition) = @_;
-	local $Test::Builder::Level = $Test::Builder::Level + 1;
-
-	return ok($node->poll_query_until('postgres', "SELECT $condition"), $name);
 }
 
 my $all_done = q{count(*) = 0 FROM omni_refresh_job WHERE status IN ('pending', 'sending', 'running')};
@@ -136,7 +124,7 @@ $omni->reset;
 sql('TRUNCATE omni_refresh_job, omni_refresh_event');
 sql("BEGIN; SELECT omni_refresh_cache_on_commit('$model', 'never'); ROLLBACK");
 is(sql("SELECT status, kind, policy, reset_at, hard, origin FROM omni_refresh_cache_on_commit('$model', 'once')"), 'pending|cache|once|||on_commit', 'queued is the reset of a cache');
-until_true('... and done', $all_done);
+wait_for('... and done', $all_done);
 is(sql(q{SELECT string_agg(policy || ' ' || status, ', ') FROM omni_refresh_job}), 'once completed', '... but not what was rolled back');
 
 # One transaction makes them, so that the worker sees them together.
@@ -148,7 +136,7 @@ sub merges
 	$omni->reset;
 	sql('TRUNCATE omni_refresh_job, omni_refresh_event');
 	sql('BEGIN; ' . join('', map { "SELECT $_; " } @$requests) . 'COMMIT');
-	until_true("$name: done", $all_done);
+	wait_for("$name: done", $all_done);
 	my @asked = sort map { ($_->{path} =~ m{/([^/?]+)$})[0] . ($_->{body} ? ' ' . (decode_json($_->{body})->{resetAt} // '') : '') } $omni->requests(qr/refresh|reset/);
 	is(join(', ', map { s/T.*//r } @asked), $expected, $name);
 	return;

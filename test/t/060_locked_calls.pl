@@ -118,6 +118,6 @@ $node->stop('immediate');
 $node->start;
 others('a job that was being sent when the server crashed, held by a prepared transaction');
 sql(q{ROLLBACK PREPARED 'held'});
-OmniLife::until_true('... is sent again when that is over', sub { sql("SELECT status FROM omni_refresh_job WHERE id = $id") eq 'accepted' }, 15);
+OmniLife::until_true('... is sent again when that is over', sub { sql("SELECT status FROM omni_refresh_job WHERE id = $id") eq 'accepted' });
 
 OmniLock::finish();

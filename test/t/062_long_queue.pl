@@ -11,6 +11,7 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniSQL qw(sql);
 
 my $rows = $ENV{OMNI_QUEUE_ROWS} // 200000;
 my $half = $rows / 2;
@@ -28,11 +29,6 @@ OmniFault::server($node, 'stuck', url => $stuck->http, key => $stuck->key, rate_
 OmniFault::server($node, 'other', url => $other->http, key => $other->key, rate_limit => 0);
 $stuck->fault('hang', times => -1);
 sql(q{CREATE ROLE alice LOGIN; CREATE ROLE bob LOGIN});
-
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
-}
 
 # Bob makes so many calls, one after the other, each with a request for the queue before it if that is
 # wanted. Returns what each has taken, in ms.

@@ -81,7 +81,7 @@ sub answer_comes
 	$session->query('ROLLBACK');
 	$session->quit;
 	OmniLife::until_true('... the outcome is written when the lock is gone', sub {
-			sql("SELECT status FROM omni_refresh_job WHERE id = $id") eq 'accepted' }, 15);
+			sql("SELECT status FROM omni_refresh_job WHERE id = $id") eq 'accepted' });
 	is(OmniFault::worker($node), $worker, '... by the same worker');
 	is($omni->stats->{requests}, 1, '... and nothing was sent again');
 	return if !$call || $timeout;

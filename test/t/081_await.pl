@@ -12,6 +12,7 @@ use Time::HiRes ();
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniSQL qw(sql);
 
 my $omni = OmniAPI->start;
 my $node = OmniFault::node('await', conf => "omni_refresh.track = on\nomni_refresh.min_interval = 0\nautovacuum = off\n");
@@ -21,11 +22,6 @@ END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
 
 OmniFault::server($node, 'omni', url => $omni->http, key => $omni->key, rate_limit => 0);
 $omni->set(job_seconds => 1000);
-
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
-}
 
 # Queues a job that runs until finish() lets it end; returns its number.
 sub running

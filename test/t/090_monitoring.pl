@@ -14,6 +14,7 @@ use OmniAPI;
 use OmniFault;
 use OmniMonitoring;
 use OmniProxy;
+use OmniSQL qw(sql);
 
 my @missing = grep { !defined OmniProxy::program($_) } qw(prometheus-sql-exporter prometheus promtool);
 plan skip_all => "needs @missing" if @missing;
@@ -24,11 +25,6 @@ my $model = $omni->model;
 my ($exporter, $prometheus);
 
 END { my $rc = $?; $_->stop for grep { $_ } $prometheus, $exporter, $omni; $? = $rc; }
-
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
-}
 
 # Waits until a function returns true, and calls another one meanwhile.
 sub wait_for

@@ -11,6 +11,7 @@ use Test::More;
 use OmniAPI;
 use OmniFault;
 use OmniLife;
+use OmniSQL qw(sql);
 
 my $omni = OmniAPI->start;
 my $node = OmniFault::node('counters', conf => "omni_refresh.min_interval = 0\nmax_prepared_transactions = 1\n");
@@ -19,11 +20,6 @@ my $refresh = "SELECT status FROM omni_refresh('$model')";
 my %before;
 
 END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
-
-sub sql
-{
-	return $node->safe_psql('postgres', @_);
-}
 
 # The counters of a server that are not 0, without times
 sub counters
