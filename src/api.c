@@ -1014,7 +1014,8 @@ leave_out_odd(char *json)
 		else if (isdigit((unsigned char) *json))
 		{
 			end = json + strspn(json, "0123456789.eE+-");
-			if (end - json > MAX_DIGITS || strcspn(json, "eE") < end - json)
+			if (end - json > MAX_DIGITS || memchr(json, 'e', end - json) != NULL ||
+				memchr(json, 'E', end - json) != NULL)
 				other = "0";
 		}
 		if (other != NULL)

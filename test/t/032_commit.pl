@@ -84,7 +84,7 @@ is($node->safe_psql('postgres', q{
 		FROM omni_refresh_job}), 'accepted|1|t|t|t|', '... and then the row tells the rest');
 is($node->safe_psql('postgres', q{
 		SELECT string_agg(event, ' ' ORDER BY e.id), bool_and(e.requested_by = j.requested_by),
-			min(occurred_at) = j.requested_at
+			min(occurred_at) = j.sent_at
 		FROM omni_refresh_event e JOIN omni_refresh_job j ON j.id = e.job GROUP BY j.id}),
 	'sending accepted|t|t', '... and so does the event log');
 
