@@ -32,6 +32,11 @@
 /* Omni's answers are two or three levels deep */
 #define MAX_NESTING			32
 
+/* The most digits of a number that jsonb is given */
+#define MAX_DIGITS			32
+
+#define HEX_DIGITS			"0123456789abcdefABCDEF"
+
 /*
  * How many bytes of a remote text to read.  An error holds 1 kB; the rest allows for
  * white space, which quote() removes.
@@ -72,10 +77,16 @@ static const char *describe_id(const char *job_id, const char *key);
 static bool is_known_status(const char *status);
 static void set_failed(const OmniRequest *request, OmniOutcome *outcome);
 static void set_malformed(const OmniRequest *request, OmniOutcome *outcome, const char *what);
+static void set_unreadable(const OmniRequest *request, const char *key,
+						   const OmniAnswer *answer, const char *why, OmniOutcome *outcome);
+static void note_arrival(const OmniAnswer *answer, OmniOutcome *outcome);
+static bool begins_with_tag(const OmniAnswer *answer);
 static void set_not_json(const OmniRequest *request, const char *key,
 						 const OmniAnswer *answer, const char *why, OmniOutcome *outcome);
 static bool try_input(PGFunction function, const char *text, Datum *value);
-static char *to_server(const char *body, size_t length, char **why);
+static char *to_utf8(const char *body, size_t length, char **why);
+static bool leave_out_odd(char *json);
+static char *end_of_string(char *json, bool *odd);
 static char *ascii_only(const char *text);
 static bool nests_too_deep(const char *json);
 static bool has_value(Jsonb *object, const char *name);
@@ -456,13 +467,15 @@ omni_api_find_model(const OmniAnswer *answer, const pg_uuid_t *model, const char
 }
 
 /*
- * Begin the outcome of any answer.  Return true if it has HTTP status 200, so that the caller
- * must read the body; else the outcome is complete.
+ * Begin the outcome of any answer.  Return true if it has HTTP status 200, or another 2xx with a
+ * body, so that the caller must read the body; else the outcome is complete.
  */
 static bool
 read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answer,
 			Question question, OmniOutcome *outcome)
 {
+	bool		has_body = answer->length > 0 || answer->encoding != NULL;
+
 	memset(outcome, 0, sizeof(*outcome));
 	outcome->http_status = answer->status;
 	outcome->elapsed = answer->elapsed;
@@ -470,9 +483,11 @@ read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answe
 
 	if (answer->failed)
 		read_failure(request, key, answer, outcome);
-	else if (answer->status != 200)
+	else if (answer->status == 200 || (answer->status / 100 == 2 && has_body))
+		return true;
+	else
 		read_refusal(request, key, answer, question, outcome);
-	return !answer->failed && answer->status == 200;
+	return false;
 }
 
 /* Set the outcome of an attempt that got no answer, or only a part of one. */
@@ -553,12 +568,23 @@ read_failure(const OmniRequest *request, const char *key,
 		hint = answer->at_proxy ?
 			"The proxy does not speak TLS: check scheme and port in the option \"proxy\"." :
 			"The server does not speak TLS: check the port in \"base_url\".";
+	else if (answer->wants_certificate)
+		hint = answer->at_proxy ?
+			"The proxy asks for a client certificate, which omni_refresh cannot give: check the option \"proxy\"." :
+			"The server asks for a client certificate, which omni_refresh cannot give: check \"base_url\", and what proxies are in between.";
+	else if (answer->expired)
+		hint = "The certificate has expired or is not valid yet, or an authority's in the option \"ca_file\"; or the clock of the database server's host is wrong.";
 	else if (answer->bad_ca_file != NULL)
 		hint = "The option \"ca_file\" must name a file of certificates in PEM format that the database server's operating system user may read; without the option, the system's certificates are used.";
 
 	if (answer->too_large)
 	{
 		set_malformed(request, outcome, "The answer is longer than 1 MB.");
+		return;
+	}
+	if (answer->long_headers)
+	{
+		set_malformed(request, outcome, "The headers of the answer are too long.");
 		return;
 	}
 
@@ -612,6 +638,9 @@ read_refusal(const OmniRequest *request, const char *key,
 		"Omni limits the requests of a key, by default to 60 a minute; others may be using the same key.", NULL},
 		{503, ERRCODE_CONNECTION_FAILURE,
 		"Omni is under maintenance or overloaded; try again later.", NULL},
+		{504, ERRCODE_CONNECTION_FAILURE,
+			"A proxy in between had no answer from Omni in time, but Omni may have got the request: look there before you send it again.",
+		"A proxy in between had no answer from Omni in time; try again later."},
 	};
 	static const char *const messages[] = {
 		[QUESTION_REFRESH] = "server \"%s\" refused the refresh: HTTP status %d",
@@ -642,6 +671,8 @@ read_refusal(const OmniRequest *request, const char *key,
 	{
 		set_malformed(request, outcome,
 					  psprintf("The server answered with HTTP status %d.", answer->status));
+		if (question == QUESTION_REFRESH || question == QUESTION_RESET)
+			note_arrival(answer, outcome);
 		return;
 	}
 
@@ -661,7 +692,9 @@ read_refusal(const OmniRequest *request, const char *key,
 							refusals[i].other : refusals[i].hint);
 		}
 	}
-	if (answer->status == 400 && omni_api_json(answer->body, answer->length, &why) == NULL)
+	if (answer->status == 400 && text != NULL && strstr(text, "SSL certificate") != NULL)
+		omni_error_hint(&outcome->error, "The answer comes from a proxy in between, which asks for a client certificate; omni_refresh cannot give one.");
+	else if (answer->status == 400 && omni_api_json(answer->body, answer->length, &why) == NULL)
 		omni_error_hint(&outcome->error, "The answer is not JSON, so it comes from a proxy or load balancer in between, not from Omni: check scheme, host and port of the server's \"base_url\".");
 	if (text != NULL)
 		omni_error_detail(&outcome->error, "%s", text);
@@ -674,9 +707,13 @@ read_refusal(const OmniRequest *request, const char *key,
 	outcome->few = answer->status >= 500 && answer->status != 502 && answer->status != 503 &&
 		answer->status != 504;
 	outcome->slow_down = answer->status == 429 || answer->status == 503;
+	outcome->may_have_arrived = answer->status == 504;
 }
 
-/* Set the outcome of a refresh from an answer with HTTP status 200. */
+/*
+ * Set the outcome of a refresh from an answer with HTTP status 2xx.  One other than 200 that has
+ * a job's id says enough.
+ */
 static void
 read_acceptance(const OmniRequest *request, const char *key,
 				const OmniAnswer *answer, OmniOutcome *outcome)
@@ -685,22 +722,30 @@ read_acceptance(const OmniRequest *request, const char *key,
 	Jsonb	   *json = omni_api_json(answer->body, answer->length, &why);
 	char	   *status;
 	char	   *job_id;
+	bool		has_id;
 
 	if (json == NULL)
 	{
-		set_not_json(request, key, answer, why, outcome);
+		set_unreadable(request, key, answer, why, outcome);
 		return;
 	}
 	status = omni_api_member(&json->root, "status");
 	job_id = omni_api_member(&json->root, "jobId");
-	if (status == NULL || (!(job_id != NULL && looks_like_uuid(job_id)) &&
-						   has_value(json, "jobId") && !is_known_status(status)))
+	has_id = job_id != NULL && looks_like_uuid(job_id);
+	if (status == NULL && has_id && answer->status != 200)
+		status = "running";
+	if (status == NULL && why != NULL)
+	{
+		set_unreadable(request, key, answer, NULL, outcome);
+		return;
+	}
+	if (status == NULL || (!has_id && has_value(json, "jobId") && !is_known_status(status)))
 	{
 		set_malformed(request, outcome, "The answer is JSON, but does not have the expected form.");
 		return;
 	}
 
-	if (job_id != NULL && looks_like_uuid(job_id))
+	if (has_id)
 	{
 		outcome->job_id = *DatumGetUUIDP(DirectFunctionCall1(uuid_in, CStringGetDatum(job_id)));
 		outcome->has_job_id = true;
@@ -758,7 +803,7 @@ set_failed(const OmniRequest *request, OmniOutcome *outcome)
 	omni_error_hint(&outcome->error, "Look at the connection in Omni: it may not reach the database, or lack privileges there.");
 }
 
-/* Set the outcome of a cache reset from an answer with HTTP status 200. */
+/* Set the outcome of a cache reset from an answer with HTTP status 2xx. */
 static void
 read_reset(const OmniRequest *request, const char *key,
 		   const OmniAnswer *answer, OmniOutcome *outcome)
@@ -768,12 +813,17 @@ read_reset(const OmniRequest *request, const char *key,
 	JsonbValue	success;
 
 	if (json == NULL)
-		set_not_json(request, key, answer, why, outcome);
+		set_unreadable(request, key, answer, why, outcome);
 	else if (!JB_ROOT_IS_OBJECT(json) ||
 			 getKeyJsonValueFromContainer(&json->root, "success", strlen("success"),
 										  &success) == NULL ||
 			 success.type != jbvBool)
-		set_malformed(request, outcome, "The answer is JSON, but does not have the expected form.");
+	{
+		if (why != NULL)
+			set_unreadable(request, key, answer, NULL, outcome);
+		else
+			set_malformed(request, outcome, "The answer is JSON, but does not have the expected form.");
+	}
 	else if (success.val.boolean)
 		outcome->status = OMNI_NAME_COMPLETED;
 	else
@@ -804,6 +854,40 @@ set_malformed(const OmniRequest *request, OmniOutcome *outcome, const char *what
 	omni_error_hint(&outcome->error, "Check that the server's \"base_url\" is the login host of an Omni instance, and what proxies are in between.");
 }
 
+/* The same as set_not_json(), of an answer with HTTP status 2xx to the request of a job. */
+static void
+set_unreadable(const OmniRequest *request, const char *key,
+			   const OmniAnswer *answer, const char *why, OmniOutcome *outcome)
+{
+	set_not_json(request, key, answer, why, outcome);
+	note_arrival(answer, outcome);
+}
+
+/*
+ * Set the status of a job whose answer with HTTP status 2xx cannot be read.  If it claims to be
+ * JSON, Omni has got the request, and it must not be sent again.  If not, or if it is HTML all the
+ * same, it is the page of a proxy.
+ */
+static void
+note_arrival(const OmniAnswer *answer, OmniOutcome *outcome)
+{
+	if (!answer->json || begins_with_tag(answer))
+		return;
+	outcome->few = false;
+	outcome->status = OMNI_NAME_UNKNOWN;
+	omni_error_hint(&outcome->error, "Omni has got the request: look there before you send it again.");
+}
+
+static bool
+begins_with_tag(const OmniAnswer *answer)
+{
+	size_t		i = 0;
+
+	while (i < answer->length && isspace((unsigned char) answer->body[i]))
+		i++;
+	return i < answer->length && answer->body[i] == '<';
+}
+
 /* Set the outcome of an answer that omni_api_json() rejected, given its reason or NULL. */
 static void
 set_not_json(const OmniRequest *request, const char *key,
@@ -811,7 +895,9 @@ set_not_json(const OmniRequest *request, const char *key,
 {
 	char	   *body = why == NULL ? quote(answer->body, answer->length, key) : NULL;
 
-	if (body != NULL)
+	if (answer->encoding != NULL)
+		why = psprintf("it is encoded as \"%s\"", quote(answer->encoding, strlen(answer->encoding), key));
+	else if (body != NULL)
 		why = psprintf("it reads %s", body);
 	else if (why == NULL)
 		why = "it is blank";
@@ -820,25 +906,35 @@ set_not_json(const OmniRequest *request, const char *key,
 
 /*
  * Parse the body of an answer.  Return NULL if it is not JSON, or is nested deeper than Omni's
- * answers.  Then set *why to the reason, or to NULL if the body itself shows it.
+ * answers.  Then set *why to the reason, or to NULL if the body itself shows it.  If the result
+ * lacks values that cannot be read, set *why, too.
+ *
+ * In an encoding other than UTF-8, replace all characters outside of ASCII by question marks: a
+ * name that cannot be converted must not make a refresh fail.
  */
 Jsonb *
 omni_api_json(const char *body, size_t length, char **why)
 {
-	char	   *text = to_server(body, length, why);
+	char	   *text = to_utf8(body, length, why);
+	bool		complete;
 	Datum		json;
 
 	if (text == NULL)
 		return NULL;
+	complete = !leave_out_odd(text);
+	if (GetDatabaseEncoding() != PG_UTF8)
+		text = ascii_only(text);
 	if (nests_too_deep(text))
 	{
 		*why = psprintf("it is nested more than %d levels deep", MAX_NESTING);
 		return NULL;
 	}
-	if (try_input(jsonb_in, text, &json))
-		return DatumGetJsonbP(json);
 	*why = NULL;
-	return NULL;
+	if (!try_input(jsonb_in, text, &json))
+		return NULL;
+	if (!complete)
+		*why = "it has values that cannot be read";
+	return DatumGetJsonbP(json);
 }
 
 /*
@@ -899,14 +995,13 @@ omni_api_time(const char *text, Datum *time)
 }
 
 /*
- * Convert a body to a string in the database's encoding, or return NULL and set *why.  JSON
- * is UTF-8.  In another encoding, replace all characters outside of ASCII by question marks:
- * a name that cannot be converted must not make a refresh fail.
+ * Copy a body, which must be UTF-8, without a byte-order mark.  Return NULL and set *why if it is
+ * not a string in this encoding.
  */
 static char *
-to_server(const char *body, size_t length, char **why)
+to_utf8(const char *body, size_t length, char **why)
 {
-	char	   *text;
+	static const char mark[] = "\xef\xbb\xbf";
 
 	if (body == NULL || length == 0)
 		*why = "it is empty";
@@ -914,12 +1009,78 @@ to_server(const char *body, size_t length, char **why)
 		*why = "it has a NUL byte";
 	else if (pg_verify_mbstr(PG_UTF8, body, length, true) == false)
 		*why = "it is not valid UTF-8";
+	else if (length >= strlen(mark) && memcmp(body, mark, strlen(mark)) == 0)
+		return pnstrdup(body + strlen(mark), length - strlen(mark));
 	else
-	{
-		text = pnstrdup(body, length);
-		return GetDatabaseEncoding() == PG_UTF8 ? text : ascii_only(text);
-	}
+		return pnstrdup(body, length);
 	return NULL;
+}
+
+/*
+ * Replace, in place, what may be in JSON but not in jsonb, since it may be in a member that is
+ * not read: a string with the escape of a NUL or with half a surrogate pair becomes null, or empty
+ * if it is a name; a number of many digits or with an exponent becomes 0, since no number is read.
+ * Return whether a string was replaced.
+ */
+static bool
+leave_out_odd(char *json)
+{
+	bool		any = false;
+
+	while (*json != '\0')
+	{
+		char	   *end = json + 1;
+		const char *other = NULL;
+		bool		odd = false;
+
+		if (*json == '"')
+		{
+			end = end_of_string(json, &odd);
+			if (odd)
+				other = end[strspn(end, " \t\r\n")] == ':' ? "\"\"" : "null";
+			any |= odd;
+		}
+		else if (isdigit((unsigned char) *json))
+		{
+			end = json + strspn(json, "0123456789.eE+-");
+			if (end - json > MAX_DIGITS || memchr(json, 'e', end - json) != NULL ||
+				memchr(json, 'E', end - json) != NULL)
+				other = "0";
+		}
+		if (other != NULL)
+		{
+			memset(json, ' ', end - json);
+			memcpy(json, other, strlen(other));
+		}
+		json = end;
+	}
+	return any;
+}
+
+/* Return the end of a JSON string.  Set *odd if it has escapes that jsonb rejects. */
+static char *
+end_of_string(char *json, bool *odd)
+{
+	bool		half = false;	/* of a surrogate pair, directly before */
+
+	for (json++; *json != '\0' && *json != '"'; json++)
+	{
+		uint32		code = 1;
+
+		if (*json == '\\' && json[1] == 'u' && strspn(json + 2, HEX_DIGITS) >= 4)
+		{
+			char		digits[] = {json[2], json[3], json[4], json[5], '\0'};
+
+			code = strtoul(digits, NULL, 16);
+			json += 5;
+		}
+		else if (*json == '\\' && json[1] != '\0')
+			json++;
+		*odd |= code == 0 || half != (code >= 0xdc00 && code <= 0xdfff);
+		half = code >= 0xd800 && code <= 0xdbff;
+	}
+	*odd |= half;
+	return *json == '"' ? json + 1 : json;
 }
 
 /* Copy a text, with a '?' for each byte and each \u escape outside of ASCII. */
@@ -932,7 +1093,7 @@ ascii_only(const char *text)
 	while (*text != '\0')
 	{
 		if (text[0] == '\\' && text[1] == 'u' &&
-			strspn(text + 2, "0123456789abcdefABCDEF") >= 4 &&
+			strspn(text + 2, HEX_DIGITS) >= 4 &&
 			!(text[2] == '0' && text[3] == '0' && text[4] <= '7'))
 		{
 			*out++ = '?';
@@ -1030,6 +1191,9 @@ error_text(const OmniAnswer *answer, const char *key)
 	Jsonb	   *json = omni_api_json(answer->body, answer->length, &why);
 	char	   *text = NULL;
 
+	if (answer->encoding != NULL)
+		return psprintf("The answer is encoded as \"%s\".",
+						quote(answer->encoding, strlen(answer->encoding), key));
 	if (json != NULL)
 	{
 		char	   *error = omni_api_member(&json->root, "error");

@@ -75,8 +75,8 @@ typedef struct OmniOutcome
 	bool		attempted;		/* it is the outcome of an HTTP request */
 	bool		retryable;		/* the same request might fare better later */
 	bool		few;			/* but not often: see OMNI_FEW_ATTEMPTS */
-	bool		may_have_arrived;	/* no answer came, and Omni may have got
-									 * the request */
+	bool		may_have_arrived;	/* no answer of Omni's came, and Omni may
+									 * have got the request */
 	bool		slow_down;		/* send nothing with this key for a while */
 	int			retry_after;	/* seconds, 0 when not given */
 	bool		has_job_id;

@@ -712,7 +712,7 @@ counter_of_outcome(const OmniWork *work)
 		return OMNI_COUNT_RATE_LIMITED;
 	if (answer->status >= 400 && answer->status < 500)
 		return OMNI_COUNT_REFUSED;
-	if (answer->status == 200 && work->outcome.error.sqlstate != ERRCODE_PROTOCOL_VIOLATION)
+	if (answer->status / 100 == 2 && work->outcome.error.sqlstate != ERRCODE_PROTOCOL_VIOLATION)
 		return OMNI_COUNT_OK;
 	return OMNI_COUNT_FAILED;
 }

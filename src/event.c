@@ -71,12 +71,12 @@ static OmniStatement select_waiting = {
 
 /*
  * Find an attempt that ended without an answer, so that Omni may have got the request.
- * A response with status 5xx is an answer.
+ * A response with status 5xx is an answer, but a 504 is a proxy's that has got none.
  */
 static OmniStatement select_unanswered = {
 	.table = &omni_event_table,
 	.text = "SELECT FROM %s WHERE job = $1 AND (event = " OMNI_SQL(RECOVERED)
-	" OR (event = " OMNI_SQL(ATTEMPT_FAILED) " AND starts_with(detail, '08006:') AND coalesce(http_status, 0) < 500)) LIMIT 1",
+	" OR (event = " OMNI_SQL(ATTEMPT_FAILED) " AND starts_with(detail, '08006:') AND (coalesce(http_status, 0) < 500 OR http_status = 504))) LIMIT 1",
 	.nargs = 1,
 	.argtypes = {INT8OID}
 };

@@ -30,9 +30,12 @@
 #include "postgres.h"
 
 #include <arpa/inet.h>
+#include <ctype.h>
 #include <netinet/in.h>
 #include <signal.h>
+#include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "lib/ilist.h"
@@ -54,6 +57,9 @@
 
 /* How often to call libcurl while it connects, in ms: see is_connecting() */
 #define CONNECT_INTERVAL	250
+
+/* Maximum size of a header's value that is kept; longer ones are ignored */
+#define MAX_HEADER			64
 
 /* Argument of drive(): act on all transfers */
 #define EVERYTHING			(-1)
@@ -80,6 +86,10 @@ typedef struct Transfer
 	char	   *body;			/* malloc'd */
 	size_t		capacity;		/* of body, in bytes */
 	bool		in_headers;		/* the headers of the answer have not ended */
+	char		retry_after[MAX_HEADER];	/* headers, empty if there are none */
+	char		date[MAX_HEADER];
+	char		encoding[MAX_HEADER];
+	bool		asked_for_certificate;	/* in the TLS handshake */
 	char		error[CURL_ERROR_SIZE];
 	char		ca_error[1024]; /* why ca_file cannot be used */
 	MemoryContextCallback release;
@@ -151,12 +161,14 @@ static int	note_timer(CURLM *unused, long timeout, void *arg);
 static int	note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg);
 static size_t note_header(char *line, size_t size, size_t count, void *arg);
 static void note_goaway(uint64 number, unsigned long last_stream);
+static void keep_header(const char *line, size_t length, const char *name, char *value);
 static size_t keep_body(char *data, size_t size, size_t count, void *arg);
 static bool is_connecting(void);
 static void drive(curl_socket_t socket, int mask);
 static void collect_done(void);
 static bool start_over(Transfer *transfer);
 static void fill_answer(Transfer *transfer, CURLcode code);
+static int	seconds_to_wait(const char *value, const char *date);
 static void tell_connection(CURL *easy, OmniAnswer *answer);
 static bool failed_at_proxy(Transfer *transfer, CURLcode code, long connect_status);
 static bool is_about_tls(CURLcode code);
@@ -235,6 +247,10 @@ omni_http_start(const OmniHttpRequest *request)
 	add_header(transfer, authorization);
 	explicit_bzero(authorization, strlen(authorization));
 	add_header(transfer, "Accept: application/json");
+
+	/* Decode an answer that is encoded, but do not ask for that */
+	SETOPT(CURLOPT_ACCEPT_ENCODING, "");
+	add_header(transfer, "Accept-Encoding:");
 	add_header(transfer,
 			   request->body != NULL ? "Content-Type: application/json" : "Content-Type:");
 	SETOPT(CURLOPT_HTTPHEADER, transfer->headers);
@@ -612,10 +628,12 @@ note_timer(CURLM *unused, long timeout, void *arg)
  * - the server has refused a stream of HTTP/2, by REFUSED_STREAM or GOAWAY, so that it has not
  * processed the request, which libcurl is about to send again; otherwise its answer is lost
  * - by GOAWAY, the server takes no more streams on the connection
+ * - the server asks for a certificate
  */
 static int
 note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg)
 {
+	static const char *const certificate[] = {"handshake, Request CERT", NULL};
 	static const char refused[] = "REFUSED_STREAM";
 	static const char last_stream[] = "last_stream=";
 	Transfer   *transfer = arg;
@@ -634,6 +652,8 @@ note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg)
 	}
 	else if (strstr(text, "GOAWAY") != NULL && (last = strstr(text, last_stream)) != NULL)
 		note_goaway(transfer->connection, strtoul(last + strlen(last_stream), NULL, 10));
+	else if (mentions(text, certificate))
+		transfer->asked_for_certificate = true;
 	return 0;
 }
 
@@ -664,8 +684,9 @@ note_goaway(uint64 number, unsigned long last_stream)
 }
 
 /*
- * libcurl callback: note where the headers of an answer begin and end, which libcurl does not
- * check: it takes an answer cut off within its headers for one without a body.
+ * libcurl callback: keep some headers of the last answer, which may follow interim ones.  Note
+ * where the headers begin and end, which libcurl does not check: it takes an answer cut off
+ * within its headers for one without a body.
  */
 static size_t
 note_header(char *line, size_t size, size_t count, void *arg)
@@ -674,10 +695,36 @@ note_header(char *line, size_t size, size_t count, void *arg)
 	size_t		n = size * count;
 
 	if (n >= 5 && memcmp(line, "HTTP/", 5) == 0)
+	{
 		transfer->in_headers = true;
+		transfer->retry_after[0] = transfer->date[0] = transfer->encoding[0] = '\0';
+	}
 	else if (n > 0 && (line[0] == '\r' || line[0] == '\n'))
 		transfer->in_headers = false;
+	keep_header(line, n, "Retry-After:", transfer->retry_after);
+	keep_header(line, n, "Date:", transfer->date);
+	keep_header(line, n, "Content-Encoding:", transfer->encoding);
 	return n;
+}
+
+/* Copy the value of a header, without white space around it, if the line is that header. */
+static void
+keep_header(const char *line, size_t length, const char *name, char *value)
+{
+	const char *end = line + length;
+
+	if (length < strlen(name) || pg_strncasecmp(line, name, strlen(name)) != 0)
+		return;
+	line += strlen(name);
+	while (line < end && isspace((unsigned char) *line))
+		line++;
+	while (line < end && isspace((unsigned char) end[-1]))
+		end--;
+	if (end - line < MAX_HEADER)
+	{
+		memcpy(value, line, end - line);
+		value[end - line] = '\0';
+	}
 }
 
 /* libcurl callback: append a piece of the body.  Return less than its size to give up. */
@@ -793,31 +840,54 @@ fill_answer(Transfer *transfer, CURLcode code)
 	static const char *const no_tls[] = {
 		"wrong version number", "packet length too long", "unexpected TLS packet", NULL
 	};
+	static const char *const expired[] = {
+		"expired", "not yet valid", "not yet activated", NULL
+	};
+	static const char *const no_certificate[] = {
+		"certificate required", "ertificate is required", NULL
+	};
+	static const char *const alert[] = {"alert", NULL};
+	static const char *const long_headers[] = {"response headers", NULL};
 	OmniAnswer *answer = &transfer->public.answer;
 	CURL	   *easy = transfer->easy;
 	long		status = 0;
 	long		connect_status = 0;
 	long		request_size = 0;
-	curl_off_t	number = 0;
+	char	   *type = NULL;
 
 	curl_easy_getinfo(easy, CURLINFO_RESPONSE_CODE, &status);
-	answer->status = (int) status;
+	answer->status = status / 100 == 1 ? 0 : (int) status;
 	curl_easy_getinfo(easy, CURLINFO_REQUEST_SIZE, &request_size);
 	curl_easy_getinfo(easy, CURLINFO_HTTP_CONNECTCODE, &connect_status);
-	answer->sent = transfer->begun && (connect_status == 0 || connect_status / 100 == 2) &&
+	answer->wants_certificate = code != CURLE_OK && answer->status == 0 &&
+		(mentions(transfer->error, no_certificate) ||
+		 (transfer->asked_for_certificate && mentions(transfer->error, alert)));
+	answer->sent = transfer->begun && !answer->wants_certificate && (connect_status == 0 || connect_status / 100 == 2) &&
 		(request_size > 0 || code == CURLE_ABORTED_BY_CALLBACK);
 	answer->withdrawn = !transfer->begun && code == CURLE_ABORTED_BY_CALLBACK;
 	answer->elapsed = omni_clock() - transfer->started_at;
-	curl_easy_getinfo(easy, CURLINFO_RETRY_AFTER, &number);
-	answer->retry_after = (int) Min(number, PG_INT32_MAX);
+	if (answer->status != 0)
+		answer->retry_after = seconds_to_wait(transfer->retry_after, transfer->date);
+	curl_easy_getinfo(easy, CURLINFO_CONTENT_TYPE, &type);
+	answer->json = type != NULL && strcasestr(type, "json") != NULL;
 	curl_easy_getinfo(easy, CURLINFO_REDIRECT_URL, &answer->redirect_url);
 	answer->body = transfer->body;
 	tell_connection(easy, answer);
 
-	if (code == CURLE_OK && transfer->in_headers)
+	if (code == CURLE_BAD_CONTENT_ENCODING && transfer->encoding[0] != '\0')
+	{
+		/* the answer has come, although its body cannot be read */
+		code = CURLE_OK;
+		answer->encoding = transfer->encoding;
+		answer->length = 0;
+	}
+	if (code == CURLE_OK && (transfer->in_headers || answer->status == 0))
 	{
 		code = CURLE_PARTIAL_FILE;
-		strlcpy(transfer->error, "The connection was closed within the headers of the answer",
+		strlcpy(transfer->error, transfer->in_headers ?
+				"The connection was closed within the headers of the answer" :
+				status != 0 ? "The connection was closed after an interim answer" :
+				"The connection was closed without an answer",
 				sizeof(transfer->error));
 	}
 	if (code != CURLE_OK)
@@ -829,7 +899,12 @@ fill_answer(Transfer *transfer, CURLcode code)
 		answer->timed_out = code == CURLE_OPERATION_TIMEDOUT;
 		answer->tls_version = code == CURLE_SSL_CONNECT_ERROR && mentions(transfer->error, version);
 		answer->no_tls = code == CURLE_SSL_CONNECT_ERROR && mentions(transfer->error, no_tls);
-		answer->retryable = !answer->too_large &&
+		answer->expired = code == CURLE_PEER_FAILED_VERIFICATION &&
+			mentions(transfer->error, expired);
+		answer->long_headers = transfer->in_headers &&
+			(code == CURLE_OUT_OF_MEMORY || mentions(transfer->error, long_headers));
+		answer->retryable = !answer->too_large && !answer->long_headers &&
+			!answer->wants_certificate &&
 			code != CURLE_PEER_FAILED_VERIFICATION &&
 			code != CURLE_SSL_CACERT_BADFILE &&
 			!answer->tls_version &&
@@ -845,6 +920,36 @@ fill_answer(Transfer *transfer, CURLcode code)
 				answer->reason = transfer->ca_error;
 		}
 	}
+}
+
+/*
+ * Return how long to wait, in seconds, by a Retry-After header: a number, or a date, which is
+ * compared with the Date header of the same answer, since the server's clock may differ from this
+ * one.  A date in the past, and what is no such value, counts as none.
+ */
+static int
+seconds_to_wait(const char *value, const char *date)
+{
+	int64		seconds = 0;
+
+	if (value[0] != '\0' && value[strspn(value, "0123456789")] == '\0')
+	{
+		errno = 0;
+		seconds = strtoll(value, NULL, 10);
+		if (errno == ERANGE)
+			seconds = 0;
+	}
+	else
+	{
+		time_t		until = curl_getdate(value, NULL);
+		time_t		now = curl_getdate(date, NULL);
+
+		if (now == -1)
+			now = time(NULL);
+		if (until != -1)
+			seconds = (int64) until - now;
+	}
+	return (int) Min(Max(seconds, 0), PG_INT32_MAX);
 }
 
 /* Fill in the address and the certificate of the host that a transfer was connected to. */

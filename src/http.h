@@ -32,18 +32,26 @@ typedef struct OmniAnswer
 	bool		timed_out;
 	bool		retryable;		/* the same request might fare better later */
 	bool		too_large;		/* the body exceeded OMNI_MAX_ANSWER */
+	bool		long_headers;	/* the headers exceeded what libcurl takes */
 	const char *reason;			/* libcurl's message */
 	bool		at_proxy;		/* it failed at the proxy, not at the host */
 	int			proxy_status;	/* HTTP status by which the proxy refused to
 								 * connect, 0 when there was none */
 	bool		tls_version;	/* no version of TLS that both sides accept */
 	bool		no_tls;			/* the other side does not speak TLS */
+	bool		expired;		/* the certificate is not valid at this time */
+	bool		wants_certificate;	/* the other side wants one of us */
 	const char *bad_ca_file;	/* the request's, if that is the reason, or
 								 * NULL */
 
-	bool		sent;			/* some of the request left this host */
+	bool		sent;			/* some of the request left this host, and the
+								 * other side has not refused to process it */
 	bool		withdrawn;		/* nothing was sent: is_wanted returned false */
-	int			status;			/* HTTP status, 0 when there was none */
+	int			status;			/* HTTP status, 0 when there was none but of
+								 * interim answers */
+	bool		json;			/* the type of the body is JSON */
+	const char *encoding;		/* of the body, if libcurl could not decode
+								 * it, or NULL */
 	const char *body;			/* not NUL-terminated; NULL when empty */
 	size_t		length;			/* bytes in body */
 	const char *redirect_url;	/* of a 3xx, or NULL */

@@ -302,7 +302,8 @@ static void
 note_server(const OmniWork *work)
 {
 	const OmniOutcome *outcome = &work->outcome;
-	bool		answers = outcome->http_status != 0 && outcome->http_status < 500 && !outcome->few;
+	bool		answers = !work->transfer->answer.failed && outcome->http_status < 500 &&
+		!outcome->few;
 	Outage	   *outage;
 
 	forget_outages();

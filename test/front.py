@@ -136,9 +136,28 @@ def no_tls(name, sock):
     reply(sock, 400, HTML, "text/html")
 
 
-def context(version):
+def nginx_400(name, sock):
+    """What nginx says to a client without a certificate"""
+    while read_request(sock):
+        count(name)
+        reply(sock, 400, b"<html><head><title>400 No required SSL certificate was sent</title></head></html>", "text/html")
+
+
+def long_headers(lines):
+    def answer(name, sock):
+        read_request(sock)
+        count(name)
+        header = b"X-Long: " + b"x" * ((1 << 20) // lines) + b"\r\n"
+        sock.sendall(b"HTTP/1.1 200 OK\r\n" + header * lines + b"Content-Length: 0\r\n\r\n")
+        sock.recv(65536)
+    return answer
+
+
+def context(version, verify=False):
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     made.load_cert_chain(sys.argv[1])
+    if verify:
+        made.verify_mode = ssl.CERT_REQUIRED
     if version < ssl.TLSVersion.TLSv1_2:
         made.set_ciphers("ALL:@SECLEVEL=0")
     made.minimum_version = made.maximum_version = version
@@ -152,7 +171,13 @@ def listen(handle, tls=None):
     def run(sock):
         with contextlib.suppress(OSError):
             if tls:
-                sock = tls.wrap_socket(sock, server_side=True)
+                sock = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                try:
+                    sock.do_handshake()
+                except ssl.SSLError:        # let the client read the alert, not a reset
+                    while socket.socket.recv(sock, 65536):
+                        pass
+                    raise
             handle(sock)
         with contextlib.suppress(OSError):
             sock.close()
@@ -180,11 +205,14 @@ def main():
         ports[name] = listen(lambda sock, name=name: race(name, sock), tls)
     others = {f"proxy_{status}": refuse(status) for status in (403, 407, 500, 502, 503)}
     others.update(proxy_close=close_at_once, html_400=html_400, alert=alert,
-                  no_tls=no_tls)
+                  no_tls=no_tls, nginx_400=nginx_400,
+                  long_header=long_headers(1), long_headers=long_headers(20))
     for name, handle in others.items():
         ports[name] = listen(lambda sock, name=name, handle=handle: handle(name, sock))
     ports["tls11"] = listen(lambda sock: serve("tls11", sock, fin),
                             context(ssl.TLSVersion.TLSv1_1))
+    for name, version in (("certificate_tls12", ssl.TLSVersion.TLSv1_2), ("certificate_tls13", ssl.TLSVersion.TLSv1_3)):
+        ports[name] = listen(lambda sock, name=name: serve(name, sock, fin), context(version, verify=True))
     print(json.dumps(ports), flush=True)
 
     for line in sys.stdin:

@@ -116,8 +116,28 @@ fails('a server that says so',
 fails('a server without TLS',
 	base_url => $front->url('no_tls'), doing => $tls, detail => '.', hint => 'does not speak TLS');
 
+# A certificate that is wanted of us, and one that is too old
+foreach my $way (qw(certificate_tls12 certificate_tls13))
+{
+	fails("a server that asks for a certificate: $way",
+		base_url => $front->url($way), doing => $tls, detail => '.', hint => 'The server asks for a client certificate', again => 'no');
+}
+fails('a proxy that asks for a certificate',
+	proxy => $front->url('certificate_tls12'), ca_file => $omni->ca, doing => 'setting up TLS with the proxy', detail => '.', hint => '.', again => 'no');
+fails('a certificate that has expired',
+	base_url => $omni->url('https_expired'), doing => $tls, detail => 'expired', hint => 'The certificate has expired', again => 'no');
+
 # An answer that is not Omni's
-my (undef, $stderr) = call(base_url => $front->url('html_400'));
+my (undef, $stderr) = call(base_url => $front->url('nginx_400'));
+like($stderr, qr/^HINT:  .*asks for a client certificate/m, 'nginx, which wants a certificate, answers 400');
+foreach my $headers (qw(long_header long_headers))
+{
+	(undef, $stderr, my $job) = call(base_url => $front->url($headers));
+	like($stderr, qr/^ERROR:  08P01: unexpected response from server "other"$/m, "an answer with 1 MB of headers: $headers");
+	like($stderr, qr/^DETAIL:  The headers of the answer are too long\.$/m, '... is refused for that');
+	is($job->{attempts}, 1, '... at once');
+}
+(undef, $stderr) = call(base_url => $front->url('html_400'));
 like($stderr, qr/^ERROR:  22023: .*HTTP status 400$/m, 'an HTTP status 400 with a page is an error');
 like($stderr, qr/^HINT:  The answer is not JSON, so it comes from a proxy or load balancer in between/m,
 	'... which is not about the branch');
