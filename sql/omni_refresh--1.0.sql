@@ -571,7 +571,8 @@ ALTER EVENT TRIGGER omni_refresh_watch DISABLE;
  * condition that makes the index one that may be used is none that it is searched by.
  *
  * Let no plan depend on statistics, which there are none of until the first ANALYZE: a
- * subquery with LIMIT is not joined in another way, and with ORDER BY it reads the index.
+ * subquery with LIMIT is not joined in another way, and with ORDER BY it reads the index,
+ * as long as it expects few rows: of a range with both ends it does.
  */
 CREATE VIEW omni_refresh_status AS
 WITH answers AS MATERIALIZED (
@@ -582,6 +583,7 @@ WITH answers AS MATERIALIZED (
 	FROM (
 		SELECT job, duration FROM omni_refresh_event
 		WHERE occurred_at OPERATOR(pg_catalog.>) (pg_catalog.statement_timestamp() OPERATOR(pg_catalog.-) interval '1 hour')
+			AND occurred_at OPERATOR(pg_catalog.<) 'infinity'::pg_catalog.timestamptz
 			AND duration IS NOT NULL AND http_status IS NOT NULL
 		ORDER BY occurred_at DESC LIMIT 10000) AS attempt, LATERAL (
 		SELECT server AS job_server FROM omni_refresh_job WHERE id OPERATOR(pg_catalog.=) attempt.job LIMIT 1) AS job

@@ -122,7 +122,7 @@ ask(const char *name, const char *kind, const char *cursor)
 	dsm_segment *segment;
 	OmniCall   *call;
 	Jsonb	   *page = NULL;
-	char	   *why;
+	char	   *why = NULL;
 
 	omni_job_init(&job, OMNI_ORIGIN_CALL);
 	if (!omni_may_request(&job, &target, &error))
@@ -138,8 +138,8 @@ ask(const char *name, const char *kind, const char *cursor)
 
 	if (error.sqlstate != 0)
 		omni_error_report(&error, ERROR);
-	if (page == NULL)
-		malformed("The answer is not JSON.");
+	if (page == NULL || why != NULL)
+		malformed("The answer is not JSON, or has values that cannot be read.");
 	return page;
 }
 

@@ -97,10 +97,6 @@ for my $case ([ 201, '{"success": true}' ], [ 200, '{"success": true, "cache_res
 	is(OmniFault::call($node, $reset)->{out}, 'completed', "a cache reset: @$case");
 	is(scalar(() = $omni->requests), 1, '... once');
 }
-$omni->reset;
-$omni->fault('answer', path => 'models', status => 200, body => qq({"pageInfo": {"hasNextPage": false, "nextCursor": null},
-	"records": [{"id": "$id", "name": "\\ud800", "modelKind": "SHARED", "branches": []}]}));
-is(value('SELECT id, name IS NULL, kind FROM omni_refresh_models()'), "$id|t|SHARED", 'a model whose name cannot be read');
 
 # Answers of the kind that means yes, which cannot be read
 
