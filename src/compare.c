@@ -39,7 +39,6 @@
 
 #include "clock.h"
 #include "compare.h"
-#include "dispatch.h"
 #include "job.h"
 #include "seen.h"
 #include "status.h"
@@ -167,6 +166,7 @@ typedef struct Watching
 	int64		all_at;			/* look at all then */
 	int64		follow_at;		/* see what has become of jobs then */
 	int64		complained_at;	/* to the log */
+	bool		queued;			/* a job, in this turn of the loop */
 
 	/*
 	 * Once every transaction has ended that is older than this, if it is
@@ -215,18 +215,19 @@ static bool is_reset_due(Watched *watched, int64 data);
 static void queue_reset(const OmniWatch *watch, const char *changes);
 static void complain(const OmniError *error, const char *what);
 
-/* Serve the watches as far as it is time to. */
-void
+/* Serve the watches as far as it is time to.  Return whether any has queued a job. */
+bool
 omni_watches_due(void)
 {
 	int64		now = omni_clock();
 
+	watching.queued = false;
 	if (watching.flag_from <= now)
 		note_change();
 	if (look.watched == NULL && !watching.known && watching.read_at <= now)
 		read_list();
 	if (watching.list == NIL)
-		return;
+		return false;
 	if (watching.all_at <= now)
 		look_at_all();
 	if (watching.follow_at <= now)
@@ -237,6 +238,7 @@ omni_watches_due(void)
 		look_at_data();
 	if (look.watched != NULL && look.next <= now)
 		go_on();
+	return watching.queued;
 }
 
 /* Return how long to wait, in ms, until there is something to do for a watch. */
@@ -917,7 +919,7 @@ finish(void)
 	if (watched->watch.unfinished)
 	{
 		watching.follow_at = Min(watching.follow_at, now + OMNI_MS(FOLLOW_ROUND));
-		omni_dispatch_soon();
+		watching.queued = true;
 	}
 	ereport(DEBUG1, (errmsg_internal("omni_refresh has looked at a watch for " INT64_FORMAT " us", look.took)));
 	if (!look.asked && watched->in_vain)
@@ -1032,7 +1034,7 @@ compare_data(void *arg)
 	if (!is_new)
 	{
 		queue_reset(&watch, "data");
-		omni_dispatch_soon();
+		watching.queued = true;
 	}
 	return true;
 }

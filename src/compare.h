@@ -8,7 +8,7 @@
 #ifndef OMNI_COMPARE_H
 #define OMNI_COMPARE_H
 
-extern void omni_watches_due(void);
+extern bool omni_watches_due(void);
 extern long omni_watches_delay(void);
 extern bool omni_watches_any_left(void);
 

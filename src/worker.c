@@ -293,7 +293,8 @@ turn(void)
 		worker.prune_at = 0;
 	}
 
-	omni_watches_due();
+	if (omni_watches_due())
+		omni_dispatch_soon();
 	delay = move_on();
 	notify = omni_notify_listeners();
 	if (notify >= 0)
