@@ -29,7 +29,8 @@
 EXTENSION = omni_refresh
 EXTVERSION := $(shell sed -n "s/^default_version *= *'\(.*\)'.*/\1/p" $(EXTENSION).control)
 MODULE_big = $(EXTENSION)
-OBJS = $(patsubst %.c,%.o,$(wildcard src/*.c))
+SOURCES := $(wildcard src/*.c src/*/*.c)
+OBJS = $(SOURCES:.c=.o)
 DATA = $(wildcard sql/*.sql)
 
 # Lists that are empty, or set to be, switch a kind of test off.
@@ -55,7 +56,7 @@ NO_LOCALE = 1
 goals := $(or $(MAKECMDGOALS),all)
 private := test fuzz soak bench demo check-asan check-valgrind
 
-# libcurl. The floor is RHEL 9's; src/compat.h repeats it.
+# libcurl. The floor is RHEL 9's; src/base/compat.h repeats it.
 ifneq ($(filter-out $(private) clean distclean maintainer-clean uninstall %installcheck,$(goals)),)
 CURL_FLOOR = 7.76.1
 CURL_VERSION := $(shell pkg-config --modversion libcurl 2>/dev/null || curl-config --version 2>/dev/null | sed 's/^libcurl *//')
@@ -68,7 +69,7 @@ endif
 PG_CPPFLAGS := $(shell pkg-config --cflags libcurl 2>/dev/null || curl-config --cflags)
 SHLIB_LINK := $(shell pkg-config --libs libcurl 2>/dev/null || curl-config --libs)
 endif
-PG_CPPFLAGS += -DOMNI_REFRESH_VERSION='"$(EXTVERSION)"'
+PG_CPPFLAGS += -I$(dir $(firstword $(MAKEFILE_LIST)))src -DOMNI_REFRESH_VERSION='"$(EXTVERSION)"'
 
 # A server built by gcc brings flags and an attribute that CC=clang has never heard of.
 ifneq ($(findstring clang,$(CC)),)
@@ -84,7 +85,7 @@ $(error PostgreSQL's files for building extensions are missing: install postgres
 endif
 include $(PGXS)
 
-$(OBJS) $(OBJS:.o=.bc): $(wildcard src/*.h) $(EXTENSION).control
+$(OBJS) $(OBJS:.o=.bc): $(wildcard src/*.h src/*/*.h) $(EXTENSION).control
 
 # Not PROVE_FLAGS, which is the user's
 PG_PROVE_FLAGS += -I test/perl

@@ -10,10 +10,10 @@
 #include "fmgr.h"
 #include "miscadmin.h"
 
-#include "compat.h"
-#include "launcher.h"
+#include "base/compat.h"
+#include "base/setting.h"
 #include "omni_refresh.h"
-#include "setting.h"
+#include "worker/launcher.h"
 
 PG_MODULE_MAGIC_EXT(.name = OMNI_EXTENSION,.version = OMNI_REFRESH_VERSION);
 

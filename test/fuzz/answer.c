@@ -25,7 +25,7 @@
 
 /* its other half, which reads the pages of models, is static */
 #define omni_refresh_models omni_fuzz_models
-#include "../../src/model.c"
+#include "../../src/sql/model.c"
 
 #define KEY			"omni_osk_q7/Zk+B%41&x-\"3"
 

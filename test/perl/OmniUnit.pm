@@ -10,7 +10,7 @@ use File::Spec;
 use IPC::Run ();
 use PostgreSQL::Test::Utils;
 
-# Compiles test/unit/NAME.c with src/NAME.c and returns the path of the program.
+# Compiles test/unit/NAME.c with src/FOLDER/NAME.c and returns the path of the program.
 sub compile
 {
 	my ($name) = @_;
@@ -18,9 +18,10 @@ sub compile
 	my $program = PostgreSQL::Test::Utils::tempdir() . "/$name";
 	my $include = `pg_config --includedir-server`;
 	chomp $include;
+	my ($file) = glob "$top/src/*/$name.c";
 
-	IPC::Run::run([ $ENV{CC} // 'cc', '-O1', '-o', $program, "-I$top/src", "-I$include", "$top/test/unit/$name.c", "$top/src/$name.c" ])
-		or die("could not compile src/$name.c");
+	IPC::Run::run([ $ENV{CC} // 'cc', '-O1', '-o', $program, "-I$top/src", "-I$include", "$top/test/unit/$name.c", $file ])
+		or die("could not compile $file");
 	return $program;
 }
 

@@ -1,10 +1,10 @@
--- src/status.h lists the statuses and events that the tables allow
+-- src/base/status.h lists the statuses and events that the tables allow
 \set ECHO none
 \pset format unaligned
 \pset tuples_only true
 SET client_min_messages = warning;
 \getenv srcdir PG_ABS_SRCDIR
-\set header :srcdir '/../src/status.h'
+\set header :srcdir '/../src/base/status.h'
 
 BEGIN;
 CREATE EXTENSION pgtap;

@@ -26,7 +26,7 @@ END { my $rc = $?; $omni->stop if $omni; $? = $rc; }
 
 my $source = dirname(__FILE__) . '/../..';
 my $build = PostgreSQL::Test::Utils::tempdir;
-system("cd '$source' && cp -pR Makefile *.control sql src '$build' && cd '$build' && rm -f src/*.o"
+system("cd '$source' && cp -pR Makefile *.control sql src '$build' && cd '$build' && rm -f src/*.o src/*/*.o"
 	. ' && make with_llvm=no COPT=-DUSE_ASSERT_CHECKING all >make.log 2>&1') == 0
 	or BAIL_OUT('the library cannot be built: ' . slurp_file("$build/make.log"));
 copy("$build/omni_refresh.so", "$libraries/omni_refresh.so.new") or die;
@@ -65,7 +65,7 @@ my %statements = (
 
 # Each fault point is passed once or more often; those that do not depend on the answer, by one
 # scenario of each kind. A new worker passes some of them only once.
-my @points = map { [ $_, 1 ] } sort { ($b =~ /recall/) <=> ($a =~ /recall/) || $a cmp $b } keys %{ { map { $_ => 1 } map { slurp_file($_) =~ /OMNI_FAULT_POINT\("([^"]+)"\)/g } glob "$build/src/*.c" } };
+my @points = map { [ $_, 1 ] } sort { ($b =~ /recall/) <=> ($a =~ /recall/) || $a cmp $b } keys %{ { map { $_ => 1 } map { slurp_file($_) =~ /OMNI_FAULT_POINT\("([^"]+)"\)/g } glob "$build/src/*.c $build/src/*/*.c" } };
 cmp_ok(scalar(@points), '>', 20, 'the library has fault points');
 push @points, map { my $n = $_; map { [ $_, $n ] } 'look: lanes read', 'look: polls claimed', 'look: done', 'to commit' } 2 .. 4;
 push @points, [ 'to commit', 5 ], [ 'to commit', 6 ];

@@ -295,7 +295,7 @@ my %postgresql = (
 	'permission denied for foreign-data wrapper omni_refresh' => 'CREATE SERVER x FOREIGN DATA WRAPPER omni_refresh',
 	'permission denied to create extension "omni_refresh"' => 'CREATE EXTENSION omni_refresh',
 	'malformed array literal: "sales"' => q{SELECT * FROM omni_refresh(schemas => 'sales')});
-my $sources = join '', map { slurp_file($_) } glob dirname(__FILE__) . '/../../src/*.c';
+my $sources = join '', map { slurp_file($_) } map { glob dirname(__FILE__) . "/../../src/$_" } '*.c', '*/*.c';
 my %macros = (INT64_FORMAT => '%d', OMNI_EXTENSION => 'omni_refresh');
 my $token = qr/"(?:[^"\\\n]|\\.)*"|INT64_FORMAT|OMNI_EXTENSION/;
 my @formats;

@@ -5,7 +5,7 @@
  */
 #include "postgres.h"
 
-#include "lane.h"
+#include "queue/lane.h"
 
 /* the server's own are not linked */
 #undef printf

@@ -4,7 +4,7 @@
  */
 #include "c.h"
 
-#include "retry.h"
+#include "worker/retry.h"
 
 #undef printf					/* the server's own is not linked */
 

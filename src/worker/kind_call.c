@@ -1,0 +1,67 @@
+/*-------------------------------------------------------------------------
+ *
+ * kind_call.c
+ *		Calls: requests whose sessions wait for Omni's answer.
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "base/fault.h"
+#include "base/status.h"
+#include "worker/kind.h"
+
+static void prepare(OmniWork *work);
+static void begun(OmniWork *work);
+static void judge(OmniWork *work, const OmniAnswer *answer);
+
+
+const OmniWorkKind omni_call_kind = {
+	.class = OMNI_RATE_CALL,
+	.method = "POST",
+	.has_caller = true,
+	.has_row = true,
+	.has_job = true,
+	.prepare = prepare,
+	.url = omni_kind_job_url,
+	.begin = omni_kind_job_begin,
+	.delay = omni_kind_job_delay,
+	.refuse = omni_kind_job_refuse,
+	.begun = begun,
+	.judge = judge
+};
+
+/*
+ * Before the first attempt: if the call has a job already, an earlier worker has taken the
+ * call and ended.  It may have sent the request, so conclude the call instead.
+ */
+static void
+prepare(OmniWork *work)
+{
+	OmniError	error;
+
+	if (work->step != NEW)
+		return;
+	work->job.id = work->call->job_id;
+	if (work->job.id != 0)
+	{
+		omni_call_lost(work->call, &error);
+		omni_work_conclude(work, OMNI_NAME_UNKNOWN, &error);
+	}
+}
+
+static void
+begun(OmniWork *work)
+{
+	work->job.attempts++;
+}
+
+static void
+judge(OmniWork *work, const OmniAnswer *answer)
+{
+	omni_api_job_outcome(&work->job.request, work->target.key, answer, &work->outcome);
+	OMNI_FAULT_POINT("record: answer read");
+	omni_kind_consider_retry(work);
+	omni_kind_keep_telling_error(work, answer);
+	omni_kind_follow(work);
+}
