@@ -204,6 +204,11 @@ ends('OmniRefreshJobsFailed');
 fires('OmniRefreshRateLimited', sub { call('slow', 20) });
 ends('OmniRefreshRateLimited');
 
+# ... keeps calls back to their end, which have failed then, until one succeeds
+fires('OmniRefreshModelStale');
+sql(q{ALTER SERVER slow OPTIONS (SET rate_limit '0')});
+ends('OmniRefreshModelStale', sub { call('slow', 1) });
+
 # Jobs that nobody carries out
 
 sql('SELECT pg_terminate_backend(' . OmniFault::worker($node) . ', 60000)');
