@@ -13,6 +13,8 @@
 #ifndef OMNI_COMPAT_H
 #define OMNI_COMPAT_H
 
+/* from 7.87 on, libcurl marks curl_multi_socket_all() as deprecated */
+#define CURL_DISABLE_DEPRECATION
 #include <curl/curl.h>
 
 #include "executor/executor.h"
@@ -192,20 +194,6 @@ curl_before_request_compat(CURL *easy, int (*function) (void *, char *, char *, 
 	CURLcode	code = curl_easy_setopt(easy, CURLOPT_PREREQFUNCTION, function);
 
 	return code == CURLE_OK ? curl_easy_setopt(easy, CURLOPT_PREREQDATA, arg) : code;
-#endif
-}
-
-/*
- * Let libcurl act on all transfers of a multi handle, and name the sockets to watch.  libcurl 7.87
- * began to mark as deprecated what does so.
- */
-static inline void
-curl_multi_act_compat(CURLM *multi, int *running)
-{
-#ifdef CURL_IGNORE_DEPRECATION
-	CURL_IGNORE_DEPRECATION((void) curl_multi_socket_all(multi, running);)
-#else
-	(void) curl_multi_socket_all(multi, running);
 #endif
 }
 

@@ -86,7 +86,8 @@ typedef struct Transfer
 	char	   *body;			/* malloc'd */
 	size_t		capacity;		/* of body, in bytes */
 	bool		in_headers;		/* the headers of the answer have not ended */
-	char		retry_after[MAX_HEADER];	/* headers, empty if there are none */
+	char		retry_after[MAX_HEADER];	/* headers, empty if there are
+											 * none */
 	char		date[MAX_HEADER];
 	char		encoding[MAX_HEADER];
 	bool		asked_for_certificate;	/* in the TLS handshake */
@@ -787,7 +788,7 @@ drive(curl_socket_t socket, int mask)
 	sigprocmask(SIG_SETMASK, &all, &old);
 	if (mask == EVERYTHING)
 	{
-		curl_multi_act_compat(loop.multi, &loop.running);
+		(void) curl_multi_socket_all(loop.multi, &loop.running);
 		loop.looked_at = omni_clock() / 1000;
 	}
 	else

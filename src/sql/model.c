@@ -63,7 +63,7 @@ omni_refresh_models(PG_FUNCTION_ARGS)
 	char	   *name = text_argument(fcinfo, 0, "name");
 	char	   *kind = text_argument(fcinfo, 1, "kind");
 	char	   *cursor = NULL;
-	List	   *cursors = NIL;		/* of all pages so far */
+	List	   *cursors = NIL;	/* of all pages so far */
 	MemoryContext page_context = AllocSetContextCreate(CurrentMemoryContext, "omni_refresh page",
 													   ALLOCSET_DEFAULT_SIZES);
 

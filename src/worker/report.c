@@ -307,7 +307,7 @@ note_server(const OmniWork *work)
 {
 	const OmniOutcome *outcome = &work->outcome;
 	bool		answers = !work->transfer->answer.failed && outcome->http_status < 500 &&
-		!outcome->few;
+	!outcome->few;
 	Outage	   *outage;
 
 	forget_outages();
