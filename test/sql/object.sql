@@ -33,8 +33,8 @@ DROP EXTENSION omni_refresh;
 SELECT is_empty('TABLE pg_temp.ours', 'DROP EXTENSION leaves nothing');
 
 -- Any schema, at the time of CREATE EXTENSION
-CREATE SCHEMA "we""ird schema";
-CREATE EXTENSION omni_refresh SCHEMA "we""ird schema";
+CREATE SCHEMA "We ird schema, ä";
+CREATE EXTENSION omni_refresh SCHEMA "We ird schema, ä";
 SELECT throws_ok('ALTER EXTENSION omni_refresh SET SCHEMA public', '0A000',
 	'extension "omni_refresh" does not support SET SCHEMA',
 	'The extension stays in the schema it was created in');
@@ -43,9 +43,9 @@ SELECT is_empty($$
 	FROM pg_depend
 	JOIN pg_extension e ON refclassid = 'pg_extension'::regclass AND refobjid = e.oid
 	CROSS JOIN LATERAL pg_identify_object(classid, objid, objsubid) AS object
-	WHERE extname = 'omni_refresh' AND deptype = 'e' AND object.schema <> quote_ident('we"ird schema')$$,
+	WHERE extname = 'omni_refresh' AND deptype = 'e' AND object.schema <> quote_ident('We ird schema, ä')$$,
 	'All that has a schema is in the schema chosen');
-SELECT has_function('we"ird schema', 'omni_refresh', ARRAY['uuid', 'uuid', 'boolean', 'text[]', 'text[]'],
+SELECT has_function('We ird schema, ä', 'omni_refresh', ARRAY['uuid', 'uuid', 'boolean', 'text[]', 'text[]'],
 	'A schema with an odd name will do');
 DROP EXTENSION omni_refresh;
 CREATE EXTENSION omni_refresh;
