@@ -41,7 +41,7 @@ ISOLATION_OPTS = --inputdir=test --outputdir=. --temp-instance=tmp_check_iso --t
 	--temp-config=test/specs/held.conf
 TAP_TESTS := $(wildcard test/t/*.pl)
 # The slowest first, or the last of those that run side by side would run alone
-slow := 086_successor 106_watch_data 039_order 100_watch 105_watch_random 101_watch_tools 068_locked_jobs 033_queue 022_crash 021_ddl \
+slow := 027_fault_point 009_wire 086_successor 029_many_databases 106_watch_data 028_stopped_worker 039_order 100_watch 105_watch_random 101_watch_tools 068_locked_jobs 033_queue 022_crash 021_ddl \
 	041_delivery 063_neighbours 061_altered_table 081_await 023_library 064_clock 054_models 024_obstacle 102_watch_neighbours \
 	060_locked_calls 104_watch_requests 080_share 026_stop 107_watch_slices 050_follow 090_monitoring 017_hostile 040_soak
 scripts := $(slow:%=test/t/%.pl)

@@ -232,7 +232,7 @@ SKIP:
 		system('prlimit', '--pid', $worker, "--as=$limit:unlimited") == 0 or die;
 		my $call = OmniFault::begin($node, "SELECT status FROM omni_refresh('$model')");
 		my $until = time + 60;
-		while (time < $until && $call->{psql}->pumpable && slurp_file($node->logfile, $offset) !~ /could not record the outcome|out of memory/)
+		while (time < $until && $call->{psql}->pumpable && slurp_file($node->logfile, $offset) !~ /could not (?:record the outcome|take a call)|out of memory/)
 		{
 			$call->{psql}->pump_nb;
 			select(undef, undef, undef, 0.02);
