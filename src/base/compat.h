@@ -197,6 +197,11 @@ curl_before_request_compat(CURL *easy, int (*function) (void *, char *, char *, 
 #endif
 }
 
+/* libcurl 8.6 has a code of its own for headers that are too long */
+#if LIBCURL_VERSION_NUM < 0x080600
+#define CURLE_TOO_LARGE CURLE_OUT_OF_MEMORY
+#endif
+
 /*
  * libcurl 7.87 can exit without joining the resolver's thread.  With older versions, the
  * worker cannot exit before a hanging name look-up ends.

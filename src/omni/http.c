@@ -903,7 +903,7 @@ fill_answer(Transfer *transfer, CURLcode code)
 		answer->expired = code == CURLE_PEER_FAILED_VERIFICATION &&
 			mentions(transfer->error, expired);
 		answer->long_headers = transfer->in_headers &&
-			(code == CURLE_OUT_OF_MEMORY || mentions(transfer->error, long_headers));
+			(code == CURLE_OUT_OF_MEMORY || code == CURLE_TOO_LARGE || mentions(transfer->error, long_headers));
 		answer->retryable = !answer->too_large && !answer->long_headers &&
 			!answer->wants_certificate &&
 			code != CURLE_PEER_FAILED_VERIFICATION &&

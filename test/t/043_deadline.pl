@@ -43,7 +43,8 @@ sub too_late
 		$node->poll_query_until('postgres', $stop_at) or die;
 		kill 'STOP', $worker;
 	}
-	$node->poll_query_until('postgres', "SELECT clock_timestamp() > query_start + '$timeout' FROM pg_stat_activity WHERE application_name = '$app'") or die;
+	# the call's time begins a little after its statement
+	$node->poll_query_until('postgres', "SELECT clock_timestamp() > query_start + interval '$timeout' + interval '1 s' FROM pg_stat_activity WHERE application_name = '$app'") or die;
 	kill 'CONT', $worker;
 	return OmniFault::finish($call);
 }
