@@ -37,6 +37,9 @@
 
 #define HEX_DIGITS			"0123456789abcdefABCDEF"
 
+/* Of UTF-8 */
+static const char byte_order_mark[] = "\xef\xbb\xbf";
+
 /*
  * How many bytes of a remote text to show.  An error holds 1 kB; the rest allows for white
  * space, which quote() removes.
@@ -54,7 +57,7 @@ static void add_parameter(CURLU *url, const char *name, const char *value);
 static bool read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answer,
 						const OmniJobKind *kind, OmniOutcome *outcome);
 static void read_failure(const OmniRequest *request, const char *key,
-						 const OmniAnswer *answer, OmniOutcome *outcome);
+						 const OmniAnswer *answer, const OmniJobKind *kind, OmniOutcome *outcome);
 static void read_refusal(const OmniRequest *request, const char *key,
 						 const OmniAnswer *answer, const OmniJobKind *kind, OmniOutcome *outcome);
 static void read_acceptance(const OmniRequest *request, const char *key,
@@ -69,6 +72,7 @@ static void set_unreadable(const OmniRequest *request, const char *key,
 						   const OmniAnswer *answer, const char *why, OmniOutcome *outcome);
 static void note_arrival(const OmniAnswer *answer, OmniOutcome *outcome);
 static bool begins_with_tag(const OmniAnswer *answer);
+static bool is_gateway_timeout(const OmniAnswer *answer);
 static void set_not_json(const OmniRequest *request, const char *key,
 						 const OmniAnswer *answer, const char *why, OmniOutcome *outcome);
 static bool try_input(PGFunction function, const char *text, Datum *value);
@@ -459,7 +463,7 @@ read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answe
 	outcome->retry_after = Max(answer->retry_after, 0);
 
 	if (answer->failed)
-		read_failure(request, key, answer, outcome);
+		read_failure(request, key, answer, kind, outcome);
 	else if (answer->status == 200 || (answer->status / 100 == 2 && has_body))
 		return true;
 	else
@@ -470,7 +474,7 @@ read_answer(const OmniRequest *request, const char *key, const OmniAnswer *answe
 /* Set the outcome of an attempt that got no answer, or only a part of one. */
 static void
 read_failure(const OmniRequest *request, const char *key,
-			 const OmniAnswer *answer, OmniOutcome *outcome)
+			 const OmniAnswer *answer, const OmniJobKind *kind, OmniOutcome *outcome)
 {
 	/* The messages have the server's name and milliseconds as their arguments */
 	typedef struct Phase
@@ -554,14 +558,12 @@ read_failure(const OmniRequest *request, const char *key,
 	else if (answer->bad_ca_file != NULL)
 		hint = "The option \"ca_file\" must name a file of certificates in PEM format that the database server's operating system user may read; without the option, the system's certificates are used.";
 
-	if (answer->too_large)
+	if (answer->too_large || answer->long_headers)
 	{
-		set_malformed(request, outcome, "The answer is longer than 1 MB.");
-		return;
-	}
-	if (answer->long_headers)
-	{
-		set_malformed(request, outcome, "The headers of the answer are too long.");
+		set_malformed(request, outcome, answer->too_large ? "The answer is longer than 1 MB." :
+					  "The headers of the answer are too long.");
+		if (answer->status / 100 == 2 && kind->name != NULL)
+			note_arrival(answer, outcome);
 		return;
 	}
 
@@ -612,6 +614,8 @@ read_refusal(const OmniRequest *request, const char *key,
 		"Omni is under maintenance or overloaded; try again later."},
 		{504, ERRCODE_CONNECTION_FAILURE,
 		"A proxy in between had no answer from Omni in time; try again later."},
+		{524, ERRCODE_CONNECTION_FAILURE,
+		"A proxy in between had no answer from Omni in time; try again later."},
 	};
 	char	   *text = error_text(answer, key);
 	char	   *why;
@@ -661,7 +665,7 @@ read_refusal(const OmniRequest *request, const char *key,
 		if (special->status == answer->status)
 			omni_error_hint(&outcome->error, "%s", special->hint);
 	}
-	if (answer->status == 504 && kind->name != NULL)
+	if (is_gateway_timeout(answer) && kind->name != NULL)
 		omni_error_hint(&outcome->error, "A proxy in between had no answer from Omni in time, but Omni may have got the request: look there before you send it again.");
 	if (answer->status == 400 && text != NULL && strstr(text, "SSL certificate") != NULL)
 		omni_error_hint(&outcome->error, "The answer comes from a proxy in between, which asks for a client certificate; omni_refresh cannot give one.");
@@ -676,9 +680,16 @@ read_refusal(const OmniRequest *request, const char *key,
 		outcome->attempt_event = OMNI_NAME_ATTEMPT_FAILED;
 	outcome->retryable = answer->status == 429 || answer->status >= 500;
 	outcome->few = answer->status >= 500 && answer->status != 502 && answer->status != 503 &&
-		answer->status != 504;
+		!is_gateway_timeout(answer);
 	outcome->slow_down = answer->status == 429 || answer->status == 503;
-	outcome->may_have_arrived = answer->status == 504;
+	outcome->may_have_arrived = is_gateway_timeout(answer);
+}
+
+/* Return whether a proxy says that it had no answer in time; 524 is Cloudflare's. */
+static bool
+is_gateway_timeout(const OmniAnswer *answer)
+{
+	return answer->status == 504 || answer->status == 524;
 }
 
 /*
@@ -854,6 +865,8 @@ begins_with_tag(const OmniAnswer *answer)
 {
 	size_t		i = 0;
 
+	if (answer->length >= strlen(byte_order_mark) && memcmp(answer->body, byte_order_mark, strlen(byte_order_mark)) == 0)
+		i = strlen(byte_order_mark);
 	while (i < answer->length && isspace((unsigned char) answer->body[i]))
 		i++;
 	return i < answer->length && answer->body[i] == '<';
@@ -972,16 +985,14 @@ omni_api_time(const char *text, Datum *time)
 static char *
 to_utf8(const char *body, size_t length, char **why)
 {
-	static const char mark[] = "\xef\xbb\xbf";
-
 	if (body == NULL || length == 0)
 		*why = "it is empty";
 	else if (memchr(body, '\0', length) != NULL)
 		*why = "it has a NUL byte";
 	else if (pg_verify_mbstr(PG_UTF8, body, length, true) == false)
 		*why = "it is not valid UTF-8";
-	else if (length >= strlen(mark) && memcmp(body, mark, strlen(mark)) == 0)
-		return pnstrdup(body + strlen(mark), length - strlen(mark));
+	else if (length >= strlen(byte_order_mark) && memcmp(body, byte_order_mark, strlen(byte_order_mark)) == 0)
+		return pnstrdup(body + strlen(byte_order_mark), length - strlen(byte_order_mark));
 	else
 		return pnstrdup(body, length);
 	return NULL;

@@ -162,7 +162,7 @@ static int	note_timer(CURLM *unused, long timeout, void *arg);
 static int	note_text(CURL *easy, curl_infotype type, char *data, size_t size, void *arg);
 static size_t note_header(char *line, size_t size, size_t count, void *arg);
 static void note_goaway(uint64 number, unsigned long last_stream);
-static void keep_header(const char *line, size_t length, const char *name, char *value);
+static void keep_header(const char *line, size_t length, const char *name, bool cut, char *value);
 static size_t keep_body(char *data, size_t size, size_t count, void *arg);
 static bool is_connecting(void);
 static void drive(curl_socket_t socket, int mask);
@@ -702,15 +702,18 @@ note_header(char *line, size_t size, size_t count, void *arg)
 	}
 	else if (n > 0 && (line[0] == '\r' || line[0] == '\n'))
 		transfer->in_headers = false;
-	keep_header(line, n, "Retry-After:", transfer->retry_after);
-	keep_header(line, n, "Date:", transfer->date);
-	keep_header(line, n, "Content-Encoding:", transfer->encoding);
+	keep_header(line, n, "Retry-After:", false, transfer->retry_after);
+	keep_header(line, n, "Date:", false, transfer->date);
+	keep_header(line, n, "Content-Encoding:", true, transfer->encoding);
 	return n;
 }
 
-/* Copy the value of a header, without white space around it, if the line is that header. */
+/*
+ * Copy the value of a header, without white space around it, if the line is that header.  A value
+ * that is too long is cut, or not copied.
+ */
 static void
-keep_header(const char *line, size_t length, const char *name, char *value)
+keep_header(const char *line, size_t length, const char *name, bool cut, char *value)
 {
 	const char *end = line + length;
 
@@ -721,6 +724,8 @@ keep_header(const char *line, size_t length, const char *name, char *value)
 		line++;
 	while (line < end && isspace((unsigned char) end[-1]))
 		end--;
+	if (cut && end - line >= MAX_HEADER)
+		end = line + MAX_HEADER - 1;
 	if (end - line < MAX_HEADER)
 	{
 		memcpy(value, line, end - line);

@@ -56,7 +56,8 @@ static bool send_notices(void *unused);
 
 /*
  * Keep pg_cancel_backend() from having any effect outside transactions: an error between a
- * commit and what follows it would leave work in flight at a step that is behind it.
+ * commit and what follows it would leave work in flight at a step that is behind it.  At most,
+ * the next transaction is canceled, which is then tried again.
  */
 void
 omni_block_cancel(void)
@@ -126,8 +127,8 @@ omni_transact(bool (*body) (void *), void *arg, bool flush, OmniError *error)
 	}
 	PG_CATCH();
 	{
-		omni_block_cancel();
 		disable_timeout(STATEMENT_TIMEOUT, false);
+		omni_block_cancel();
 		AbortCurrentTransaction();	/* first, since it frees memory */
 		omni_error_catch(error, context);
 		omni_worker_keep_after_error();

@@ -127,7 +127,7 @@ foreach my $case (
 	[ 'nul_escape', {}, qr/^The answer is not JSON: it reads .*\.\.\.\.$/, 'arrived' ],
 	[ 'answer', { status => 200, body => '{"status": "running"} x' }, qr/^The answer is not JSON: /, 'arrived' ],
 	[ 'answer', { status => 200, body => '{"status": "\ud800"}' }, qr/^The answer is not JSON: /, 'arrived' ],
-	[ 'huge', {}, 'The answer is longer than 1 MB.' ],
+	[ 'huge', {}, 'The answer is longer than 1 MB.', 'arrived' ],
 	map { [ 'answer', { status => 200, body => $_ }, 'The answer is JSON, but does not have the expected form.' ] }
 		'[1, 2]', '"running"', 'null', '{}', '{"status": null}', '{"status": 200}', '{"status": ["running"]}',
 		'{"jobId": "00000000-0000-0000-0000-000000000000"}', '[{"status": "running"}]',

@@ -110,6 +110,7 @@ for my $case (
 	[ 'a NUL in the status', 'it reads {', 200, qq({"jobId": "$id", "status": "runn\\u0000ing"}) ],
 	[ 'many levels', '32 levels', 200, '{"status": "running", "a": ' . '[' x 40 . ']' x 40 . '}' ],
 	[ 'an encoding that is not one', 'encoded as "compress"', 200, $running, encoding => 'compress' ],
+	[ 'a long encoding that is not one', 'encoded as "x-xxxx', 200, $running, headers => { 'Content-Encoding' => 'x-' . 'x' x 100 } ],
 	[ 'gzip that is none', 'encoded as "gzip"', 200, $running, headers => { 'Content-Encoding' => 'gzip' } ])
 {
 	my ($name, $detail, @answer) = @$case;
@@ -132,6 +133,7 @@ for my $case (
 # The page of a proxy is not an answer of Omni's.
 
 for my $case ([ 'a page', 200, '<html>Log in</html>', html() ], [ 'a page of type JSON', 200, " \n<html>Log in</html>" ],
+	[ 'a page with a byte-order mark', 200, "\x{feff}<html>Log in</html>" ],
 	[ 'a page of 202', 202, '<html>Wait</html>', html() ], [ 'text', 200, 'OK', headers => { 'Content-Type' => 'text/plain' } ],
 	[ 'JSON of another form', 200, '{"state": "running"}' ])
 {
@@ -147,13 +149,16 @@ for my $case ([ 'a page', 200, '<html>Log in</html>', html() ], [ 'a page of typ
 	value("SELECT omni_refresh_cancel($job)");
 }
 
-# A 504 is a proxy's, behind which Omni may have got the request.
+# A 504 is a proxy's, behind which Omni may have got the request; so is 524.
 
-answer(504, '<html>Gateway Timeout</html>', html());
-my $call = OmniFault::call($node, "SET omni_refresh.call_timeout = '1500 ms'; $refresh");
-is($call->{sqlstate}, '08006', 'a 504 that repeats');
-like($call->{hint}, qr/Omni may have got the request/, '... with a hint');
-like(OmniFault::story($node), qr/^unknown:( sending attempt_failed)+ unknown$/, '... leaves the end of the job unknown');
+for my $status (524, 504)
+{
+	answer($status, '<html>Gateway Timeout</html>', html());
+	my $call = OmniFault::call($node, "SET omni_refresh.call_timeout = '1500 ms'; $refresh");
+	is($call->{sqlstate}, '08006', "a $status that repeats");
+	like($call->{hint}, qr/Omni may have got the request/, '... with a hint');
+	like(OmniFault::story($node), qr/^unknown:( sending attempt_failed)+ unknown$/, '... leaves the end of the job unknown');
+}
 $omni->fault('answer', status => 400);
 my $job = value($queue);
 ok($node->poll_query_until('postgres', "SELECT status = 'pending' AND attempts > 0 FROM omni_refresh_job WHERE id = $job"),
