@@ -194,6 +194,8 @@ omni_call_run(dsm_segment *segment, OmniError *error)
  * Give up a call: from now on, the worker sends nothing for it.  Returns false if the worker
  * has just replied.
  *
+ * Read the number of the job only once, since the worker may set it meanwhile.
+ *
  * The worker tells the number of the job before it looks whether the call is abandoned, and only then
  * sends the request.  So if no number is seen after the exchange, which is a barrier, nothing is
  * sent.
@@ -203,9 +205,11 @@ give_up(OmniCall *call, OmniError *error)
 {
 	static const char *const late = "the background worker of omni_refresh has not answered in time";
 	char	   *why;
+	int64		job_id;
 	bool		taken;
 
 	(void) pg_atomic_exchange_u32(&call->abandoned, 1);
+	job_id = *(volatile int64 *) &call->job_id;
 	taken = pg_atomic_read_u32(&call->state) == OMNI_CALL_TAKEN;
 	if (pg_atomic_read_u32(&call->state) == OMNI_CALL_DONE)
 	{
@@ -213,12 +217,12 @@ give_up(OmniCall *call, OmniError *error)
 		return false;
 	}
 	why = omni_worker_describe(taken);
-	if (call->job_id != 0)
+	if (job_id != 0)
 		omni_error_set(error, ERRCODE_TRANSACTION_RESOLUTION_UNKNOWN,
-					   "%s; job " INT64_FORMAT " may have been sent", late, call->job_id);
+					   "%s; job " INT64_FORMAT " may have been sent", late, job_id);
 	else
 		omni_error_set(error, ERRCODE_CONNECTION_FAILURE, "%s", late);
-	omni_error_detail(error, "%s%s.", why, call->job_id != 0 || (taken && call->lookup != 0) ? "" :
+	omni_error_detail(error, "%s%s.", why, job_id != 0 || (taken && call->lookup != 0) ? "" :
 					  "; the request was not sent");
 	omni_error_hint(error, "Look for the worker in pg_stat_activity: its process may be stopped, or wait for something.");
 	return true;

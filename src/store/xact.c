@@ -77,7 +77,6 @@ set_cancel(int how)
 	sigprocmask(how, &set, NULL);
 }
 
-
 /*
  * Run a function in a transaction, with SPI and a snapshot.  Roll back and return NOT_NOW if
  * the function returns false or raises an error that other sessions have caused, FAILED if it

@@ -583,7 +583,10 @@ begun(OmniWork *work)
 		omni_dispatch_settled();
 	work->beginning = false;
 	if (work->call != NULL)
+	{
 		work->call->job_id = work->job.id;
+		pg_memory_barrier();	/* before is_wanted(): see give_up() in call.c */
+	}
 
 	if (work->row != OMNI_ROW_OURS && work->call == NULL)
 	{
