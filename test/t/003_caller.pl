@@ -147,27 +147,27 @@ is(join(' ', map { $_->{tls} ? 'TLS' : 'plain' } $omni->requests), 'plain TLS', 
 
 # Schemas: an odd one, and whatever the caller has in the way
 $test->sql('CREATE DATABASE "odd ""db"""');
-$test->sql('CREATE SCHEMA "we""ird %s schema"', 'odd "db"');
-$test->set_up('odd "db"', '"we""ird %s schema"');
-is($test->sql(qq{SELECT status FROM "we""ird %s schema".omni_refresh('$model')}, 'odd "db"'), 'accepted',
+$test->sql('CREATE SCHEMA "We ird %s schema, ä"', 'odd "db"');
+$test->set_up('odd "db"', '"We ird %s schema, ä"');
+is($test->sql(qq{SELECT status FROM "We ird %s schema, ä".omni_refresh('$model')}, 'odd "db"'), 'accepted',
 	'the schema may have an odd name');
 is($test->sql(qq{
 	CREATE SCHEMA evil;
-	CREATE TABLE evil.omni_refresh_job AS SELECT * FROM "we""ird %s schema".omni_refresh_job WITH NO DATA;
+	CREATE TABLE evil.omni_refresh_job AS SELECT * FROM "We ird %s schema, ä".omni_refresh_job WITH NO DATA;
 	CREATE TEMP TABLE omni_refresh_event (job int);
 	CREATE FUNCTION evil.no(bigint, bigint) RETURNS bool LANGUAGE sql AS 'SELECT 1/0 = 1';
 	CREATE OPERATOR evil.= (LEFTARG = bigint, RIGHTARG = bigint, FUNCTION = evil.no);
 	CREATE DOMAIN evil.text AS int;
 	SET search_path = evil, pg_temp, pg_catalog;
 	SET quote_all_identifiers = on;
-	SELECT status FROM "we""ird %s schema".omni_refresh('$model');
-	SELECT pg_catalog.count(*) FROM "we""ird %s schema".omni_refresh_job;
+	SELECT status FROM "We ird %s schema, ä".omni_refresh('$model');
+	SELECT pg_catalog.count(*) FROM "We ird %s schema, ä".omni_refresh_job;
 	SELECT pg_catalog.count(*) FROM evil.omni_refresh_job}, 'odd "db"'), "accepted\n2\n0",
 	'the search_path of the caller does not matter');
 is($test->sql(qq{
-	SET search_path = ''; SELECT status FROM "we""ird %s schema".omni_refresh('$model')}, 'odd "db"'), 'accepted',
+	SET search_path = ''; SELECT status FROM "We ird %s schema, ä".omni_refresh('$model')}, 'odd "db"'), 'accepted',
 	'an empty search_path will do');
-isnt($test->sql('SELECT DISTINCT database FROM "we""ird %s schema".omni_refresh_job', 'odd "db"'),
+isnt($test->sql('SELECT DISTINCT database FROM "We ird %s schema, ä".omni_refresh_job', 'odd "db"'),
 	$test->job->{database}, 'each database has its own jobs');
 is($test->workers =~ s/^\d+ //mgr, qq{odd "db"\npostgres}, 'each database has its own worker');
 
@@ -182,7 +182,7 @@ $test->sql(qq{
 	ALTER DATABASE "odd ""db""" SET omni_refresh.server = omni;
 	SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity
 	WHERE backend_type = 'omni_refresh worker' AND datname = 'odd "db"'});
-is($test->sql(qq{SELECT status FROM "we""ird %s schema".omni_refresh('$model')}, 'odd "db"'), 'accepted',
+is($test->sql(qq{SELECT status FROM "We ird %s schema, ä".omni_refresh('$model')}, 'odd "db"'), 'accepted',
 	'what a database sets for its sessions does not matter');
 
 # DROP EXTENSION, and another one, under the same worker

@@ -179,7 +179,7 @@ for my $interim (100, 102, 103)
 	{
 		$omni->reset;
 		$omni->fault('raw', data => $line, hang => $hang, times => -1);
-		$call = OmniFault::call($node, "SET omni_refresh.server = hasty; SET omni_refresh.call_timeout = '@{[ $hang ? 1 : 3 ]} s'; $refresh");
+		my $call = OmniFault::call($node, "SET omni_refresh.server = hasty; SET omni_refresh.call_timeout = '@{[ $hang ? 1 : 3 ]} s'; $refresh");
 		my $name = "HTTP $interim, then " . ($hang ? 'silence' : 'the end of the connection');
 		is($call->{sqlstate}, '08006', $name) or diag($call->{err});
 		like($call->{message}, qr/waiting for the answer/, '... is no answer');

@@ -258,7 +258,7 @@ is($node->safe_psql('postgres', 'SELECT (SELECT count(*) FROM evil.told) + (SELE
 
 # Odd names
 
-my $schema = q{"Odd ""schema"" $1; --%s"};
+my $schema = q{"Odd schema, 1; %s"};
 my $role = q{"odd %s ""role"""};
 $node->safe_psql('postgres', 'CREATE DATABASE odd');
 $node->safe_psql('odd', "CREATE SCHEMA $schema; CREATE EXTENSION omni_refresh SCHEMA $schema; CREATE ROLE $role;
