@@ -34,7 +34,11 @@ typedef struct ListedName
 	int			position;		/* in the list, from 0 */
 } ListedName;
 
-static Datum call(FunctionCallInfo fcinfo, OmniJob *job);
+/* Stores the arguments of a function in a job */
+typedef void (*ReadArguments) (FunctionCallInfo fcinfo, OmniJob *job);
+
+static Datum queue(FunctionCallInfo fcinfo, ReadArguments read);
+static Datum call(FunctionCallInfo fcinfo, ReadArguments read);
 static void read_refresh(FunctionCallInfo fcinfo, OmniJob *job);
 static void read_reset(FunctionCallInfo fcinfo, OmniJob *job);
 static void read_dbt_sync(FunctionCallInfo fcinfo, OmniJob *job);
@@ -59,11 +63,7 @@ PG_FUNCTION_INFO_V1(omni_refresh_dbt_sync_on_commit);
 Datum
 omni_refresh(PG_FUNCTION_ARGS)
 {
-	OmniJob		job;
-
-	omni_job_init(&job, OMNI_ORIGIN_CALL);
-	read_refresh(fcinfo, &job);
-	PG_RETURN_DATUM(call(fcinfo, &job));
+	PG_RETURN_DATUM(call(fcinfo, read_refresh));
 }
 
 /*
@@ -73,69 +73,70 @@ omni_refresh(PG_FUNCTION_ARGS)
 Datum
 omni_refresh_on_commit(PG_FUNCTION_ARGS)
 {
-	OmniJob		job;
-
-	omni_job_init(&job, OMNI_ORIGIN_ON_COMMIT);
-	read_refresh(fcinfo, &job);
-	PG_RETURN_DATUM(omni_queue_job(&job));
+	PG_RETURN_DATUM(queue(fcinfo, read_refresh));
 }
 
 /* Request the reset of a cache policy now, as omni_refresh() does a refresh. */
 Datum
 omni_refresh_cache(PG_FUNCTION_ARGS)
 {
-	OmniJob		job;
-
-	omni_job_init(&job, OMNI_ORIGIN_CALL);
-	read_reset(fcinfo, &job);
-	PG_RETURN_DATUM(call(fcinfo, &job));
+	PG_RETURN_DATUM(call(fcinfo, read_reset));
 }
 
 /* Queue the reset of a cache policy, as omni_refresh_on_commit() does a refresh. */
 Datum
 omni_refresh_cache_on_commit(PG_FUNCTION_ARGS)
 {
-	OmniJob		job;
-
-	omni_job_init(&job, OMNI_ORIGIN_ON_COMMIT);
-	read_reset(fcinfo, &job);
-	PG_RETURN_DATUM(omni_queue_job(&job));
+	PG_RETURN_DATUM(queue(fcinfo, read_reset));
 }
 
 /* Request a dbt sync now, as omni_refresh() does a refresh. */
 Datum
 omni_refresh_dbt_sync(PG_FUNCTION_ARGS)
 {
-	OmniJob		job;
-
-	omni_job_init(&job, OMNI_ORIGIN_CALL);
-	read_dbt_sync(fcinfo, &job);
-	PG_RETURN_DATUM(call(fcinfo, &job));
+	PG_RETURN_DATUM(call(fcinfo, read_dbt_sync));
 }
 
 /* Queue a dbt sync, as omni_refresh_on_commit() does a refresh. */
 Datum
 omni_refresh_dbt_sync_on_commit(PG_FUNCTION_ARGS)
 {
+	PG_RETURN_DATUM(queue(fcinfo, read_dbt_sync));
+}
+
+/* Add the job that the arguments ask for to the queue, and return its row. */
+static Datum
+queue(FunctionCallInfo fcinfo, ReadArguments read)
+{
 	OmniJob		job;
 
 	omni_job_init(&job, OMNI_ORIGIN_ON_COMMIT);
-	read_dbt_sync(fcinfo, &job);
-	PG_RETURN_DATUM(omni_queue_job(&job));
+	read(fcinfo, &job);
+	return omni_queue_job(&job);
 }
 
-/* Hand a job over to the worker, wait for its end and return its row. */
+/*
+ * Hand the job that the arguments ask for over to the worker, wait for its end and return
+ * its row.
+ */
 static Datum
-call(FunctionCallInfo fcinfo, OmniJob *job)
+call(FunctionCallInfo fcinfo, ReadArguments read)
 {
-	const OmniJobKind *kind = &omni_job_kinds[job->request.kind];
-	const char *name = kind->function;
+	OmniJob		job;
+	const OmniJobKind *kind;
+	const char *name;
 	OmniError	error = {0};
-	bool		may = omni_job_complete(job, &error);
+	bool		may;
+
+	omni_job_init(&job, OMNI_ORIGIN_CALL);
+	read(fcinfo, &job);
+	kind = &omni_job_kinds[job.request.kind];
+	name = kind->function;
+	may = omni_job_complete(&job, &error);
 
 	if (!omni_enabled)
-		return omni_job_form_disabled(job);
-	if (omni_call_is_repeated(fcinfo->flinfo, &job->request))
+		return omni_job_form_disabled(&job);
+	if (omni_call_is_repeated(fcinfo->flinfo, &job.request))
 		ereport(WARNING,
 				(errmsg("this statement calls %s() again with the same arguments", name),
 				 errdetail("Each call sends a request of its own."),
@@ -147,16 +148,16 @@ call(FunctionCallInfo fcinfo, OmniJob *job)
 				 errhint("Commit before you call %s(), or call %s_on_commit().", name, name)));
 
 	if (may && kind->holds_resets)
-		omni_once_forget_resets(&job->request);
+		omni_once_forget_resets(&job.request);
 	if (may)
-		call_worker(job, &error);
+		call_worker(&job, &error);
 	if (error.sqlstate != 0)
 		omni_error_report(&error, omni_on_failure == OMNI_ON_FAILURE_ERROR ? ERROR : WARNING);
-	if (job->id == 0)
-		return omni_job_form(job, OMNI_NAME_FAILED, omni_error_text(&error));
+	if (job.id == 0)
+		return omni_job_form(&job, OMNI_NAME_FAILED, omni_error_text(&error));
 
 	omni_tables_require();
-	return omni_job_read(job->id);
+	return omni_job_read(job.id);
 }
 
 /* Store the first argument, the model. */

@@ -10,6 +10,7 @@
 #include "utils/timestamp.h"
 
 #include "base/clock.h"
+#include "base/fault.h"
 #include "base/setting.h"
 #include "base/status.h"
 #include "worker/kind.h"
@@ -17,6 +18,8 @@
 
 /* Begin no attempt later than this before the deadline, in ms */
 #define SHORTEST_ATTEMPT	100
+
+static void follow(OmniWork *work);
 
 
 /*
@@ -90,20 +93,6 @@ omni_kind_keep_telling_error(OmniWork *work, const OmniAnswer *answer)
 		outcome->job_error = &work->best_error;
 }
 
-/* Have a job polled that Omni has accepted, unless it has no id or "omni_refresh.track" is off. */
-void
-omni_kind_follow(OmniWork *work)
-{
-	OmniOutcome *outcome = &work->outcome;
-
-	if (!omni_track || !outcome->has_job_id || strcmp(outcome->status, OMNI_NAME_ACCEPTED) != 0)
-		return;
-	outcome->status = OMNI_NAME_RUNNING;
-	outcome->attempt_event = OMNI_NAME_ACCEPTED;
-	outcome->again = true;
-	outcome->delay = OMNI_MS(OMNI_POLL_FIRST);
-}
-
 /* The functions that calls and queued jobs have in common; see OmniWorkKind. */
 char *
 omni_kind_job_url(const OmniWork *work)
@@ -127,4 +116,29 @@ void
 omni_kind_job_refuse(OmniWork *work)
 {
 	omni_job_refuse(&work->job, &work->outcome);
+}
+
+void
+omni_kind_job_judge(OmniWork *work, const OmniAnswer *answer)
+{
+	omni_api_job_outcome(&work->job.request, work->target.key, answer, &work->outcome);
+	OMNI_FAULT_POINT("record: answer read");
+	omni_kind_consider_retry(work);
+	if (work->kind->has_caller)
+		omni_kind_keep_telling_error(work, answer);
+	follow(work);
+}
+
+/* Have a job polled that Omni has accepted, unless it has no id or "omni_refresh.track" is off. */
+static void
+follow(OmniWork *work)
+{
+	OmniOutcome *outcome = &work->outcome;
+
+	if (!omni_track || !outcome->has_job_id || strcmp(outcome->status, OMNI_NAME_ACCEPTED) != 0)
+		return;
+	outcome->status = OMNI_NAME_RUNNING;
+	outcome->attempt_event = OMNI_NAME_ACCEPTED;
+	outcome->again = true;
+	outcome->delay = OMNI_MS(OMNI_POLL_FIRST);
 }

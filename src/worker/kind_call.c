@@ -7,13 +7,11 @@
  */
 #include "postgres.h"
 
-#include "base/fault.h"
 #include "base/status.h"
 #include "worker/kind.h"
 
 static void prepare(OmniWork *work);
 static void begun(OmniWork *work);
-static void judge(OmniWork *work, const OmniAnswer *answer);
 
 
 const OmniWorkKind omni_call_kind = {
@@ -28,7 +26,7 @@ const OmniWorkKind omni_call_kind = {
 	.delay = omni_kind_job_delay,
 	.refuse = omni_kind_job_refuse,
 	.begun = begun,
-	.judge = judge
+	.judge = omni_kind_job_judge
 };
 
 /*
@@ -54,14 +52,4 @@ static void
 begun(OmniWork *work)
 {
 	work->job.attempts++;
-}
-
-static void
-judge(OmniWork *work, const OmniAnswer *answer)
-{
-	omni_api_job_outcome(&work->job.request, work->target.key, answer, &work->outcome);
-	OMNI_FAULT_POINT("record: answer read");
-	omni_kind_consider_retry(work);
-	omni_kind_keep_telling_error(work, answer);
-	omni_kind_follow(work);
 }

@@ -8,7 +8,6 @@
 #include "postgres.h"
 
 #include "base/clock.h"
-#include "base/fault.h"
 #include "base/setting.h"
 #include "base/status.h"
 #include "worker/kind.h"
@@ -16,7 +15,6 @@
 
 static void prepare(OmniWork *work);
 static void begun(OmniWork *work);
-static void judge(OmniWork *work, const OmniAnswer *answer);
 
 
 const OmniWorkKind omni_queued_kind = {
@@ -31,7 +29,7 @@ const OmniWorkKind omni_queued_kind = {
 	.delay = omni_kind_job_delay,
 	.refuse = omni_kind_job_refuse,
 	.begun = begun,
-	.judge = judge
+	.judge = omni_kind_job_judge
 };
 
 static void
@@ -47,13 +45,4 @@ begun(OmniWork *work)
 		work->deadline = omni_clock() + omni_retry_for * USECS_PER_SEC;
 	work->job.attempts++;
 	omni_sent_note(work->job.merge_key);
-}
-
-static void
-judge(OmniWork *work, const OmniAnswer *answer)
-{
-	omni_api_job_outcome(&work->job.request, work->target.key, answer, &work->outcome);
-	OMNI_FAULT_POINT("record: answer read");
-	omni_kind_consider_retry(work);
-	omni_kind_follow(work);
 }
